@@ -1,0 +1,3 @@
+"""MaxLM trains decoder language models in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,381 @@
+"""Finding, checking and reading checkpoints; nothing in this file changes a file.
+
+A checkpoint is the folder `<directory>/<step>` (docs/checkpoints.md):
+
+    commit_success.txt     written by Orbax when all the rest is there
+    record/metadata        JSON: step, time, shapes and dtypes of all arrays, metrics, the caller's metadata, and the
+                           SHA-256 of all that
+    state/                 the arrays by path, and `digests`, uint32 (N, 2), in the order of the record's arrays
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from maxlm.checkpoint.digest import array_paths, digest_array
+from maxlm.tree import from_paths, paths
+
+RECORD_ITEM, STATE_ITEM = "record", "state"
+COMMIT_MARKER = "commit_success.txt"
+PARAMS = "params"
+_RECORD_FILE = "metadata"  # the name that Orbax's JSON handler gives
+_FORMAT = 1
+_STEP_NAME = re.compile(r"0|[1-9]\d*")
+_NAMED = 4  # altered arrays that a message names at most
+_REASON = 300  # characters of an error that a message repeats at most
+_LISTED = 12  # differing arrays that a message lists at most
+
+digest = jax.jit(digest_array)
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used as asked; the message says what to do."""
+
+
+class ArrayInfo(NamedTuple):
+    """What a record says of one array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+class Record(NamedTuple):
+    """All of a checkpoint but its arrays."""
+
+    step: int
+    saved_at: float  # seconds since the epoch
+    arrays: dict[str, ArrayInfo]
+    metrics: dict[str, float]
+    metadata: dict[str, Any]
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held, proven by its digests."""
+
+    step: int
+    state: Any
+    metadata: dict[str, Any]
+
+
+class Described(NamedTuple):
+    """What a checkpoint says of itself."""
+
+    step: int
+    metadata: dict[str, Any]
+
+
+class Damage(NamedTuple):
+    """A checkpoint that did not stand the test, and why."""
+
+    step: int
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.step} is damaged: {self.reason} ({self.path})"
+
+
+class Search(NamedTuple):
+    """The newest whole checkpoint and the damaged ones that are newer than it."""
+
+    restored: Restored
+    damaged: list[Damage]
+
+
+class CheckpointReader:
+    """Reads the checkpoints of a run that another process may still be training.
+
+    Args:
+        directory: folder of the run's checkpoints on a local or mounted disk; it need not exist.
+        log: takes one line of text for each damaged checkpoint passed over.
+    """
+
+    def __init__(self, directory: str | Path, *, log: Callable[[str], None] = print):
+        if "://" in str(directory):
+            raise CheckpointError(
+                f"checkpoints cannot be kept at {directory}: expected a folder on a local or mounted disk, "
+                "such as /mnt/runs/name/checkpoints"
+            )
+        quiet_orbax()
+        self.directory = Path(directory).expanduser().absolute()
+        self._log = log
+
+    def steps(self) -> list[int]:
+        """Steps that have a committed folder, ascending. Whether it is whole shows only when it is read."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if _STEP_NAME.fullmatch(p.name) and p.is_dir())
+
+    def latest_metadata(self) -> Described | None:
+        """The metadata of the newest checkpoint that has a readable record; reads no arrays.
+
+        Returns:
+            None if there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: if no record of any checkpoint can be read.
+        """
+        damaged = []
+        for step in reversed(self._candidates(None)):
+            try:
+                record = self.record(step)
+            except (OSError, ValueError) as error:
+                damaged.append(Damage(step, self.path(step), describe(error)))
+                self._log(str(damaged[-1]))
+                continue
+            return Described(record.step, record.metadata)
+        if damaged:
+            raise self._none_whole(damaged)
+        return None
+
+    def restore_params(self, abstract_params: Any, *, step: int | None = None, part: str = PARAMS) -> Restored | None:
+        """The parameters alone, for generation and evaluation.
+
+        Args:
+            abstract_params: pytree of `jax.ShapeDtypeStruct` with shardings on any mesh.
+            step: the checkpoint wanted; None: the newest whole one.
+            part: the part of the saved state that holds them; another one for a moving average.
+
+        Returns:
+            None if there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: if the parameters saved are others, or no checkpoint that was asked for is whole.
+        """
+        search = self._search(abstract_params, step=step, prefix=f"{part}/")
+        if search is None:
+            return None
+        return search.restored
+
+    def path(self, step: int) -> Path:
+        """The folder of a step."""
+        return self.directory / str(step)
+
+    def record(self, step: int) -> Record:
+        """The record of a step.
+
+        Raises:
+            OSError, ValueError: if it is missing, unreadable or altered.
+        """
+        if not (self.path(step) / COMMIT_MARKER).is_file():
+            raise FileNotFoundError(f"its commit marker {COMMIT_MARKER} is missing")
+        file = self.path(step) / RECORD_ITEM / _RECORD_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"its record {RECORD_ITEM}/{_RECORD_FILE} is missing")
+        record = record_from_json(json.loads(file.read_text(encoding="utf-8")))
+        if record.step != step:
+            raise ValueError(f"its record is that of step {record.step}")
+        return record
+
+    def _search(self, abstract: Any, *, step: int | None, prefix: str) -> Search | None:
+        """The newest whole checkpoint among those asked for; None if there is no checkpoint at all."""
+        damaged: list[Damage] = []
+        for candidate in reversed(self._candidates(step)):
+            result = self._read(candidate, abstract, prefix)
+            if isinstance(result, Restored):
+                return Search(result, damaged)
+            damaged.append(result)
+            self._log(str(result))
+        if damaged:
+            raise self._none_whole(damaged)
+        return None
+
+    def _candidates(self, step: int | None) -> list[int]:
+        steps = self.steps()
+        if step is not None:
+            if step not in steps:
+                raise CheckpointError(f"there is no checkpoint of step {step} in {self.directory}; there are {steps}")
+            return [step]
+        aside = sorted(p.name for p in self.directory.glob("*.damaged-*")) if self.directory.is_dir() else []
+        if aside and not steps:
+            raise CheckpointError(
+                f"{self.directory} holds nothing but damaged checkpoints ({', '.join(aside)}); put a copy of one in "
+                "its place, or delete them or choose another workdir to start anew"
+            )
+        return steps
+
+    def _none_whole(self, damaged: Sequence[Damage]) -> CheckpointError:
+        listed = "".join(f"\n  {d.step}: {d.reason}" for d in damaged)
+        return CheckpointError(
+            f"no whole checkpoint was found in {self.directory}:{listed}\nIf the disk is at fault, mend it and run "
+            "again; else put a copy of one in its place, or delete them or choose another workdir to start anew. "
+            "Nothing was deleted or renamed."
+        )
+
+    def _read(self, step: int, abstract: Any, prefix: str) -> Restored | Damage:
+        """Reads and proves one checkpoint. All processes return the same kind of answer."""
+        wanted = {prefix + path: leaf for path, leaf in array_paths(abstract).items()}
+        loaded: _Loaded | None = None
+        problem: str | None = None
+        try:
+            record = self.record(step)
+            self._check_structure(record, wanted, prefix)
+            loaded = _load(self.path(step) / STATE_ITEM, record, wanted)
+        except (CheckpointError, jax.errors.JaxRuntimeError):
+            raise  # another model, or trouble with a device: no fault of the checkpoint's
+        except Exception as error:  # torn files surface as whatever the storage library happens to trip over
+            problem = describe(error)
+        problem = _agree(problem)
+        if loaded is not None and problem is None:
+            problem = _agree(_altered(loaded))
+        if loaded is None or problem is not None:
+            return Damage(step, self.path(step), problem or "it cannot be read")
+        state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded.arrays[path] for path in wanted])
+        return Restored(step, state, loaded.record.metadata)
+
+    def _check_structure(self, record: Record, wanted: Mapping[str, Any], prefix: str) -> None:
+        """Refuses a state of another shape: that is another config, not damage."""
+        saved = {path: info for path, info in record.arrays.items() if path.startswith(prefix)}
+        asked = {path: array_info(leaf) for path, leaf in wanted.items()}
+        differences = [f"{path}: saved, but not asked for" for path in saved if path not in asked]
+        differences += [f"{path}: asked for, but not saved" for path in asked if path not in saved]
+        differences += [
+            f"{path}: saved as {saved[path]}, asked for as {info}"
+            for path, info in asked.items()
+            if path in saved and saved[path] != info
+        ]
+        if differences:
+            more = f"\n  and {len(differences) - _LISTED} more" if len(differences) > _LISTED else ""
+            listed = "".join(f"\n  {line}" for line in differences[:_LISTED])
+            raise CheckpointError(
+                f"checkpoint {record.step} ({self.path(record.step)}) was saved with another model or optimizer:"
+                f"{listed}{more}\nTrain on with the config that is saved in it, or start anew in another workdir."
+            )
+
+
+def record_to_json(record: Record) -> dict[str, Any]:
+    """A record as JSON, sealed with the SHA-256 of its content.
+
+    Raises:
+        TypeError: if the metadata cannot be written as JSON.
+    """
+    arrays = {path: [list(info.shape), info.dtype] for path, info in record.arrays.items()}
+    # The way through text turns tuples and integer keys into what reading will give.
+    content = json.loads(json.dumps({**record._asdict(), "arrays": arrays, "format": _FORMAT}))
+    return {"content": content, "sha256": _seal(content)}
+
+
+def record_from_json(sealed: Any) -> Record:
+    """The record that `record_to_json` sealed.
+
+    Raises:
+        ValueError: if the seal is broken or the format is another.
+    """
+    if not isinstance(sealed, dict) or not isinstance(content := sealed.get("content"), dict):
+        raise ValueError("its record is no record")
+    if _seal(content) != sealed.get("sha256"):
+        raise ValueError("its record was altered: the SHA-256 differs")
+    if content["format"] != _FORMAT:
+        raise ValueError(
+            f"its record has format {content['format']}, expected {_FORMAT}: use the version that wrote it"
+        )
+    arrays = {path: ArrayInfo(tuple(shape), dtype) for path, (shape, dtype) in content["arrays"].items()}
+    return Record(content["step"], content["saved_at"], arrays, content["metrics"], content["metadata"])
+
+
+def array_info(leaf: Any) -> ArrayInfo:
+    """Shape and dtype of an array, concrete or abstract."""
+    return ArrayInfo(tuple(leaf.shape), str(np.dtype(leaf.dtype)))
+
+
+def describe(error: BaseException) -> str:
+    """An exception as a short reason: its first cause, without the storage library's specs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()).split(" [tensorstore_spec")[0][:_REASON]
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
+
+
+def quiet_orbax() -> None:
+    """Keeps Orbax's notes, and the tasks that it abandons after a failed read, out of the log; its errors stay."""
+    for logger, keep in ((logging.getLogger("absl"), _is_no_note), (logging.getLogger("asyncio"), _is_not_abandoned)):
+        if keep not in logger.filters:
+            logger.addFilter(keep)
+
+
+def _is_no_note(line: logging.LogRecord) -> bool:
+    return line.levelno >= logging.ERROR or "orbax" not in line.pathname
+
+
+def _is_not_abandoned(line: logging.LogRecord) -> bool:
+    text = line.getMessage()
+    return not ("exception was never retrieved" in text and "tensorstore" in text)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class _Loaded(NamedTuple):
+    """What came from the disk, not yet proven: digests uint32 (N, 2) of all N arrays of the record."""
+
+    record: Record
+    arrays: dict[str, jax.Array]
+    digests: np.ndarray[Any, np.dtype[np.uint32]]
+
+
+def _load(folder: Path, record: Record, wanted: Mapping[str, Any]) -> _Loaded:
+    """The wanted arrays on their devices, and the digests of all arrays of the record.
+
+    Orbax's handler is called without its manager: that one ends with a barrier, at which the other processes would
+    wait for one whose read failed.
+    """
+    digests = ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.uint32)
+    arguments = {
+        path: ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            global_shape=tuple(leaf.shape),
+            dtype=leaf.dtype,
+        )
+        for path, leaf in wanted.items()
+    }
+    restored = ocp.PyTreeCheckpointHandler().restore(
+        folder,
+        args=ocp.args.PyTreeRestore(
+            item={"arrays": from_paths(wanted), "digests": np.zeros((len(record.arrays), 2), np.uint32)},
+            restore_args={"arrays": from_paths(arguments), "digests": digests},
+            partial_restore=True,
+        ),
+    )
+    arrays = paths(restored["arrays"])
+    for path, leaf in wanted.items():
+        if not isinstance(arrays.get(path), jax.Array) or array_info(arrays[path]) != array_info(leaf):
+            raise ValueError(f"the array {path} is missing or has another shape than its record says")
+    if np.shape(restored["digests"]) != (len(record.arrays), 2):
+        raise ValueError("its digests are missing or of another number than its arrays")
+    return _Loaded(record, arrays, restored["digests"])
+
+
+def _altered(loaded: _Loaded) -> str | None:
+    """Which arrays differ from their digests, in words; None if none does."""
+    saved = dict(zip(loaded.record.arrays, loaded.digests, strict=True))
+    found = {path: digest(x) for path, x in loaded.arrays.items()}
+    altered = [path for path, value in found.items() if not np.array_equal(np.asarray(value), saved[path])]
+    if not altered:
+        return None
+    more = ", ..." if len(altered) > _NAMED else ""
+    return f"{len(altered)} of {len(found)} arrays differ from their digests: {', '.join(altered[:_NAMED])}{more}"
+
+
+def _agree(problem: str | None) -> str | None:
+    """One answer for all processes: a problem of one is a problem of all."""
+    if jax.process_count() == 1:
+        return problem
+    flags = np.ravel(multihost_utils.process_allgather(np.asarray(problem is not None)))
+    if problem is None and flags.any():
+        return f"process {int(np.argmax(flags))} cannot read it"
+    return problem

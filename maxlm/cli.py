@@ -1,0 +1,189 @@
+"""`maxlm <command>`: reads the command line, calls the part that does the work, and turns errors into one sentence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from maxlm.config import Config
+from maxlm.errors import UserError
+from maxlm.resolve import ConfigError, differences, resolve
+
+USAGE = """usage: maxlm <command> [flags]
+
+  train      --config=FILE --workdir=DIR [--config.section.key=value ...]   train, or continue, a run
+  check      --config=FILE [--devices=N] [--config.section.key=value ...]   resolve a config; say what follows from it
+  prepare    --config=FILE --workdir=DIR                                    make the tokenizer and the token stores
+  tokenizer  --config=FILE --workdir=DIR --out=DIR                          train a tokenizer on a config's sources
+  generate   --workdir=DIR --prompt=TEXT [--max_tokens=N ...]               sample from the newest checkpoint
+
+`maxlm <command> --help` lists the command's flags."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code of the process."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if args else 2
+    command = _COMMANDS.get(args[0])
+    if command is None:
+        print(f"maxlm: {args[0]!r} is not a command; known: {', '.join(_COMMANDS)}", file=sys.stderr)
+        return 2
+    flags.FLAGS.mark_as_parsed()  # libraries below read absl's global flags, which this program does not use
+    try:
+        return command([f"maxlm {args[0]}", *args[1:]])
+    except _expected_errors() as error:
+        print(f"maxlm {args[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is written for the user; any other keeps its traceback."""
+    return (UserError, flags.Error)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def _flags(args: list[str], *, config: bool) -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "show this text", short_name="h", flag_values=values)
+    if config:
+        config_flags.DEFINE_config_file("config", None, "config file", flag_values=values, sys_argv=args)
+    return values
+
+
+def _parse(values: flags.FlagValues, args: list[str], *, required: tuple[str, ...]) -> None:
+    """Parses, turning ml_collections' errors about overrides into a ConfigError of one sentence."""
+    try:
+        rest = values(args)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError([str(error).strip("'\"").split("\n")[0]]) from error
+    if values.help:
+        print(values.get_help())
+        raise SystemExit(0)
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} was not understood; flags are written as --name=value")
+    for name in required:
+        if not values[name].value:
+            raise UserError(f"--{name} is missing; see `maxlm {args[0].split()[-1]} --help`")
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def _train(args: list[str]) -> int:
+    values = _flags(args, config=True)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    _parse(values, args, required=("config", "workdir"))
+    config = resolve(values.config)
+    from maxlm.train.loop import train  # JAX starts here, after the config is known to be sound
+
+    return train(config, Path(values.workdir).absolute(), log=_log)
+
+
+def _check(args: list[str]) -> int:
+    values = _flags(args, config=True)
+    flags.DEFINE_integer("devices", None, "devices that the mesh has to fit", flag_values=values)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=values)
+    _parse(values, args, required=("config",))
+    config = resolve(values.config, devices=values.devices)
+    from maxlm.train.outlook import outlook
+
+    figures = outlook(config)
+    console = Console()
+    _print_differences(console, config)
+    for title, rows in figures.items():
+        table = Table("", title, box=None, title_justify="left", pad_edge=False)
+        for name, value in rows.items():
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
+        console.print(table, "")
+    if values.json:
+        Path(values.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _print_differences(console: Console, config: Config) -> None:
+    table = Table("setting", "default", "here", box=None, pad_edge=False)
+    for path, (default, value) in differences(config).items():
+        table.add_row(path, repr(default), repr(value))
+    console.print(table, "")
+
+
+def _prepare(args: list[str]) -> int:
+    values = _flags(args, config=True)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    _parse(values, args, required=("config", "workdir"))
+    config = resolve(values.config)
+    from maxlm.data.prepare import prepare_data
+
+    prepared = prepare_data(config, Path(values.workdir).absolute())
+    for name, store in prepared.stores.items():
+        print(f"{name}: {store.path} ({store.fingerprint[:16]})")
+    return 0
+
+
+def _tokenizer(args: list[str]) -> int:
+    values = _flags(args, config=True)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("out", None, "folder that gets the tokenizer's file", flag_values=values)
+    _parse(values, args, required=("config", "workdir", "out"))
+    config = resolve(values.config)
+    from maxlm.data.prepare import prepare_tokenizer
+
+    tokenizer = prepare_tokenizer(config, Path(values.workdir).absolute())
+    path = tokenizer.save(Path(values.out).absolute())
+    print(f"{path}: {tokenizer.vocab_size} pieces ({tokenizer.fingerprint[:16]})")
+    return 0
+
+
+def _generate(args: list[str]) -> int:
+    values = _flags(args, config=False)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times", flag_values=values)
+    flags.DEFINE_integer("max_tokens", 200, "tokens to add at most", flag_values=values, lower_bound=1)
+    flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token", flag_values=values, lower_bound=0.0)
+    flags.DEFINE_integer("top_k", 0, "sample among the k likeliest; 0: all", flag_values=values, lower_bound=0)
+    flags.DEFINE_float("top_p", 1.0, "sample among the likeliest of this mass", flag_values=values, upper_bound=1.0)
+    flags.DEFINE_float("min_p", 0.0, "drop tokens below this share of the likeliest", flag_values=values, lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "of the sampling", flag_values=values)
+    _parse(values, args, required=("workdir", "prompt"))
+    from maxlm.infer.from_run import generate_from_run
+    from maxlm.infer.sampling import Sampling
+
+    generate_from_run(
+        Path(values.workdir).absolute(),
+        values.prompt,
+        max_tokens=values.max_tokens,
+        sampling=Sampling(
+            temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, min_p=values.min_p
+        ),
+        seed=values.seed,
+        log=lambda line: print(line, file=sys.stderr),
+        write=lambda text: print(text, end="", flush=True),
+    )
+    return 0
+
+
+def _log(line: str) -> None:
+    print(line, flush=True)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "check": _check,
+    "prepare": _prepare,
+    "tokenizer": _tokenizer,
+    "generate": _generate,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

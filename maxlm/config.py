@@ -1,0 +1,271 @@
+"""The schema of a run: nested frozen dataclasses in which every leaf carries its meaning and its unit.
+
+A config file builds a `Config` and hands it over as a locked `ConfigDict` (`as_config_dict`), the command line
+overrides leaves of that, and `resolve` turns the result into a checked `Config` again. `resolve` is pure: no JAX,
+no environment, no files. It reports every problem at once.
+
+Dims are written as in the einsum letters of the model: D embed, H query heads, K kv heads, h head dim, F mlp,
+L layers, V vocab, B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+ACTIVATION_NAMES = ("attention_qkv", "attention_out", "mlp_hidden", "mlp_out")
+"""What remat=custom can keep for the backward pass; the model marks these by `checkpoint_name`."""
+
+
+def leaf(default: Any, doc: str, *, unit: str = "", low: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """Declares one setting: its default, meaning, unit, lowest allowed value and allowed words."""
+    metadata = {"doc": doc, "unit": unit, "low": low, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def branch(cls: type) -> Any:
+    """Declares a nested section with that section's own defaults."""
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query causal self-attention with rotary positions."""
+
+    q_heads: int = leaf(8, "query heads H", unit="heads", low=1)
+    kv_heads: int = leaf(0, "key and value heads K, a divisor of H; 0: as many as H", unit="heads", low=0)
+    head_dim: int = leaf(0, "dim h of a head, even; 0: embed_dim / q_heads", unit="dims", low=0)
+    rope_theta: float = leaf(10_000.0, "base of the rotary frequencies (Su et al. 2021)", unit="positions", low=1.0)
+    qk_norm: bool = leaf(False, "RMS-normalise queries and keys a head (Dehghani et al. 2023)")
+    bias: bool = leaf(False, "add biases to the query, key and value projections")
+    softcap: float = leaf(0.0, "cap scores at c*tanh(score/c); 0: none", unit="logits", low=0.0)
+    windows: tuple[int, ...] = leaf(
+        (0,),
+        "positions a layer sees, itself included, repeated over the layers as a cycle; 0: all that came before",
+        unit="tokens",
+        low=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig:
+    """The feed-forward half of a block."""
+
+    dim: int = leaf(0, "hidden dim F; 0: 8/3 of embed_dim rounded up to 64 (gated) or 4 times embed_dim", low=0)
+    kind: str = leaf(
+        "swiglu", "activation, gated when its name ends in glu", choices=("swiglu", "geglu", "gelu", "silu", "relu2")
+    )
+    bias: bool = leaf(False, "add biases to the feed-forward projections")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder language model."""
+
+    vocab_size: int = leaf(4096, "rows V of the embedding; a tokenizer that is trained gets this many pieces", low=2)
+    embed_dim: int = leaf(256, "dim D of the residual stream", unit="dims", low=1)
+    num_layers: int = leaf(4, "blocks L of the stack", low=1)
+    attention: AttentionConfig = branch(AttentionConfig)
+    mlp: MlpConfig = branch(MlpConfig)
+    norm: str = leaf("rms", "kind of normalisation", choices=("rms", "layer"))
+    norm_placement: str = leaf(
+        "pre", "normalise a branch's input, its output, or both", choices=("pre", "post", "both")
+    )
+    norm_epsilon: float = leaf(1e-6, "added to the variance", low=0.0)
+    tie_embeddings: bool = leaf(False, "the output head is the transposed embedding")
+    embed_scale: bool = leaf(False, "multiply embeddings by sqrt(D)")
+    logits_softcap: float = leaf(0.0, "cap logits at c*tanh(logit/c); 0: none", unit="logits", low=0.0)
+    embed_std: float = leaf(0.02, "standard deviation of the initial embedding", low=0.0)
+    init: str = leaf(
+        "depth_scaled",
+        "initial matrices: normal with 1/sqrt(fan in), residual outputs further divided by sqrt(2L), left as they "
+        "are, or zero",
+        choices=("depth_scaled", "fan_in", "zero_output"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreConfig:
+    """One corpus: where its text comes from and where its tokens are kept."""
+
+    source: str = leaf(
+        "stdlib",
+        "stdlib, text:GLOB, jsonl:GLOB, parquet:GLOB or tfds:NAME/SPLIT; empty: the store at `path` exists already",
+    )
+    path: str = leaf("", "folder of the token store; empty: made in data.cache_dir, named by its content")
+    text_field: str = leaf("text", "field that holds the text (jsonl, parquet, tfds)")
+    heldout_permille: int = leaf(25, "documents held out, by hash of their bytes", unit="per thousand", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    kind: str = leaf("sentencepiece", "family of tokenizer", choices=("sentencepiece", "huggingface", "bytes"))
+    path: str = leaf("", "a .model or tokenizer.json; empty: train a sentencepiece model on the stores' sources")
+    sample_bytes: int = leaf(20_000_000, "text that training reads at most", unit="bytes", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """What changes from a given step on; a zero or an empty value keeps what the phase before had."""
+
+    from_step: int = leaf(0, "first step of the phase", unit="steps", low=1)
+    sequence_length: int = leaf(0, "positions S in a row", unit="tokens", low=0)
+    batch_size: int = leaf(0, "rows B in a step over the whole mesh", unit="rows", low=0)
+    mixture: tuple[tuple[str, float], ...] = leaf((), "(store name, weight) pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which tokens a step sees: a pure function of the stores, the seed and the step."""
+
+    stores: Mapping[str, StoreConfig] = dataclasses.field(
+        default_factory=dict, metadata={"doc": "corpora by name", "of": StoreConfig}
+    )
+    tokenizer: TokenizerConfig = branch(TokenizerConfig)
+    cache_dir: str = leaf("", "where tokenizers and stores without a path are made; empty: data/ in the workdir")
+    mixture: tuple[tuple[str, float], ...] = leaf((), "(store name, weight) pairs; empty: every store, by size")
+    sequence_length: int = leaf(512, "positions S in a row", unit="tokens", low=1)
+    batch_size: int = leaf(8, "rows B in a step over the whole mesh", unit="rows", low=1)
+    packing: str = leaf(
+        "split",
+        "split: documents joined and cut every S tokens; pack: whole documents put together, cut only when longer",
+        choices=("split", "pack"),
+    )
+    mask_documents: bool = leaf(True, "a token sees only its own document, and positions start anew with each")
+    phases: Mapping[str, PhaseConfig] = dataclasses.field(
+        default_factory=dict, metadata={"doc": "later phases by name", "of": PhaseConfig}
+    )
+    prefetch: int = leaf(2, "batches made ready ahead on a thread; 0: none", unit="batches", low=0)
+    workers: int = leaf(0, "processes that tokenise; 0: one a core", unit="processes", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Which updates are refused (see docs/design.md, decision 7)."""
+
+    window: int = leaf(128, "accepted steps that the median and MAD are taken over", unit="steps", low=4)
+    min_history: int = leaf(32, "accepted steps before outliers are judged", unit="steps", low=4)
+    threshold: float = leaf(
+        12.0, "refuse a loss or gradient norm this many scaled MADs over the median; 0: never", unit="deviations", low=0
+    )
+    max_rejections: int = leaf(8, "refusals in a row that end the run", unit="steps", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer, its schedule and the guard."""
+
+    optimizer: str = leaf("adamw", "update rule of the matrices", choices=("adamw", "adafactor", "lion", "muon"))
+    peak_lr: float = leaf(3e-4, "learning rate at the end of the warm-up", low=0.0)
+    schedule: str = leaf(
+        "cosine", "shape after the warm-up", choices=("constant", "cosine", "linear", "inverse_sqrt", "wsd")
+    )
+    warmup_steps: int = leaf(0, "steps from zero to peak_lr", unit="steps", low=0)
+    decay_steps: int = leaf(0, "steps of the wsd cooldown, counted back from the end", unit="steps", low=0)
+    final_lr_ratio: float = leaf(0.1, "learning rate at the end over peak_lr (cosine, linear, wsd)", low=0.0)
+    b1: float = leaf(0.9, "decay of the first moment", low=0.0)
+    b2: float = leaf(0.95, "decay of the second moment", low=0.0)
+    epsilon: float = leaf(1e-8, "added to the root of the second moment", low=0.0)
+    weight_decay: float = leaf(0.1, "decoupled decay a step, times the learning rate", low=0.0)
+    decay_rules: tuple[tuple[str, float], ...] = leaf(
+        ((".*(norm|bias).*", 0.0), (".*", 1.0)), "(path regex, multiplier of weight_decay), the first match counts"
+    )
+    lr_rules: tuple[tuple[str, float], ...] = leaf(
+        ((".*", 1.0),), "(path regex, multiplier of the learning rate), the first match counts"
+    )
+    muon_lr_ratio: float = leaf(1.0, "learning rate of Muon's matrices over that of the rest", low=0.0)
+    muon_momentum: float = leaf(0.95, "decay of Muon's momentum", low=0.0)
+    muon_iterations: int = leaf(5, "Newton-Schulz iterations", low=1)
+    moments_dtype: str = leaf("float32", "dtype of the moments", choices=("float32", "bfloat16"))
+    clip_norm: float = leaf(1.0, "largest global gradient norm; 0: no clipping", low=0.0)
+    ema_decay: float = leaf(0.0, "decay of the weights' moving average, used for evaluation; 0: none", low=0.0)
+    guard: GuardConfig = branch(GuardConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """Devices along each mesh axis; at most one may be -1, which takes the devices that are left."""
+
+    data: int = leaf(-1, "replicas of the model (across slices or nodes)", unit="devices", low=-1)
+    fsdp: int = leaf(1, "shards of parameters and batch", unit="devices", low=-1)
+    pipeline: int = leaf(1, "pipeline stages", unit="devices", low=-1)
+    context: int = leaf(1, "shards of the sequence", unit="devices", low=-1)
+    expert: int = leaf(1, "shards of the experts", unit="devices", low=-1)
+    tensor: int = leaf(1, "shards of heads, hidden dims and vocabulary", unit="devices", low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A profiler window; SIGUSR1 opens one at any time."""
+
+    start_step: int = leaf(0, "first profiled step; 0: none", unit="steps", low=0)
+    steps: int = leaf(3, "steps in a window", unit="steps", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = leaf(1000, "batches to consume in all", unit="steps", low=1)
+    accumulation: int = leaf(1, "microbatches that a step's batch is cut into", low=1)
+    precision: str = leaf(
+        "bfloat16", "dtype of the compute; parameters stay float32", choices=("float32", "bfloat16", "float16")
+    )
+    remat: str = leaf(
+        "none",
+        "what the backward pass keeps: everything, only block inputs, matrix products, or remat_names",
+        choices=("none", "full", "matmuls", "custom"),
+    )
+    remat_names: tuple[str, ...] = leaf((), "activations kept under remat=custom (see docs/config.md)")
+    loss_chunk: int = leaf(1024, "positions whose float32 logits exist at once", unit="tokens", low=1)
+    z_loss: float = leaf(0.0, "weight of the squared log normaliser (Chowdhery et al. 2022)", low=0.0)
+    log_every: int = leaf(10, "steps between progress lines", unit="steps", low=1)
+    norms_every: int = leaf(100, "steps between per-layer norms; 0: none", unit="steps", low=0)
+    profile: ProfileConfig = branch(ProfileConfig)
+    compilation_cache: str = leaf("~/.cache/maxlm/xla", "folder of compiled programs; empty: none")
+    wandb_project: str = leaf("", "Weights & Biases project; empty: not used")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept. The newest checkpoint always is."""
+
+    every_steps: int = leaf(500, "steps between checkpoints", unit="steps", low=1)
+    every_seconds: float = leaf(0.0, "seconds after which one is due all the same; 0: none", unit="s", low=0.0)
+    keep_latest: int = leaf(2, "newest checkpoints kept", low=1)
+    keep_best: int = leaf(0, "checkpoints with the lowest held-out bits per byte kept besides", low=0)
+    keep_every_steps: int = leaf(0, "checkpoints at multiples of this are kept for good; 0: none", unit="steps", low=0)
+    keep_every_hours: float = leaf(0.0, "one checkpoint in this many hours is kept for good; 0: none", unit="h", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out quality and samples."""
+
+    every_steps: int = leaf(0, "steps between evaluations during training; 0: only at the end", unit="steps", low=0)
+    batch_size: int = leaf(8, "rows of an evaluation batch over the whole mesh", unit="rows", low=1)
+    sequence_length: int = leaf(0, "positions in an evaluation window; 0: that of training", unit="tokens", low=0)
+    overlap: int = leaf(0, "positions a window shares with the one before, as context only", unit="tokens", low=0)
+    documents: int = leaf(0, "held-out documents used during training; 0: all", unit="documents", low=0)
+    stores: tuple[str, ...] = leaf((), "stores whose held-out documents are evaluated; empty: all that hold some out")
+    prompts: tuple[str, ...] = leaf((), "prompts continued at the end, for the report")
+    sample_tokens: int = leaf(64, "tokens that a prompt is continued by", unit="tokens", low=1)
+    temperature: float = leaf(0.8, "sampling temperature of those; 0: the likeliest token", low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run, whole."""
+
+    name: str = leaf("maxlm", "the run's name in reports and trackers")
+    seed: int = leaf(0, "of the parameters and of the order of the data", low=0)
+    model: ModelConfig = branch(ModelConfig)
+    data: DataConfig = branch(DataConfig)
+    optim: OptimConfig = branch(OptimConfig)
+    parallel: ParallelConfig = branch(ParallelConfig)
+    train: TrainConfig = branch(TrainConfig)
+    checkpoint: CheckpointConfig = branch(CheckpointConfig)
+    eval: EvalConfig = branch(EvalConfig)

@@ -1,0 +1,357 @@
+"""The token store: tokenised documents on disk, memory-mapped, described and proved by one manifest.
+
+`docs/data.md` gives the format. A store has the splits `train` and `heldout`. A split's tokens form one long array,
+cut into shards of `shard_tokens` tokens each (the last one is shorter); a document is `[begin token] + pieces` and
+may lie across shards. Documents are in the order of the SHA-256 of their bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT = 1
+SPLITS = ("train", "heldout")
+SHARD_TOKENS = 2**28
+MANIFEST = "manifest.json"
+
+
+class StoreError(ValueError):
+    """A folder that is no token store, a damaged one, or one made with other settings."""
+
+
+class Split:
+    """The tokens of one split, addressed by their index over all shards."""
+
+    def __init__(self, folder: Path, entry: Mapping[str, Any], *, dtype: np.dtype, shard_tokens: int):
+        self.num_documents: int = entry["documents"]
+        self.num_tokens: int = entry["tokens"]
+        self.num_bytes: int = entry["bytes"]
+        self.offsets = _load_array(folder, entry["offsets"]["file"], self.num_documents + 1)
+        self.byte_lengths = _load_array(folder, entry["byte_lengths"]["file"], self.num_documents)
+        self._shard_tokens = shard_tokens
+        # A plain array over the map: indexing a np.memmap pays for its subclass on every access.
+        self._shards = [np.asarray(_map_shard(folder, shard, dtype)).view(np.ndarray) for shard in entry["shards"]]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop` (int32), wherever shards begin and end.
+
+        Raises:
+          IndexError: The range is not inside the split.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} were asked of a split of {self.num_tokens}")
+        out = np.empty(stop - start, np.int32)
+        position = start
+        while position < stop:
+            shard, local = divmod(position, self._shard_tokens)
+            piece = self._shards[shard][local : local + stop - position]
+            out[position - start : position - start + piece.size] = piece
+            position += piece.size
+        return out
+
+    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Rows of `length` >= 1 tokens, (n, length) int32, from `starts` (n,) int64: `read` for many rows at once.
+
+        Raises:
+          IndexError: A row is not inside the split.
+        """
+        starts = np.asarray(starts, np.int64)
+        if starts.size and (int(starts.min()) < 0 or int(starts.max()) + length > self.num_tokens):
+            asked = f"rows of {length} tokens from {starts.min()} to {starts.max()}"
+            raise IndexError(f"{asked} were asked of a split of {self.num_tokens}")
+        out = np.empty((starts.size, length), np.int32)
+        shards, local = np.divmod(starts, self._shard_tokens)
+        inside = local + length <= self._shard_tokens
+        for shard in np.unique(shards[inside]):
+            rows = np.flatnonzero(inside & (shards == shard))
+            windows = np.lib.stride_tricks.sliding_window_view(self._shards[shard], length)
+            out[rows] = windows[local[rows]]
+        for row in np.flatnonzero(~inside):
+            out[row] = self.read(int(starts[row]), int(starts[row]) + length)
+        return out
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens (int32) of a document, its begin token first."""
+        return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+
+class TokenStore:
+    """A store opened from its folder."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        self._splits = {
+            name: Split(path, manifest["splits"][name], dtype=dtype, shard_tokens=manifest["shard_tokens"])
+            for name in SPLITS
+        }
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenStore:
+        """Opens a store and checks its manifest and the size of every file, but not their bytes (see `verify`).
+
+        Raises:
+          StoreError: The folder is missing, is no store, is of another format, or a file is missing or cut.
+        """
+        path = Path(path)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise StoreError(
+                    f"{path} is a token store of format {manifest['format']}, this version reads format {FORMAT}: "
+                    "prepare it again"
+                )
+            if manifest["fingerprint"] != fingerprint_of(manifest):
+                raise StoreError(f"the manifest of {path} was changed after it was written: prepare the store again")
+            store = cls(path, manifest)
+        except FileNotFoundError as error:
+            what = (
+                "it has no manifest.json" if Path(error.filename).name == MANIFEST else f"{error.filename} is missing"
+            )
+            raise StoreError(f"{path} is not a complete token store, {what}: prepare it with `maxlm prepare`") from None
+        except NotADirectoryError:
+            raise StoreError(f"{path} is a file, not the folder of a token store") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise StoreError(f"{path / MANIFEST} cannot be read ({error!r}): prepare the store again") from None
+        if store._tokenizer_file and not store._tokenizer_file.is_file():
+            raise StoreError(
+                f"{path} is not a complete token store, {store._tokenizer_file} is missing: prepare it again"
+            )
+        return store
+
+    def verify(self) -> None:
+        """Reads every byte and compares it with the manifest.
+
+        Raises:
+          StoreError: A file's bytes are not those that were written; the file is named.
+        """
+        for name in SPLITS:
+            entry = self.manifest["splits"][name]
+            for item in (*entry["shards"], entry["offsets"], entry["byte_lengths"]):
+                if file_digest(self.path / item["file"]) != item["sha256"]:
+                    raise StoreError(
+                        f"{self.path / item['file']} is damaged, its SHA-256 changed: prepare the store again"
+                    )
+        try:
+            self.check_tokenizer(self.tokenizer())
+        except ValueError as error:
+            raise StoreError(
+                f"the tokenizer inside {self.path} is damaged ({error}): prepare the store again"
+            ) from None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the store's content: tokens, documents and tokenizer, not paths or times."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the tokenizer."""
+        return self.manifest["tokenizer"]["vocab_size"]
+
+    @property
+    def bos_id(self) -> int:
+        """The token that begins every document."""
+        return self.manifest["tokenizer"]["bos_id"]
+
+    def split(self, name: str) -> Split:
+        """The split `train` or `heldout`."""
+        return self._splits[name]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens, from its copy inside the store."""
+        return load_tokenizer(self.manifest["tokenizer"]["kind"], self._tokenizer_file or "")
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises StoreError where the store's tokens are not those of `tokenizer`."""
+        entry = self.manifest["tokenizer"]
+        if entry["fingerprint"] != tokenizer.fingerprint:
+            raise StoreError(
+                f"{self.path} was made with a {entry['kind']} tokenizer {entry['fingerprint'][:12]}, the run's is "
+                f"{tokenizer.kind} {tokenizer.fingerprint[:12]}: set data.tokenizer to the store's own "
+                f"({self._tokenizer_file}) or prepare the store again under another path"
+            )
+
+    @property
+    def _tokenizer_file(self) -> Path | None:
+        name = self.manifest["tokenizer"]["file"]
+        return self.path / name if name else None
+
+
+class StoreWriter:
+    """Writes a store into an empty folder. The manifest comes last: until then the folder is no store.
+
+    Args:
+      folder: Where to write; the caller moves it into its place when `finish` has returned.
+      tokenizer: The tokenizer of the tokens that will be added.
+      shard_tokens: Tokens a shard.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._splits = {
+            name: _SplitWriter(folder, name, dtype=self._dtype, shard_tokens=shard_tokens) for name in SPLITS
+        }
+
+    def add(self, split: str, tokens: np.ndarray, *, lengths: Sequence[int], byte_lengths: Sequence[int]) -> None:
+        """Appends documents to a split.
+
+        Args:
+          split: `train` or `heldout`.
+          tokens: The documents' tokens one after another, every document with its begin token.
+          lengths: Tokens of each document; they sum to the size of `tokens`.
+          byte_lengths: UTF-8 bytes of each document.
+        """
+        self._splits[split].add(np.asarray(tokens), np.asarray(lengths, np.int64), np.asarray(byte_lengths, np.int64))
+
+    def finish(
+        self,
+        *,
+        heldout_permille: int,
+        source: Mapping[str, Any] | None = None,
+        skipped: Mapping[str, int] | None = None,
+    ) -> dict[str, Any]:
+        """Writes what is left, the tokenizer and the manifest, and gives the manifest back."""
+        if self._tokenizer.file_name:
+            self._tokenizer.save(self._folder / self._tokenizer.file_name)
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "dtype": self._dtype.name,
+            "shard_tokens": self._shard_tokens,
+            "tokenizer": {
+                "kind": self._tokenizer.kind,
+                "fingerprint": self._tokenizer.fingerprint,
+                "vocab_size": self._tokenizer.vocab_size,
+                "bos_id": self._tokenizer.bos_id,
+                "file": self._tokenizer.file_name,
+            },
+            "splits": {name: writer.finish() for name, writer in self._splits.items()},
+            "heldout_permille": heldout_permille,
+            "source": dict(source or {}),
+            "skipped": dict(skipped or {}),
+        }
+        manifest["fingerprint"] = fingerprint_of(manifest)
+        with (self._folder / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            _flush(file)
+        return manifest
+
+
+class _SplitWriter:
+    """One split's shards and arrays, hashed while they are written."""
+
+    def __init__(self, folder: Path, name: str, *, dtype: np.dtype, shard_tokens: int):
+        self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
+        self._lengths: list[np.ndarray] = []
+        self._byte_lengths: list[np.ndarray] = []
+        self._shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._hash = hashlib.sha256()
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, byte_lengths: np.ndarray) -> None:
+        if int(lengths.sum()) != tokens.size or lengths.size != byte_lengths.size:
+            raise ValueError(
+                f"{tokens.size} tokens do not make {lengths.size} documents of {int(lengths.sum())} in all"
+            )
+        self._lengths.append(lengths)
+        self._byte_lengths.append(byte_lengths)
+        position = 0
+        while position < tokens.size:
+            if self._file is None:
+                file_name = f"{self._name}-{len(self._shards):05d}.bin"
+                self._file, self._hash = (self._folder / file_name).open("wb"), hashlib.sha256()
+                self._shards.append({"file": file_name, "tokens": 0, "sha256": ""})
+            shard = self._shards[-1]
+            piece = tokens[position : position + self._shard_tokens - shard["tokens"]]
+            data = piece.astype(self._dtype.newbyteorder("<")).tobytes()
+            self._file.write(data)
+            self._hash.update(data)
+            shard["tokens"] += piece.size
+            position += piece.size
+            if shard["tokens"] == self._shard_tokens:
+                self._close_shard()
+
+    def finish(self) -> dict[str, Any]:
+        self._close_shard()
+        lengths = np.concatenate([np.zeros(1, np.int64), *self._lengths])
+        byte_lengths = np.concatenate([np.zeros(0, np.int64), *self._byte_lengths])
+        return {
+            "documents": byte_lengths.size,
+            "tokens": int(lengths.sum()),
+            "bytes": int(byte_lengths.sum()),
+            "shards": self._shards,
+            "offsets": self._save_array("offsets", np.cumsum(lengths)),
+            "byte_lengths": self._save_array("bytes", byte_lengths),
+        }
+
+    def _save_array(self, what: str, values: np.ndarray) -> dict[str, str]:
+        file_name = f"{self._name}-{what}.npy"
+        with (self._folder / file_name).open("wb") as file:
+            np.save(file, values.astype("<i8"))
+            _flush(file)
+        return {"file": file_name, "sha256": file_digest(self._folder / file_name)}
+
+    def _close_shard(self) -> None:
+        if self._file is not None:
+            _flush(self._file)
+            self._file.close()
+            self._file = None
+            self._shards[-1]["sha256"] = self._hash.hexdigest()
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned dtype that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def fingerprint_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of what a manifest says of the store's content."""
+    content = {key: manifest[key] for key in ("format", "dtype", "shard_tokens", "splits")}
+    content["tokenizer"] = manifest["tokenizer"]["fingerprint"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(file: Any) -> None:
+    """Brings a file's bytes to the disk, so that a rename never outruns them."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _map_shard(folder: Path, shard: Mapping[str, Any], dtype: np.dtype) -> np.memmap:
+    path = folder / shard["file"]
+    size, expected = path.stat().st_size, shard["tokens"] * dtype.itemsize
+    if size != expected:
+        raise StoreError(f"{path} has {size} bytes instead of {expected}: prepare the store again")
+    return np.memmap(path, dtype, mode="r")
+
+
+def _load_array(folder: Path, name: str, size: int) -> np.ndarray:
+    try:
+        array = np.load(folder / name, mmap_mode="r" if size else None).view(np.ndarray)
+    except (ValueError, EOFError) as error:
+        raise StoreError(f"{folder / name} cannot be read ({error}): prepare the store again") from None
+    if array.shape != (size,) or array.dtype != np.int64:
+        raise StoreError(
+            f"{folder / name} holds {array.dtype} {array.shape} instead of {size} int64: prepare the store again"
+        )
+    return array

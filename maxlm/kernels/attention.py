@@ -1,0 +1,143 @@
+"""The attention back ends behind one declared table, and the choice among them.
+
+Shapes: B batch, S query positions, T key positions, H query heads, K kv heads, G = H / K queries a kv head, h head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.kernels.heads_loop import heads_loop
+from maxlm.kernels.mask import MASKED, Mask, visible
+from maxlm.kernels.matmul import product
+
+__all__ = ["BACKENDS", "FEATURES", "AttentionFn", "Backend", "Mask", "choose", "features", "heads_loop", "plain"]
+
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
+FEATURES = ("windows", "softcap", "segments", "decode", "bidirectional")
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    """Reference attention, with all S x T scores in memory and a float32 softmax.
+
+    Args: q (B, S, H, h); k and v (B, T, K, h), in the compute dtype.
+    Returns: (B, S, H, h) in q's dtype.
+    """
+    (b, s, heads, dim), t, kv_heads = q.shape, k.shape[1], k.shape[2]
+    grouped = q.reshape(b, s, kv_heads, heads // kv_heads, dim)
+    scores = product("bskgh,btkh->bkgst", grouped, k, dtype=q.dtype, out_dtype=jnp.float32) * mask.scale
+    if mask.softcap:
+        scores = mask.softcap * jnp.tanh(scores / mask.softcap)
+    scores = jnp.where(visible(mask, s, t)[:, None, None], scores, MASKED)
+    out = product("bkgst,btkh->bskgh", jax.nn.softmax(scores), v, dtype=q.dtype)
+    return out.reshape(b, s, heads, dim)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    """cuDNN's fused attention on NVIDIA GPUs; arguments and result as of `plain`, features as the table says."""
+    # jax counts the positions to the left of the query, without the query's own.
+    window = (mask.window - 1, 0) if mask.window else None
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=mask.scale, is_causal=mask.causal, local_window_size=window, implementation="cudnn"
+    )
+
+
+def features(mask: Mask) -> frozenset[str]:
+    """The features, out of `FEATURES`, that a back end must have to honour `mask`."""
+    asked = {
+        "windows": bool(mask.window),
+        "softcap": bool(mask.softcap),
+        "segments": mask.segments_q is not None or mask.segments_k is not None,
+        "decode": mask.q_offset is not None,
+        "bidirectional": not mask.causal,
+    }
+    return frozenset(name for name in FEATURES if asked[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation and what it declares to be able to do."""
+
+    name: str
+    kernel: AttentionFn
+    platforms: tuple[str, ...] = ()  # of jax.Device.platform; empty: any
+    dtypes: tuple[str, ...] = ()  # empty: any
+    max_head_dim: int = 0  # 0: any
+    head_dim_multiple: int = 1
+    features: frozenset[str] = frozenset()
+
+    def refusal(self, *, platform: str, dtype: Any, head_dim: int, needs: frozenset[str]) -> str:
+        """Why this back end cannot serve, in words; empty if it can."""
+        dtype = jnp.dtype(dtype).name
+        if self.platforms and platform not in self.platforms:
+            return f"runs on {' or '.join(self.platforms)}, not on {platform}"
+        if self.dtypes and dtype not in self.dtypes:
+            return f"computes in {' or '.join(self.dtypes)}, not in {dtype}"
+        highest = self.max_head_dim or head_dim
+        if head_dim % self.head_dim_multiple or head_dim > highest:
+            return f"takes head dims up to {highest} that {self.head_dim_multiple} divides, not {head_dim}"
+        if missing := needs - self.features:
+            return f"cannot do {', '.join(sorted(missing))}"
+        return ""
+
+    def function(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        """Attention of q (B, S, H, h) over k and v (B, T, K, h), to (B, S, H, h).
+
+        Raises:
+          ValueError: the mask asks for what this back end does not declare.
+        """
+        if missing := features(mask) - self.features:
+            raise ValueError(
+                f"attention back end {self.name!r} cannot do {', '.join(sorted(missing))}; "
+                "take the one that attention.choose names for this mask, or attention.plain, which does everything"
+            )
+        return self.kernel(q, k, v, mask)
+
+
+# In order of preference. cuDNN is handed no segments and no soft-cap because it would leave them out silently.
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        "cudnn",
+        cudnn,
+        platforms=("gpu", "cuda"),
+        dtypes=("bfloat16", "float16"),
+        max_head_dim=128,
+        head_dim_multiple=8,
+        features=frozenset({"windows"}),
+    ),
+    Backend(
+        "heads_loop",
+        heads_loop,
+        platforms=("cpu",),
+        features=frozenset({"windows", "softcap", "segments", "bidirectional"}),
+    ),
+    Backend("plain", plain, features=frozenset(FEATURES)),
+)
+
+
+def choose(
+    *, platform: str, dtype: Any, head_dim: int, segments: bool, windows: bool, softcap: bool, decode: bool = False
+) -> Backend:
+    """The first back end of the table that can do all that is asked, for causal attention.
+
+    Args:
+      platform: of the devices, e.g. "cpu", "gpu", "tpu".
+      segments, windows, softcap, decode: whether masks will have them; `decode` is a `q_offset`.
+
+    Raises:
+      ValueError: no back end can serve; the message says why of each.
+    """
+    asked = {"segments": segments, "windows": windows, "softcap": softcap, "decode": decode}
+    needs = frozenset(name for name, wanted in asked.items() if wanted)
+    refusals = {}
+    for backend in BACKENDS:
+        why = backend.refusal(platform=platform, dtype=dtype, head_dim=head_dim, needs=needs)
+        if not why:
+            return backend
+        refusals[backend.name] = why
+    raise ValueError("no attention back end can serve: " + "; ".join(f"{k} {v}" for k, v in refusals.items()))

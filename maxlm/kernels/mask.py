@@ -1,0 +1,52 @@
+"""What a query sees: the description of a mask that every attention back end takes.
+
+Shapes: B batch, S query positions, T key positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a row that sees nothing gets an average instead of NaN; far below any score.
+MASKED = -1e30
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["segments_q", "segments_k", "q_offset"],
+    meta_fields=["scale", "window", "softcap", "causal"],
+)
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """What a query sees and how scores are formed. A pytree: arrays are leaves, the rest is static.
+
+    A key is seen if it does not come after the query (`causal`), lies fewer than `window` positions before it, and
+    has the same segment. Positions are row indexes, query i standing at `q_offset + i` among the keys.
+    """
+
+    scale: float  # factor on q·k
+    window: int = 0  # positions seen, the query's own included; 0: all
+    softcap: float = 0.0  # scores become c*tanh(score/c); 0: left alone
+    causal: bool = True
+    segments_q: jax.Array | None = None  # (B, S) int32; None: one document
+    segments_k: jax.Array | None = None  # (B, T) int32
+    q_offset: jax.Array | int | None = None  # () or (B,) int32, in decoding; None: 0
+
+
+def visible(mask: Mask, queries: int, keys: int) -> jax.Array:
+    """Which keys each query sees: bool (B or 1, S, T)."""
+    offset = jnp.asarray(0 if mask.q_offset is None else mask.q_offset)
+    q = (jnp.atleast_1d(offset)[:, None] + jnp.arange(queries))[:, :, None]
+    k = jnp.arange(keys)[None, None, :]
+    seen = jnp.ones((1, queries, keys), bool)
+    if mask.causal:
+        seen &= k <= q
+    if mask.window:
+        seen &= q - k < mask.window
+    if mask.segments_q is not None and mask.segments_k is not None:
+        seen &= mask.segments_q[:, :, None] == mask.segments_k[:, None, :]
+    return seen

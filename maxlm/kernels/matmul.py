@@ -1,0 +1,78 @@
+"""Matrix products in the compute dtype with float32 accumulation, forwards and backwards.
+
+Every product of the model goes through `einsum`. Left to itself, automatic differentiation multiplies a float32
+cotangent by a bfloat16 operand, which is a float32 product on a GPU and a slow path on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+SAVED_NAME = "matmul"  # what a remat policy calls the products' results, in their final dtype
+
+
+def einsum(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any) -> jax.Array:
+    """Multiplies activations `x` by a weight `w`, e.g. `"bsd,dhk->bshk"`: a `product` that remat can save by name."""
+    return checkpoint_name(product(spec, x, w, dtype=dtype), SAVED_NAME)
+
+
+def product(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, out_dtype: Any = None) -> jax.Array:
+    """Multiplies two arrays as `spec` says.
+
+    Both operands are cast to `dtype`, sums are float32, and the result is cast to `out_dtype` (by default `dtype`).
+    The gradient of `x` and of `w` are products of operands in `dtype` as well, summed in float32 and returned in the
+    dtype in which `x` and `w` came: a float32 master weight gets a float32 gradient that was never rounded.
+
+    Raises:
+      ValueError: a label stands twice in one term, or is summed over in one operand alone (the gradient of such a
+        product is not an einsum of the same kind).
+    """
+    _check(spec)
+    # The cast of the input is outside the custom gradient, so the input's own dtype is given back by `astype`.
+    return _multiply(spec, jnp.dtype(dtype), jnp.dtype(out_dtype or dtype), x.astype(dtype), w)
+
+
+def _check(spec: str) -> None:
+    left, right, out = _terms(spec)
+    for term in (left, right, out):
+        if len(set(term)) != len(term):
+            raise ValueError(f"einsum {spec!r}: a label stands twice in {term!r}; give each dim its own label")
+    if lonely := (set(left) ^ set(right)) - set(out):
+        raise ValueError(f"einsum {spec!r}: {sorted(lonely)} stand in one operand only; sum over them before")
+
+
+def _terms(spec: str) -> tuple[str, str, str]:
+    operands, out = spec.replace(" ", "").split("->")
+    left, right = operands.split(",")
+    return left, right, out
+
+
+def _dot(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, out_dtype: Any) -> jax.Array:
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jnp.einsum(spec, x.astype(dtype), w.astype(dtype), preferred_element_type=wide).astype(out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _multiply(spec: str, dtype: Any, out_dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _dot(spec, x, w, dtype=dtype, out_dtype=out_dtype)
+
+
+def _forward(spec: str, dtype: Any, out_dtype: Any, x: jax.Array, w: jax.Array) -> Any:
+    # The weight is kept as it came: a copy in the compute dtype would be a second copy of the parameters.
+    return _dot(spec, x, w, dtype=dtype, out_dtype=out_dtype), (x, w)
+
+
+def _backward(spec: str, dtype: Any, out_dtype: Any, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = kept
+    left, right, out = _terms(spec)
+    dx = _dot(f"{out},{right}->{left}", g, w, dtype=dtype, out_dtype=x.dtype)
+    dw = _dot(f"{left},{out}->{right}", x, g, dtype=dtype, out_dtype=w.dtype)
+    return dx, dw
+
+
+_multiply.defvjp(_forward, _backward)

@@ -1,0 +1,246 @@
+"""The decoder language model: embedding, a scanned stack of blocks, a final norm and the output head.
+
+Shapes: B batch, S sequence, t new tokens, C cache slots, D embed, V vocab, L layers, c windows in a cycle.
+
+A block is composed of an attention and a feed-forward module by `make_block`; another family hands `Decoder` another
+maker of blocks. Matrices start as normal with standard deviation 1 / sqrt(fan_in), those that write into the residual
+stream as `layers.residual_init` says, the embedding at `config.embed_std`, the untied head at 1 / sqrt(D), scales at
+one and biases at zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.config import ModelConfig
+from maxlm.model.attention import AttentionOut, GroupedQueryAttention, KeyValues, Sight
+from maxlm.model.layers import Embedding, Head, capped_logits, make_norm
+from maxlm.model.mlp import Mlp
+from maxlm.model.param import param_specs, stack
+from maxlm.model.runtime import Runtime, rematerialised
+
+Params = dict[str, Any]
+
+
+class HiddenOut(NamedTuple):
+    """hidden_BSD: after the final norm, compute dtype. norms: `residual`, RMS of the stream after each layer, (L,)."""
+
+    hidden_BSD: jax.Array
+    norms: dict[str, jax.Array]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, for rows that are padded on the left.
+
+    All rows are written at the same slots, which keeps a decoding step free of scatters: a prompt of n tokens in a
+    batch whose longest has m is given m - n padding tokens (of any id) in front, and `padding` says how many. Slot s
+    of row b holds that row's token at position s - padding[b]; slots below padding[b] are seen by no token.
+    """
+
+    memory: KeyValues  # (L, B, C, K, h)
+    padding: jax.Array  # (B,) int32
+    used: jax.Array  # () int32: slots filled, padding included
+
+
+class DecodeOut(NamedTuple):
+    """hidden: (B, t, D) after the final norm; at padding tokens it means nothing. cache: with the t tokens in it."""
+
+    hidden: jax.Array
+    cache: Cache
+
+
+class ModelParts(NamedTuple):
+    """A model without values: its structure, and a ParamSpec for each of its parameters (nested dict)."""
+
+    graphdef: Any
+    specs: dict[str, Any]
+
+
+class _Attention(Protocol):
+    def __call__(
+        self, x: jax.Array, *, sight: Sight, window: int, runtime: Runtime, memory: KeyValues | None = None
+    ) -> AttentionOut: ...
+
+
+class _FeedForward(Protocol):
+    def __call__(self, x: jax.Array, *, runtime: Runtime) -> jax.Array: ...
+
+
+class Block(nnx.Module):
+    """x + attention(x), then x + feed_forward(x), each branch normed before, after or both (`norm_placement`)."""
+
+    def __init__(self, config: ModelConfig, *, attention: _Attention, mlp: _FeedForward, rngs: nnx.Rngs):
+        before, after = config.norm_placement in ("pre", "both"), config.norm_placement in ("post", "both")
+        self.attention_norm = make_norm(config, rngs=rngs) if before else None
+        self.attention = attention
+        self.attention_out_norm = make_norm(config, rngs=rngs) if after else None
+        self.mlp_norm = make_norm(config, rngs=rngs) if before else None
+        self.mlp = mlp
+        self.mlp_out_norm = make_norm(config, rngs=rngs) if after else None
+
+    def __call__(
+        self, x: jax.Array, *, sight: Sight, window: int, runtime: Runtime, memory: KeyValues | None = None
+    ) -> AttentionOut:
+        """(B, S, D) -> the stream after the block, and the layer's keys and values if it was given any."""
+        with jax.named_scope("attention"):
+            branch = self.attention_norm(x) if self.attention_norm else x
+            attended = self.attention(branch, sight=sight, window=window, runtime=runtime, memory=memory)
+            branch = self.attention_out_norm(attended.out) if self.attention_out_norm else attended.out
+            x = runtime.constrain(x + branch, ("batch", "seq", None))
+        with jax.named_scope("mlp"):
+            branch = self.mlp(self.mlp_norm(x) if self.mlp_norm else x, runtime=runtime)
+            branch = self.mlp_out_norm(branch) if self.mlp_out_norm else branch
+            x = runtime.constrain(x + branch, ("batch", "seq", None))
+        return AttentionOut(x, attended.memory)
+
+
+def make_block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """A block of grouped-query attention and a dense feed-forward half."""
+    return Block(
+        config,
+        attention=GroupedQueryAttention(config, rngs=rngs),
+        mlp=Mlp(config, rngs=rngs),
+        rngs=rngs,
+    )
+
+
+class _LayersOut(NamedTuple):
+    x: jax.Array  # (B, S, D)
+    rms: jax.Array  # (L,) float32
+    memory: KeyValues | None  # (L, B, C, K, h)
+
+
+class Decoder(nnx.Module):
+    """Holds float32 parameters and the config; everything else is handed to its methods."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        make_block: Callable[[ModelConfig, nnx.Rngs], Block] = make_block,
+    ):
+        self.config = config
+        self.embedding = Embedding(config, rngs=rngs)
+        self.layers = stack(functools.partial(make_block, config), rngs=rngs, count=config.num_layers)
+        self.final_norm = make_norm(config, rngs=rngs)
+        self.head = None if config.tie_embeddings else Head(config, rngs=rngs)
+
+    def hidden(
+        self, tokens_BS: jax.Array, *, positions_BS: jax.Array, segments_BS: jax.Array | None, runtime: Runtime
+    ) -> HiddenOut:
+        """Runs the model over whole rows.
+
+        Args:
+          tokens_BS, positions_BS: int32.
+          segments_BS: int32 document numbers; a token sees its own document only. None: a row is one document.
+        """
+        sight = Sight(positions_BS, segments_BS, segments_BS)
+        out = self._run(tokens_BS, sight=sight, runtime=runtime, memory=None)
+        return HiddenOut(out.x, {"residual": out.rms})
+
+    def decode(self, tokens_Bt: jax.Array, *, cache: Cache, runtime: Runtime) -> DecodeOut:
+        """Continues every row of the cache by t tokens: a prefill with t > 1, a decoding step with t = 1.
+
+        The first call is given the prompts, padded on the left as `Cache` says. The caller sees to it that no more
+        than C tokens are written in all; beyond that, the last slots would be overwritten.
+        """
+        slots = cache.used + jnp.arange(tokens_Bt.shape[1], dtype=jnp.int32)
+        capacity = jnp.arange(cache.memory.keys.shape[2], dtype=jnp.int32)
+        padding = cache.padding[:, None]
+        # Slots that are not filled yet come after every query, so that causality hides them.
+        sight = Sight(
+            positions=jnp.maximum(slots - padding, 0),
+            segments_q=(slots >= padding).astype(jnp.int32),
+            segments_k=(capacity >= padding).astype(jnp.int32),
+            offset=cache.used,
+        )
+        out = self._run(tokens_Bt, sight=sight, runtime=runtime, memory=cache.memory)
+        assert out.memory is not None  # it was given one
+        return DecodeOut(out.x, Cache(out.memory, cache.padding, cache.used + tokens_Bt.shape[1]))
+
+    def head_matrix(self) -> jax.Array:
+        """The output matrix (D, V), float32; the transposed embedding if they are tied."""
+        return self.embedding.table[...].T if self.head is None else self.head.kernel[...]
+
+    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """(B, S, D) -> (B, S, V) float32, soft-capped as the config says."""
+        return capped_logits(hidden_BSD, self.head_matrix(), softcap=self.config.logits_softcap)
+
+    def _run(self, tokens: jax.Array, *, sight: Sight, runtime: Runtime, memory: KeyValues | None) -> _LayersOut:
+        with jax.named_scope("embed"):
+            x = self.embedding(tokens, runtime=runtime)
+        with jax.named_scope("layers"):
+            out = self._layers(x, sight=sight, runtime=runtime, memory=memory)
+        with jax.named_scope("final_norm"):
+            return out._replace(x=runtime.constrain(self.final_norm(out.x), ("batch", "seq", None)))
+
+    def _layers(self, x: jax.Array, *, sight: Sight, runtime: Runtime, memory: KeyValues | None) -> _LayersOut:
+        """Scans over whole cycles of windows, so that the program does not grow with depth; the rest is a suffix."""
+        graphdef, state = nnx.split(self.layers)
+        stacked = (nnx.to_pure_dict(state), memory)
+        windows = self.config.attention.windows
+
+        def run(x: jax.Array, layers: Any, *, index: int) -> tuple[jax.Array, Any]:
+            # A layer is cut out of its cycle here, under `rematerialised`, which then keeps no copy of its parameters.
+            params, memory = jax.tree.map(lambda p: p[index], layers) if len(windows) > 1 else layers
+            out = nnx.merge(graphdef, params)(x, sight=sight, window=windows[index], runtime=runtime, memory=memory)
+            return out.out, (_rms(out.out), out.memory)
+
+        blocks = [rematerialised(functools.partial(run, index=i), runtime) for i in range(len(windows))]
+
+        def cycle(x: jax.Array, layers: Any, count: int = len(windows)) -> tuple[jax.Array, Any]:
+            outs = []
+            for block in blocks[:count]:
+                x, out = block(x, layers)
+                outs.append(out)
+            return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
+
+        cycles, rest = divmod(self.config.num_layers, len(windows))
+        scanned, folded = cycles * len(windows), stacked
+        if len(windows) > 1:
+            folded = jax.tree.map(lambda p: p[:scanned].reshape(cycles, len(windows), *p.shape[1:]), stacked)
+        x, out = jax.lax.scan(cycle, x, folded)
+        out = jax.tree.map(lambda y: y.reshape(scanned, *y.shape[2:]), out)
+        if rest:
+            x, suffix = cycle(x, jax.tree.map(lambda p: p[scanned:], stacked), rest)
+            out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, suffix)
+        return _LayersOut(x, *out)
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    """Root mean square over everything, float32; for watching only, so without a gradient."""
+    return jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))))
+
+
+def init_cache(
+    config: ModelConfig, batch: int, *, capacity: int, dtype: Any, padding: jax.Array | None = None
+) -> Cache:
+    """An empty cache of `capacity` slots a row; `padding` (B,) int32 as `Cache` says, None: no row is padded."""
+    attention = config.attention
+    shape = (config.num_layers, batch, capacity, attention.kv_heads, attention.head_dim)
+    memory = KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    pads = jnp.zeros(batch, jnp.int32) if padding is None else jnp.asarray(padding, jnp.int32)
+    return Cache(memory, pads, jnp.zeros((), jnp.int32))
+
+
+def split_model(config: ModelConfig) -> ModelParts:
+    """The model's structure and parameter declarations, without computing anything."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    return ModelParts(nnx.graphdef(model), param_specs(model))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters, the same bits for a key under any jit and sharding."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+
+def merge(graphdef: Any, params: Params) -> Decoder:
+    """The model of `split_model(...).graphdef` with these parameters (nested dict of arrays)."""
+    return nnx.merge(graphdef, params)

@@ -1,0 +1,138 @@
+"""The one ledger of parameters and matrix-product FLOPs, read off the parameters' declarations.
+
+Shapes: S sequence, D embed, H query heads, h head dim, V vocab, L layers. A product of (m, k) by (k, n) is 2 m k n
+FLOPs; a backward pass is two products for each of the forward pass. Elementwise work is not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax.extend import core
+
+from maxlm import tree
+from maxlm.config import ModelConfig
+from maxlm.model.decoder import split_model
+from maxlm.model.param import ParamSpec
+
+TRAINING = 3  # forward, and two products of the backward pass for each
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """Counts for a model and a sequence length. FLOPs are a token's, averaged over the positions of a row.
+
+    params_by_component: embedding, attention, mlp, norms, head (absent if tied).
+    forward: FLOPs of the forward pass by component: attention (projections), scores (both products of attention, over
+      the positions that causality and windows leave), mlp, head. Documents that end within a row see less still.
+    scores_as_computed: what `scores` is where all S positions are multiplied and masked afterwards.
+    six_n: 6 N, N being all parameters but an embedding table that is only looked up (Kaplan et al. 2020).
+    """
+
+    params_by_component: Mapping[str, int]
+    forward: Mapping[str, float]
+    scores_as_computed: float
+    six_n: float
+
+    @property
+    def params_total(self) -> int:
+        """All parameters; tied ones once."""
+        return sum(self.params_by_component.values())
+
+    @property
+    def params_nonembedding(self) -> int:
+        """Parameters without the embedding table and the head."""
+        return self.params_total - sum(self.params_by_component.get(name, 0) for name in ("embedding", "head"))
+
+    @property
+    def causal_exact(self) -> float:
+        """Training FLOPs a token that the model asks for."""
+        return TRAINING * sum(self.forward.values())
+
+    @property
+    def as_computed(self) -> float:
+        """Forward FLOPs a token that the plain program, with all S x S scores, performs."""
+        return sum(self.forward.values()) - self.forward["scores"] + self.scores_as_computed
+
+
+def ledger(config: ModelConfig, *, sequence_length: int) -> Ledger:
+    """The counts of a resolved model config over rows of `sequence_length` positions."""
+    specs: dict[str, ParamSpec] = tree.paths(split_model(config).specs)
+    params: dict[str, int] = {}
+    forward: dict[str, float] = {}
+    for path, spec in specs.items():
+        component = _component(path)
+        params[component] = params.get(component, 0) + spec.size
+        if spec.contract:
+            forward[component] = forward.get(component, 0.0) + 2.0 * spec.size
+    if config.tie_embeddings:
+        forward["head"] = 2.0 * specs["embedding/table"].size
+    looked_up = 0 if config.tie_embeddings else params["embedding"]
+    # Query times key and weight times value: 2 H h FLOPs each for a position seen.
+    seen = 4.0 * config.attention.q_heads * config.attention.head_dim
+    windows = config.attention.windows
+    positions = [_positions_seen(windows[i % len(windows)], sequence_length) for i in range(config.num_layers)]
+    return Ledger(
+        params_by_component=params,
+        forward=forward | {"scores": seen * sum(positions)},
+        scores_as_computed=seen * sequence_length * config.num_layers,
+        six_n=6.0 * (sum(params.values()) - looked_up),
+    )
+
+
+def _component(path: str) -> str:
+    parts = path.split("/")
+    if any(part.endswith("norm") for part in parts[:-1]):
+        return "norms"
+    return parts[1] if parts[0] == "layers" else parts[0]
+
+
+def _positions_seen(window: int, sequence: int) -> float:
+    """Positions that a query sees, its own included, on average over a row; window 0 is no limit."""
+    reach = min(window or sequence, sequence)
+    return (reach * (reach + 1) / 2 + (sequence - reach) * reach) / sequence
+
+
+def count_matmul_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
+    """FLOPs of all `dot_general`s that a run of the program performs.
+
+    A scan's body counts once a trip, a `cond` as its dearest branch, a `shard_map` for all of its devices.
+
+    Raises:
+      ValueError: a `while` with products in it, whose trips are not known before it runs.
+    """
+    return sum(_equation_flops(equation) for equation in _open(jaxpr).eqns)
+
+
+def _equation_flops(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    inner = [count_matmul_flops(sub) for sub in _subprograms(params)]
+    if name == "cond":
+        return max(inner)
+    if name == "while" and sum(inner):
+        raise ValueError(
+            "matrix products inside a while loop cannot be counted, as its trips are unknown; use scan, or a "
+            "fori_loop with constant bounds"
+        )
+    trips = params["length"] if name == "scan" else 1
+    if name == "shard_map":
+        trips = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+    return trips * sum(inner)
+
+
+def _subprograms(params: Mapping[str, Any]) -> Iterator[core.Jaxpr | core.ClosedJaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (core.Jaxpr, core.ClosedJaxpr)):
+                yield item
+
+
+def _open(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
+    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr

@@ -1,0 +1,128 @@
+"""Norms, rotary positions and the embedding table.
+
+Shapes: B batch, S sequence, D embed, H heads, h head dim, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.config import ModelConfig
+from maxlm.kernels.matmul import product
+from maxlm.model.param import Initializer, constant, fan_in_normal, normal, parameter
+from maxlm.model.runtime import Runtime, cheap
+
+
+def residual_init(config: ModelConfig) -> Initializer:
+    """Of the matrices that write into the residual stream, one of `config.init`:
+
+    - depth_scaled: normal, 1 / sqrt(fan_in) / sqrt(2 L), so that the 2 L branches add up to unit variance
+      (Radford et al. 2019, section 2.3)
+    - fan_in: normal, 1 / sqrt(fan_in), as all other matrices
+    - zero_output: zero, so that every block begins as the identity
+    """
+    match config.init:
+        case "depth_scaled":
+            return fan_in_normal(1 / math.sqrt(2 * config.num_layers))
+        case "fan_in":
+            return fan_in_normal(1.0)
+        case "zero_output":
+            return constant(0.0)
+        case other:
+            raise ValueError(f"model.init is {other!r}; it can be depth_scaled, fan_in or zero_output")
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Divides the last dim by its root mean square, in float32 (Zhang & Sennrich 2019); returns x's dtype."""
+
+    def normalise(x: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(square + epsilon) * scale).astype(x.dtype)
+
+    return cheap(normalise)(x, scale)
+
+
+class RMSNorm(nnx.Module):
+    """(B, S, D) -> (B, S, D), with a scale a dim."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.epsilon = config.norm_epsilon
+        self.scale = parameter(rngs, {"embed": config.embed_dim}, init=constant(1.0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
+class LayerNorm(nnx.Module):
+    """(B, S, D) -> (B, S, D), with a scale and a bias a dim, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.epsilon = config.norm_epsilon
+        self.scale = parameter(rngs, {"embed": config.embed_dim}, init=constant(1.0))
+        self.bias = parameter(rngs, {"embed": config.embed_dim}, init=constant(0.0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+            wide = x.astype(jnp.float32)
+            wide -= jnp.mean(wide, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+            return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
+
+        return cheap(normalise)(x, self.scale[...], self.bias[...])
+
+
+def make_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
+    """The norm of the residual stream that `config.norm` names."""
+    kinds: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+    return kinds[config.norm](config, rngs=rngs)
+
+
+def rotary(x: jax.Array, positions: jax.Array, *, theta: float) -> jax.Array:
+    """Turns each pair (i, i + h/2) of a head's dims by position * theta^(-2i/h) (Su et al. 2021; Llama's pairing).
+
+    Args: x (B, S, H, h); positions (B, S) int32. Angles and products are float32; returns x's dtype.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """The table of token vectors."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.scale = math.sqrt(config.embed_dim) if config.embed_scale else 1.0
+        dims = {"vocab": config.vocab_size, "embed": config.embed_dim}
+        self.table = parameter(rngs, dims, init=normal(config.embed_std))
+
+    def __call__(self, tokens: jax.Array, *, runtime: Runtime) -> jax.Array:
+        """(B, S) int32 -> (B, S, D). A token outside the vocabulary gives NaN, which the update guard refuses."""
+        # Looked up in float32 and cast after, so that the gradient of a frequent token adds up in float32.
+        rows = jnp.take(self.table[...], tokens, axis=0) * self.scale
+        return runtime.constrain(rows.astype(runtime.dtype), ("batch", "seq", None))
+
+
+class Head(nnx.Module):
+    """The output matrix of an untied model. It starts as normal with 1 / sqrt(D): unit logits of normed hidden states."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dims = {"embed": config.embed_dim, "vocab": config.vocab_size}
+        self.kernel = parameter(rngs, dims, contract=("embed",), init=fan_in_normal(1.0))
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap), or x itself where cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def capped_logits(hidden: jax.Array, head: jax.Array, *, softcap: float) -> jax.Array:
+    """(B, S, D) x (D, V) -> float32 logits (B, S, V); operands in hidden's dtype, float32 sums."""
+    return soft_cap(product("bsd,dv->bsv", hidden, head, dtype=hidden.dtype, out_dtype=jnp.float32), softcap)

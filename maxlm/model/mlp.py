@@ -1,0 +1,73 @@
+"""The feed-forward half of a block.
+
+Shapes: B batch, S sequence, D embed, F mlp.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from maxlm.config import ModelConfig
+from maxlm.kernels.matmul import einsum
+from maxlm.model.layers import residual_init
+from maxlm.model.param import constant, fan_in_normal, parameter
+from maxlm.model.runtime import Runtime, cheap
+
+
+def _relu2(x: jax.Array) -> jax.Array:
+    return jnp.square(jax.nn.relu(x))  # So et al. 2021
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "relu2": _relu2,
+}
+
+
+class Mlp(nnx.Module):
+    """act(x up) down, or with a gate (Shazeer 2020) act(x gate) * (x up) down; GELU in its tanh form."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.kind = config.mlp.kind
+        embed, mlp = {"embed": config.embed_dim}, {"mlp": config.mlp.dim}
+        inner, zero = fan_in_normal(1.0), constant(0.0)
+        self.gate = parameter(rngs, embed | mlp, contract=("embed",), init=inner) if self.gated else None
+        self.up = parameter(rngs, embed | mlp, contract=("embed",), init=inner)
+        self.down = parameter(rngs, mlp | embed, contract=("mlp",), init=residual_init(config))
+        self.gate_bias = parameter(rngs, mlp, init=zero) if self.gated and config.mlp.bias else None
+        self.up_bias = parameter(rngs, mlp, init=zero) if config.mlp.bias else None
+        self.down_bias = parameter(rngs, embed, init=zero) if config.mlp.bias else None
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate multiplies the hidden dims."""
+        return self.kind.endswith("glu")
+
+    def __call__(self, x: jax.Array, *, runtime: Runtime) -> jax.Array:
+        """(B, S, D) -> (B, S, D) in the compute dtype."""
+
+        def inward(kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+            y = einsum("bsd,df->bsf", x, kernel[...], dtype=runtime.dtype)
+            if bias is not None:
+                y += bias[...].astype(y.dtype)
+            return checkpoint_name(runtime.constrain(y, ("batch", "seq", "mlp")), "mlp_hidden")
+
+        activation = ACTIVATIONS[self.kind]
+        up = inward(self.up, self.up_bias)
+        if self.gate is None:
+            hidden = cheap(activation)(up)
+        else:
+            hidden = cheap(lambda gate, up: activation(gate) * up)(inward(self.gate, self.gate_bias), up)
+        y = einsum("bsf,fd->bsd", hidden, self.down[...], dtype=runtime.dtype)
+        if self.down_bias is not None:
+            y += self.down_bias[...].astype(y.dtype)
+        return checkpoint_name(y, "mlp_out")

@@ -1,0 +1,70 @@
+"""How a model is run, as opposed to what it is: handed in from outside, so that modules hold parameters only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config import ACTIVATION_NAMES
+from maxlm.kernels import attention
+from maxlm.kernels.matmul import SAVED_NAME
+
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, attention.Mask], jax.Array]
+BlockFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+ArrayFn = Callable[..., jax.Array]
+
+
+def _unconstrained(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
+    del logical
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Precision, placement, kernels and memory policy of a forward pass.
+
+    dtype: of activations and of the operands of products; parameters, norms, softmax and loss are float32 regardless.
+    constrain: pins an activation with these logical axes, e.g. ('batch', 'seq', None), to its devices.
+    attend: (q (B,S,H,h), k (B,T,K,h), v (B,T,K,h), Mask) -> (B,S,H,h).
+    remat: what the backward pass finds saved: `none` (everything), `full` (block inputs only), `matmuls` (the products
+      of `kernels.matmul.einsum` and attention's result besides), `custom` (block inputs and `remat_names`, out of config.ACTIVATION_NAMES).
+    """
+
+    dtype: Any = jnp.float32
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = _unconstrained
+    attend: AttentionFn = attention.plain
+    remat: str = "none"
+    remat_names: tuple[str, ...] = ()
+
+
+def rematerialised(block: BlockFn, runtime: Runtime) -> BlockFn:
+    """The block, recomputing in the backward pass what `runtime.remat` does not keep.
+
+    Raises:
+      ValueError: the policy or one of its names is unknown.
+    """
+    policies = jax.checkpoint_policies
+    match runtime.remat:
+        case "none":
+            return block
+        case "full":
+            policy = policies.nothing_saveable
+        case "matmuls":
+            policy = policies.save_only_these_names(SAVED_NAME, "attention_out")
+        case "custom":
+            if unknown := set(runtime.remat_names) - set(ACTIVATION_NAMES):
+                raise ValueError(f"remat_names has {sorted(unknown)}; choose from {', '.join(ACTIVATION_NAMES)}")
+            policy = policies.save_only_these_names(*runtime.remat_names)
+        case other:
+            raise ValueError(f"remat is {other!r}; it can be none, full, matmuls or custom")
+    # In a scan XLA cannot merge the recomputation with the forward pass; the barriers against that are left out.
+    return jax.checkpoint(block, prevent_cse=False, policy=policy)
+
+
+def cheap(function: ArrayFn) -> ArrayFn:
+    """An elementwise function or norm whose float32 intermediates are recomputed rather than kept for the gradient."""
+    return jax.checkpoint(function, prevent_cse=False)

@@ -1,0 +1,76 @@
+"""The one sharding table: which mesh axes a logical axis is spread over, for parameters and activations alike.
+
+A parameter's `embed` axis is sharded over `fsdp` (its weights are gathered a layer at a time); the `embed` dim of an
+activation is never sharded and has the logical axis None, since `fsdp` already spreads the activation's batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "seq": ("context",),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "q_heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    "layers": (),
+    "stage": ("pipeline",),
+}
+
+
+class ShardingError(ValueError):
+    """A logical axis is unknown, or two of one array want the same mesh axis."""
+
+
+def partition(logical: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]] = RULES) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes.
+
+    Raises:
+      ShardingError: for an unknown logical axis, or a mesh axis wanted by two dims of the array, naming both.
+    """
+    used: dict[str, str] = {}
+    entries: list[Any] = []
+    for name in logical:
+        if name is not None and name not in rules:
+            raise ShardingError(f"the logical axis {name!r} is not in the sharding table; known: {', '.join(rules)}")
+        axes = rules[name] if name is not None else ()
+        for axis in axes:
+            if axis in used:
+                raise ShardingError(
+                    f"the logical axes {used[axis]!r} and {name!r} of one array {logical} both want the mesh axis "
+                    f"{axis!r}; give one of them another row of the sharding table"
+                )
+            used[axis] = name or ""
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries)
+
+
+def named_sharding(mesh: Mesh, logical: tuple[str | None, ...]) -> NamedSharding:
+    """The sharding on `mesh` of an array with these logical axes; () for a scalar, which is replicated."""
+    return NamedSharding(mesh, partition(logical))
+
+
+def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """A function that pins an activation to its place in the table; handed to the model as `Runtime.constrain`."""
+
+    def constrain(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical))
+
+    return constrain
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut. Not the number of processes: two may own the same rows."""
+    shards = 1
+    for axis in RULES["batch"]:
+        shards *= mesh.shape[axis]
+    return shards

@@ -1,0 +1,368 @@
+"""From a `ConfigDict` to a checked `Config`, and back.
+
+`resolve` is a pure function: it reads no file, no environment and no device, and it reports every problem at once,
+each as one sentence that says what was given, what was expected and what to type instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from maxlm import config as schema
+from maxlm.config import Config, ModelConfig, ParallelConfig
+from maxlm.errors import UserError
+
+MESH_AXES = tuple(field.name for field in dataclasses.fields(ParallelConfig))
+
+
+class ConfigError(UserError):
+    """The config has problems; `problems` holds one sentence for each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(["the config has problems:", *(f"  - {problem}" for problem in problems)]))
+
+
+def as_config_dict(config: Config) -> ConfigDict:
+    """The config as a locked, typed ConfigDict, as `get_config()` of a config file returns it."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return value
+
+    return ConfigDict(plain(config), type_safe=True, convert_dict=True).lock()
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Every leaf of a config (or section) as (dotted path, its field with doc and unit, value)."""
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{path}.")
+        elif "of" in field.metadata:
+            for name, item in value.items():
+                yield from leaves(item, f"{path}.{name}.")
+        else:
+            yield path, field, value
+
+
+def differences(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Leaves that are not at their default, as path -> (default, value); a named entry is held against a new one."""
+    plain = {path: field.default for path, field, _ in leaves(config)}
+    return {path: (plain[path], value) for path, _, value in leaves(config) if plain[path] != value}
+
+
+def resolve(given: ConfigDict | Mapping[str, Any] | Config, *, devices: int | None = None) -> Config:
+    """The checked config, with values that follow from others filled in.
+
+    Args:
+      given: what `get_config()` returned, with overrides applied, or a `Config`.
+      devices: how many devices the mesh has; None leaves a -1 in `parallel` and the mesh's size unchecked.
+
+    Raises:
+      ConfigError: naming every problem.
+    """
+    raw = as_config_dict(given).to_dict() if isinstance(given, Config) else _to_dict(given)
+    problems: list[str] = []
+    config = _build(Config, raw, "", problems)
+    if problems:  # relations between values are checked only once the values themselves are sound
+        raise ConfigError(problems)
+    config = dataclasses.replace(config, model=_filled_model(config.model), parallel=_filled_mesh(config, devices))
+    problems = [problem for check in _CHECKS for problem in check(config)]
+    problems += _check_devices(config, devices)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _to_dict(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    return given.to_dict() if isinstance(given, ConfigDict) else dict(given)
+
+
+# --- values one by one -----------------------------------------------------------------------------------------------
+
+
+def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
+    """A dataclass from nested dicts; what is wrong is appended to `problems` and left at its default."""
+    if not isinstance(raw, Mapping):
+        problems.append(f"{prefix.rstrip('.')} is {raw!r}, but it is a section: give a mapping of its settings")
+        return cls()
+    hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            known = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(sorted(fields))}"
+            problems.append(f"{prefix}{key} is not a setting; {known}")
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name not in raw:
+            continue
+        path, item = f"{prefix}{name}", raw[name]
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(typing.cast(type, hints[name]), item, f"{path}.", problems)
+        elif "of" in field.metadata:
+            values[name] = {key: _build(field.metadata["of"], sub, f"{path}.{key}.", problems) for key, sub in item.items()}
+        else:
+            found = len(problems)
+            value = _convert(item, hints[name], path, problems)
+            if len(problems) == found:
+                problems.extend(_out_of_range(path, value, field))
+                values[name] = value
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
+    """The value as the declared type; only an int for a float and a list for a tuple are converted."""
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        if not isinstance(value, (tuple, list)):
+            problems.append(f"{path} is {value!r}, but a tuple was expected; type {path}=({value!r},)")
+            return value
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return tuple(_convert(item, inner[0], path, problems) for item in value)
+        if len(value) != len(inner):
+            problems.append(f"{path} has the entry {value!r}, but entries are ({', '.join(t.__name__ for t in inner)})")
+            return value
+        return tuple(_convert(item, kind, path, problems) for item, kind in zip(value, inner, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        problems.append(f"{path} is {value!r} ({type(value).__name__}), but {hint.__name__} was expected")
+    return value
+
+
+def _out_of_range(path: str, value: Any, field: dataclasses.Field) -> Iterator[str]:
+    low, choices = field.metadata["low"], field.metadata["choices"]
+    for item in value if isinstance(value, tuple) else (value,):
+        if low is not None and not item >= low:
+            yield f"{path} is {item}, but it has to be at least {low:g} ({field.metadata['doc']})"
+    if choices and value not in choices:
+        close = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        yield f"{path} is {value!r}; {hint}it can be {', '.join(choices)}"
+
+
+def _filled_model(model: ModelConfig) -> ModelConfig:
+    """Fills the dims that follow from others."""
+    attention, mlp = model.attention, model.mlp
+    mlp_dim = mlp.dim
+    if not mlp_dim:
+        mlp_dim = -(-8 * model.embed_dim // 3 // 64) * 64 if mlp.kind.endswith("glu") else 4 * model.embed_dim
+    return dataclasses.replace(
+        model,
+        attention=dataclasses.replace(
+            attention,
+            kv_heads=attention.kv_heads or attention.q_heads,
+            head_dim=attention.head_dim or model.embed_dim // attention.q_heads,
+        ),
+        mlp=dataclasses.replace(mlp, dim=mlp_dim),
+    )
+
+
+def _filled_mesh(config: Config, devices: int | None) -> ParallelConfig:
+    """Replaces the one -1 of the mesh by the devices that are left, where that comes out even."""
+    sizes = dataclasses.asdict(config.parallel)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    fixed = 1
+    for size in sizes.values():
+        fixed *= abs(size)
+    if devices is None or len(open_axes) != 1 or fixed == 0 or devices % fixed:
+        return config.parallel
+    return dataclasses.replace(config.parallel, **{open_axes[0]: devices // fixed})
+
+
+# --- relations between values ----------------------------------------------------------------------------------------
+
+
+def _divisors(number: int, limit: int = 12) -> str:
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(found[:limit]) + (", …" if len(found) > limit else "")
+
+
+def _check_model(config: Config) -> Iterator[str]:
+    model, attention = config.model, config.model.attention
+    if attention.q_heads % attention.kv_heads:
+        yield (
+            f"model.attention.kv_heads is {attention.kv_heads}, which does not divide model.attention.q_heads "
+            f"{attention.q_heads}; use one of {_divisors(attention.q_heads)}"
+        )
+    if attention.head_dim % 2 or attention.head_dim == 0:
+        yield (
+            f"model.attention.head_dim is {attention.head_dim}, but rotary positions turn pairs: it has to be even; "
+            "set it, or change embed_dim or q_heads"
+        )
+    if len(attention.windows) > model.num_layers or not attention.windows:
+        yield (
+            f"model.attention.windows has {len(attention.windows)} entries for {model.num_layers} layers; "
+            "give between one and as many as there are layers"
+        )
+
+
+def _check_mesh(config: Config) -> Iterator[str]:
+    sizes = dataclasses.asdict(config.parallel)
+    for axis, size in sizes.items():
+        if size == 0:
+            yield f"parallel.{axis} is 0; type 1 for an unused axis, or -1 for the devices that are left"
+    if sum(size == -1 for size in sizes.values()) > 1:
+        axes = " and ".join(f"parallel.{axis}" for axis, size in sizes.items() if size == -1)
+        yield f"{axes} are both -1; only one axis can take the devices that are left"
+    for axis in ("pipeline", "context", "expert"):
+        if sizes[axis] > 1 or sizes[axis] == -1:
+            yield f"parallel.{axis} is {sizes[axis]}, which this version does not support; type parallel.{axis}=1"
+    dims = {
+        "tensor": (
+            ("model.attention.q_heads", config.model.attention.q_heads),
+            ("model.attention.kv_heads", config.model.attention.kv_heads),
+            ("model.mlp.dim", config.model.mlp.dim),
+            ("model.vocab_size", config.model.vocab_size),
+        ),
+        "fsdp": (("model.embed_dim", config.model.embed_dim),),
+    }
+    for axis, sharded in dims.items():
+        for path, dim in sharded:
+            if sizes[axis] > 1 and dim % sizes[axis]:
+                yield f"parallel.{axis} is {sizes[axis]}, which does not divide {path} {dim}; use one of {_divisors(dim)}"
+
+
+def _check_batches(config: Config) -> Iterator[str]:
+    rows, shards = config.train.accumulation, max(config.parallel.data, 1) * max(config.parallel.fsdp, 1)
+    batches = [("data.batch_size", config.data.batch_size)]
+    batches += [(f"data.phases.{n}.batch_size", p.batch_size) for n, p in config.data.phases.items() if p.batch_size]
+    for path, size in batches:
+        if size % (rows * shards):
+            yield (
+                f"{path} is {size}, which does not divide into {rows} microbatches (train.accumulation) over {shards} "
+                f"shards (parallel.data x parallel.fsdp); use a multiple of {rows * shards}"
+            )
+    if config.eval.batch_size % shards:
+        yield (
+            f"eval.batch_size is {config.eval.batch_size}, which does not divide over {shards} shards "
+            f"(parallel.data x parallel.fsdp); use a multiple of {shards}"
+        )
+
+
+def _check_schedule(config: Config) -> Iterator[str]:
+    optim, steps = config.optim, config.train.steps
+    if optim.warmup_steps >= steps:
+        yield (
+            f"optim.warmup_steps is {optim.warmup_steps}, but train.steps is {steps}: the warm-up would never end; "
+            f"use at most {steps - 1}"
+        )
+    elif optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:
+        yield (
+            f"optim.warmup_steps {optim.warmup_steps} and optim.decay_steps {optim.decay_steps} are together more "
+            f"than train.steps {steps}; use decay_steps of at most {steps - optim.warmup_steps}"
+        )
+    if optim.decay_steps and optim.schedule != "wsd":
+        yield (
+            f"optim.decay_steps is {optim.decay_steps}, but optim.schedule {optim.schedule!r} has no cooldown; "
+            "type optim.schedule=wsd or optim.decay_steps=0"
+        )
+    if optim.guard.min_history > optim.guard.window:
+        yield (
+            f"optim.guard.min_history is {optim.guard.min_history}, more than optim.guard.window "
+            f"{optim.guard.window} can hold; use at most that"
+        )
+    for path, below in (("b1", optim.b1), ("b2", optim.b2), ("ema_decay", optim.ema_decay)):
+        if below >= 1:
+            yield f"optim.{path} is {below}, but a decay has to be below 1"
+    for path, rules in (("decay_rules", optim.decay_rules), ("lr_rules", optim.lr_rules)):
+        for pattern, _ in rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"optim.{path} has the pattern {pattern!r}, which is not a regular expression: {error}"
+
+
+def _check_data(config: Config) -> Iterator[str]:
+    data = config.data
+    if not data.stores:
+        yield "data.stores is empty; name at least one, as in stores={'stdlib': StoreConfig(source='stdlib')}"
+    for name, store in data.stores.items():
+        if not store.source and not store.path:
+            yield f"data.stores.{name} has neither a source nor a path; give one of them"
+        if store.heldout_permille > 1000:
+            yield f"data.stores.{name}.heldout_permille is {store.heldout_permille}, but it has to be at most 1000"
+    mixtures = [("data.mixture", data.mixture)]
+    mixtures += [(f"data.phases.{name}.mixture", phase.mixture) for name, phase in data.phases.items()]
+    for path, mixture in mixtures:
+        for name, weight in mixture:
+            if name not in data.stores:
+                yield f"{path} names {name!r}, which is not in data.stores ({', '.join(data.stores) or 'empty'})"
+            if weight < 0:
+                yield f"{path} gives {name!r} the weight {weight}, but it has to be at least 0"
+        if mixture and sum(weight for _, weight in mixture) <= 0:
+            yield f"{path} has no weight above 0; give one store a positive weight"
+    starts = [phase.from_step for phase in data.phases.values()]
+    if len(set(starts)) < len(starts):
+        yield f"data.phases begin at the steps {sorted(starts)}; no two may begin at the same"
+    for name, phase in data.phases.items():
+        if phase.from_step >= config.train.steps:
+            yield f"data.phases.{name}.from_step is {phase.from_step}, but train.steps is {config.train.steps}"
+    smallest = {"bytes": 257, "sentencepiece": 300}.get(data.tokenizer.kind, 2)
+    if config.model.vocab_size < smallest:
+        yield (
+            f"model.vocab_size is {config.model.vocab_size}, but a {data.tokenizer.kind} tokenizer has at least "
+            f"{smallest} pieces; use that or more"
+        )
+
+
+def _check_loop(config: Config) -> Iterator[str]:
+    train, window = config.train, config.eval.sequence_length or config.data.sequence_length
+    if config.eval.overlap >= window:
+        yield f"eval.overlap is {config.eval.overlap}, but a window has {window} positions; use at most {window - 1}"
+    if config.checkpoint.keep_best and not config.eval.every_steps:
+        yield "checkpoint.keep_best needs evaluations to judge by; set eval.every_steps, or checkpoint.keep_best=0"
+    if (train.remat == "custom") != bool(train.remat_names):
+        yield (
+            f"train.remat is {train.remat!r} with train.remat_names {train.remat_names!r}; remat=custom and a list of "
+            "names go together"
+        )
+    for name in train.remat_names:
+        if name not in schema.ACTIVATION_NAMES:
+            close = difflib.get_close_matches(name, schema.ACTIVATION_NAMES, n=1)
+            yield (
+                f"train.remat_names has {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
+                f"known: {', '.join(schema.ACTIVATION_NAMES)}"
+            )
+    for name in config.eval.stores:
+        if name not in config.data.stores:
+            yield f"eval.stores names {name!r}, which is not in data.stores ({', '.join(config.data.stores)})"
+
+
+def _check_devices(config: Config, devices: int | None) -> Iterator[str]:
+    """A mesh of exactly the devices there are."""
+    sizes = dataclasses.asdict(config.parallel)
+    if devices is None or any(size == 0 for size in sizes.values()):
+        return
+    mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "all axes at 1"
+    product = 1
+    for size in sizes.values():
+        product *= abs(size)
+    if -1 in sizes.values():
+        yield f"the mesh {mesh} does not divide {devices} devices; use sizes whose product is a divisor of {devices}"
+    elif product != devices:
+        yield (
+            f"the mesh {mesh} has {product} devices, but there are {devices}; type parallel.data=-1 to use all, or "
+            f"sizes whose product is {devices}"
+        )
+
+
+_CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _check_model,
+    _check_mesh,
+    _check_batches,
+    _check_schedule,
+    _check_data,
+    _check_loop,
+)

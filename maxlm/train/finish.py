@@ -1,0 +1,85 @@
+"""The end of a run: the last evaluation and checkpoint, samples, and the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+
+from maxlm.data.prepare import heldout_documents
+from maxlm.eval.baselines import Baselines, compression_baselines
+from maxlm.infer.from_run import runnable
+from maxlm.infer.generate import generate_text
+from maxlm.infer.sampling import Sampling
+from maxlm.model.flops import ledger as flop_ledger
+from maxlm.train.report import Facts, Sample, write_report
+
+if TYPE_CHECKING:
+    from maxlm.train.loop import Run
+    from maxlm.train.state import TrainState
+
+
+def finish(run: Run, state: TrainState) -> None:
+    """Evaluates on every held-out document, saves, samples, and writes report.md and report.json."""
+    step = run.config.train.steps
+    held_out = run.evaluate(state, step)
+    run.save(state, step, held_out)
+    with run.goodput.bucket("evaluation"):
+        samples = draw_samples(run, state)
+        baselines = measure_baselines(run, tuple(held_out))
+    with run.goodput.bucket("checkpoint_stall"):
+        run.checkpointer.wait()
+    if jax.process_index() == 0:
+        run.writer.flush()
+        write_report(run.workdir, facts(run, samples, baselines))
+        run.log(f"report: {run.workdir / 'report.md'}")
+
+
+def draw_samples(run: Run, state: TrainState) -> list[Sample]:
+    """Continues the config's prompts, on one device of each process."""
+    prompts = run.config.eval.prompts
+    if not prompts or jax.process_count() > 1:  # the parameters of several processes are not on one device
+        return []
+    texts = generate_text(
+        runnable(run.config, state.evaluated()),
+        prompts,
+        tokenizer=run.data.tokenizer,
+        max_new_tokens=run.config.eval.sample_tokens,
+        sampling=Sampling(temperature=run.config.eval.temperature),
+        key=jax.random.key(run.config.seed),
+    )
+    return [Sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def measure_baselines(run: Run, stores: tuple[str, ...]) -> Baselines | None:
+    """What general compressors make of the held-out documents."""
+    if not stores:
+        return None
+    return compression_baselines(document for name in stores for document in heldout_documents(run.data.stores[name]))
+
+
+def facts(run: Run, samples: list[Sample], baselines: Baselines | None) -> Facts:
+    """What the report says beyond metrics.jsonl."""
+    model, data = run.config.model, run.config.data
+    counts = flop_ledger(model, sequence_length=data.sequence_length)
+    return Facts(
+        name=run.config.name,
+        parameters=counts.params_total,
+        model={
+            "parameters": counts.params_total,
+            "parameters besides embeddings": counts.params_nonembedding,
+            "layers": model.num_layers,
+            "embed dim": model.embed_dim,
+            "heads": f"{model.attention.q_heads} query, {model.attention.kv_heads} key-value",
+            "vocabulary": model.vocab_size,
+            "batch": f"{data.batch_size} rows of {data.sequence_length} tokens",
+            "optimizer": f"{run.config.optim.optimizer}, peak learning rate {run.config.optim.peak_lr:g}",
+            "precision": run.config.train.precision,
+        },
+        baselines=baselines,
+        samples=samples,
+        goodput=run.goodput.summary(),
+        train_command=f"maxlm train --config={run.workdir}/config.py --workdir={run.workdir}",
+        generate_command=f"maxlm generate --workdir={run.workdir} --prompt='...'",
+        extra={},
+    )

@@ -1,0 +1,246 @@
+"""A run from its config to its report: prepare, restore, compile, train, evaluate, save, report.
+
+Read `train` top to bottom. The host stays a step ahead of the devices: it hands them step n, then reads the metrics
+of step n - 1, and waits for nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import maxlm
+from maxlm import configfile
+from maxlm.checkpoint.manager import Checkpointer
+from maxlm.config import Config
+from maxlm.data.loader import Loader, check_records
+from maxlm.data.prefetch import Prefetcher
+from maxlm.data.prepare import Prepared, prepare_data
+from maxlm.errors import UserError
+from maxlm.eval.heldout import HeldOut, evaluate_stores
+from maxlm.model.flops import ledger as flop_ledger
+from maxlm.parallel.mesh import make_mesh
+from maxlm.resolve import as_config_dict, resolve
+from maxlm.train.finish import finish
+from maxlm.train.goodput import Ledger, process_age
+from maxlm.train.metrics import MetricsWriter
+from maxlm.train.peak import describe_devices, run_peak
+from maxlm.train.profile import Profiler
+from maxlm.train.progress import Cost, Progress
+from maxlm.train.setup import Setup, make_setup, memory_line, place_batch, use_compilation_cache
+from maxlm.train.signals import EXIT_PREEMPTED, Signals
+from maxlm.train.state import TrainState, make_state
+
+Log = Callable[[str], None]
+
+
+class TrainingStopped(UserError):
+    """The run cannot go on by itself; the message says why and what to do."""
+
+
+def train(config: Config, workdir: Path, *, log: Log) -> int:
+    """Trains the run in `workdir`, or continues it, and returns the exit code of the process.
+
+    0: the run is complete and its report is written. EXIT_PREEMPTED: a signal asked it to stop; the state is saved,
+    and the same command continues.
+
+    Raises:
+      UserError: what is in `workdir` does not go with the config, no checkpoint is whole, or too many updates in a row
+        were refused.
+    """
+    first_process = jax.process_index() == 0
+    log = log if first_process else _silent
+    with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:
+        # --- devices, data, model
+        use_compilation_cache(config.train.compilation_cache)
+        given, config = config, resolve(config, devices=jax.device_count())
+        if first_process:
+            workdir.mkdir(parents=True, exist_ok=True)
+            configfile.record(given, workdir, log=log)
+        data = prepare_together(config, workdir)
+        loader = Loader(data.stores, config.data, seed=config.seed)
+        mesh = make_mesh(config.parallel)
+        setup = make_setup(config, mesh)
+        log(f"{describe_devices(list(mesh.devices.flat))}, attention by the {setup.attention!r} back end")
+
+        # --- state: the newest checkpoint that is whole, or step 0
+        with Checkpointer(workdir / "checkpoints", config.checkpoint, log=log) as checkpointer:
+            with goodput.bucket("restore"):
+                restored = checkpointer.restore(setup.abstract_state())
+                if restored:
+                    check_records(restored.metadata["data"], loader.records(), step=restored.step)
+                    state, start = restored.state, restored.step
+                    log(f"continuing from the checkpoint of step {start}")
+                else:
+                    state, start = make_state(config, setup.optimizer, setup.shardings), 0
+                goodput.restored(start)
+
+            # --- steps, then the report
+            with MetricsWriter(workdir, config, process_index=jax.process_index()) as writer:
+                writer.truncate(start)
+                run = Run(config, workdir, setup, loader, data, checkpointer, writer, goodput, signals, log)
+                state, stopped_by = run.steps(state, start)
+                if stopped_by:
+                    log(f"{stopped_by}: saved at step {int(state.step)}; the same command continues")
+                    return EXIT_PREEMPTED
+                finish(run, state)
+    return 0
+
+
+def prepare_together(config: Config, workdir: Path) -> Prepared:
+    """The data of a run: the first process makes what is missing, the others wait for it."""
+    if jax.process_count() == 1:
+        return prepare_data(config, workdir)
+    prepared = prepare_data(config, workdir) if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("data is prepared")
+    return prepared or prepare_data(config, workdir, build=False)
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of a running run, passed around together."""
+
+    config: Config
+    workdir: Path
+    setup: Setup
+    loader: Loader
+    data: Prepared
+    checkpointer: Checkpointer
+    writer: MetricsWriter
+    goodput: Ledger
+    signals: Signals
+    log: Log
+
+    def steps(self, state: TrainState, start: int) -> tuple[TrainState, str | None]:
+        """Consumes the batches from `start` on; the second value names the signal that ended it early, if one did."""
+        config, total = self.config, self.config.train.steps
+        if start >= total:
+            return state, None
+        progress = Progress(
+            total_steps=total,
+            start_step=start,
+            log_every=config.train.log_every,
+            cost=self.cost(start),
+            stream=sys.stdout if self.log is not _silent else None,
+        )
+        prefetch = Prefetcher(self.batch, start=start, stop=total, depth=config.data.prefetch)
+        profiler = Profiler(config.train.profile, self.workdir / "profile", self.signals)
+        programs: dict[tuple[int, int], jax.stages.Compiled] = {}
+        behind: tuple[int, dict[str, Any]] | None = None
+        with prefetch, profiler, progress, jax.transfer_guard_device_to_host("disallow"):
+            self.goodput.settle("step")
+            for step in range(start, total):
+                shape = self.loader.shape(step)
+                if shape not in programs:
+                    behind = self.read(behind, progress)
+                    programs[shape] = self.compile(shape, progress)
+                with self.goodput.bucket("data_wait"):
+                    batch = next(prefetch)
+                profiler.before(step)
+                state, metrics = programs[shape](state, batch)
+                self.read(behind, progress)
+                behind = (step, metrics)
+
+                done, stop = step + 1, self.signals.stop
+                evaluate = config.eval.every_steps and done % config.eval.every_steps == 0 and done < total
+                save = self.checkpointer.due(done, time.monotonic()) and done < total
+                if stop or evaluate or save or done == total or profiler.closing(step):
+                    behind = self.read(behind, progress)
+                    profiler.after(step)
+                    with progress.paused():
+                        held_out = self.evaluate(state, done) if evaluate else {}
+                        if stop or save:
+                            self.save(state, done, held_out)
+                if stop:
+                    with self.goodput.bucket("checkpoint_stall"):
+                        self.checkpointer.wait()
+                    return state, stop
+        return state, None
+
+    def cost(self, start: int) -> Cost:
+        """What MFU is computed from, also written down for the report."""
+        devices = list(self.setup.mesh.devices.flat)
+        peak = run_peak(devices, self.config.train.precision)
+        flops = flop_ledger(self.config.model, sequence_length=self.loader.shape(start)[1])
+        cost = Cost(flops.six_n, flops.causal_exact, peak.flops if peak else None)
+        record = {"peak_source": peak.source if peak else "", "devices": describe_devices(devices)}
+        self.writer.write("cost", start, {**dataclasses.asdict(cost), **record})
+        return cost
+
+    def compile(self, shape: tuple[int, int], progress: Progress) -> jax.stages.Compiled:
+        """The step for one batch shape, with its memory and compile time in the log."""
+        with self.goodput.bucket("compile"), progress.paused():
+            began = time.perf_counter()
+            program = self.setup.compile(*shape)
+            progress.note(f"compiled the step for {shape[0]} x {shape[1]} tokens in {time.perf_counter() - began:.1f} s")
+            progress.note(memory_line(program))
+        return program
+
+    def batch(self, step: int) -> Any:
+        """The batch of a step, on the devices."""
+        return place_batch(self.setup.mesh, self.loader.shape(step), lambda rows: self.loader.batch(step, rows))
+
+    def read(self, behind: tuple[int, dict[str, Any]] | None, progress: Progress) -> None:
+        """Waits for the metrics of a step, writes them down and judges whether the run may go on."""
+        if behind is None:
+            return
+        step, metrics = behind
+        norms = metrics.pop("norms")
+        values = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
+        reading = progress.update(
+            step + 1,
+            tokens=values["tokens"],
+            loss=values["loss"],
+            learning_rate=values["lr"],
+            grad_norm=values["grad_norm"],
+            accepted=values["accepted"],
+        )
+        self.writer.write("step", step + 1, {**values, "seconds": reading.seconds})
+        if norms and step % self.config.train.norms_every == 0:
+            self.writer.write("norms", step + 1, jax.device_get(norms))
+        self.goodput.completed(step + 1)
+        if values["rejections_in_row"] >= self.config.optim.guard.max_rejections:
+            raise TrainingStopped(
+                f"the guard refused the updates of the last {values['rejections_in_row']} steps, up to step {step + 1} "
+                f"(loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}). The parameters are those from "
+                "before, and so are the checkpoints. Look at metrics.jsonl; lower optim.peak_lr, or raise "
+                "optim.guard.threshold if the data has really shifted"
+            )
+
+    def evaluate(self, state: TrainState, step: int) -> dict[str, HeldOut]:
+        """Held-out quality by store, written down."""
+        with self.goodput.bucket("evaluation"):
+            final = step == self.config.train.steps
+            found = evaluate_stores(self.setup, state.evaluated(), self.data, final=final)
+            for name, result in found.items():
+                self.writer.write("evaluation", step, {"store": name, **result._asdict()})
+                self.log(f"step {step}: {result.bits_per_byte:.4f} bits per byte on the held-out documents of {name}")
+        return found
+
+    def save(self, state: TrainState, step: int, held_out: dict[str, HeldOut]) -> None:
+        """Starts a checkpoint; what it says of the run makes it readable by itself."""
+        with self.goodput.bucket("checkpoint_stall"):
+            self.writer.flush()
+            metadata = {
+                "config": as_config_dict(self.config).to_dict(),
+                "data": self.loader.records(),
+                "tokenizer": self.data.tokenizer.fingerprint,
+                "version": maxlm.__version__,
+            }
+            size = sum(result.bytes for result in held_out.values())
+            bits = sum(result.bits_per_byte * result.bytes for result in held_out.values())
+            metrics = {"heldout_bits_per_byte": bits / size} if size else None
+            self.checkpointer.save(step, state, metadata=metadata, metrics=metrics)
+            self.goodput.checkpoint(step)
+
+
+def _silent(line: str) -> None:
+    """Every process but the first says nothing."""

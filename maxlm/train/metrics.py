@@ -1,0 +1,299 @@
+"""What a run measures, written down: metrics.jsonl and TensorBoard always, Weights & Biases when a project is named.
+
+metrics.jsonl holds one JSON object a line, each with `kind` and `step`. `step` counts the batches consumed, so the
+record of the first step has step 1, and a checkpoint of step n comes with the records of steps 1 to n. A line of kind
+"step" is written once for every step; other kinds ("evaluation", "norms", "process", …) come in between. Floats are
+written so that they read back exactly; nan and infinities are the strings "nan", "inf" and "-inf", because JSON has
+none. `read_metrics` turns them back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+import types
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from maxlm.config import Config
+from maxlm.errors import UserError
+from maxlm.files import write_atomically
+
+FILE_NAME = "metrics.jsonl"
+FLUSH_SECONDS = 5.0  # between handing buffered lines to the operating system
+EVENTS_SECONDS = 30.0  # the same for TensorBoard, whose library waits for the disk each time
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Truncation(NamedTuple):
+    """What cutting metrics.jsonl back did."""
+
+    kept: int  # lines
+    dropped: int  # lines of later steps
+    unreadable: int  # lines that were no record: a last one half written when the process was killed, or damage
+    last_step: int  # step of the last step record that was kept; 0: none
+
+
+class MetricsWriter:
+    """Writes records; process 0 alone does, in every other process nothing happens.
+
+    `truncate` comes first: it opens the files at the step that the run continues from (0 for a new run). Lines are
+    buffered and handed over every few seconds; `flush` before a checkpoint is committed, so that a restored step
+    always finds its records.
+    """
+
+    def __init__(self, workdir: Path, config: Config, *, process_index: int) -> None:
+        """Raises UserError when a W&B project is named and the package is missing."""
+        self._workdir, self._config = Path(workdir), config
+        self._active = process_index == 0
+        self._lines: TextIO | None = None
+        self._events: _Events | None = None
+        self._tracker = _start_wandb(self._workdir, config) if self._active and config.train.wandb_project else None
+        self._last_step = 0
+        self._flush_at = 0.0
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def truncate(self, step: int) -> Truncation:
+        """Drops all records of steps after `step` and goes on from there; tells TensorBoard to drop them too."""
+        if not self._active:
+            return Truncation(kept=0, dropped=0, unreadable=0, last_step=step)
+        self._close_files()
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        path = self._workdir / FILE_NAME
+        done = _cut(path, step) if path.exists() else Truncation(kept=0, dropped=0, unreadable=0, last_step=0)
+        self._lines = path.open("a", encoding="utf-8")
+        self._events = _Events(self._workdir / "tensorboard", purge_step=step + 1)
+        self._last_step = step
+        return done
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Adds one record.
+
+        Args:
+          kind: "step" for the one record of a step, else what the record is about.
+          step: batches consumed so far.
+          values: numbers, booleans, strings, NumPy scalars or arrays, and nested mappings of them. Numbers become
+            TensorBoard scalars named by their path, `kind/key/…`.
+
+        Raises:
+          RuntimeError: before the first `truncate`.
+          ValueError: for a second record of one step.
+        """
+        if not self._active:
+            return
+        if self._lines is None or self._events is None:
+            raise RuntimeError("metrics are written before truncate(step) said which step the run continues from")
+        if kind == "step":
+            if step <= self._last_step:
+                raise ValueError(
+                    f"step {step} is already recorded (up to {self._last_step}); truncate before going back"
+                )
+            self._last_step = step
+        record = {"kind": kind, "step": step, **_plain(values)}
+        self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+        numbers = dict(_numbers(kind, values))
+        self._events.write(step, numbers)
+        if self._tracker is not None:
+            self._tracker.log({**numbers, "step": step})
+        if time.monotonic() >= self._flush_at:
+            self._lines.flush()
+            self._flush_at = time.monotonic() + FLUSH_SECONDS
+
+    def flush(self) -> None:
+        """Puts everything written so far on the disk."""
+        if self._lines is not None and self._events is not None:
+            self._lines.flush()
+            os.fsync(self._lines.fileno())
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and ends; safe to call twice."""
+        self._close_files()
+        if self._tracker is not None:
+            self._tracker.finish()
+            self._tracker = None
+
+    def _close_files(self) -> None:
+        self.flush()
+        if self._lines is not None:
+            self._lines.close()
+        if self._events is not None:
+            self._events.close()
+        self._lines = self._events = None
+
+
+def read_metrics(workdir: Path, kind: str = "") -> Iterator[dict[str, Any]]:
+    """The records of a run in the order written, those of one kind if `kind` is given; none without a file.
+
+    A last line that is half written is passed over, as the run may be going on.
+    """
+    path = Path(workdir) / FILE_NAME
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            record = _parse(line)
+            if record is not None and kind in ("", record["kind"]):
+                yield {key: _revive(value) for key, value in record.items()}
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, or None when it is not a whole one."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:  # of JSON and of UTF-8
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("kind"), str)
+    return record if whole else None
+
+
+def _cut(path: Path, step: int) -> Truncation:
+    """Drops the records after `step`: a shorter file is written beside and takes the place, if anything is to go."""
+    beside = path.with_name(path.name + ".partial")
+    kept = dropped = unreadable = last_step = 0
+    with path.open("rb") as old, beside.open("wb") as new:
+        for line in old:
+            record = _parse(line)
+            if record is None:
+                unreadable += 1
+            elif record["step"] > step:
+                dropped += 1
+            else:
+                new.write(line)
+                kept += 1
+                last_step = record["step"] if record["kind"] == "step" else last_step
+        new.flush()
+        os.fsync(new.fileno())
+    if dropped or unreadable:
+        os.replace(beside, path)
+    else:
+        beside.unlink()
+    return Truncation(kept=kept, dropped=dropped, unreadable=unreadable, last_step=last_step)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays: float32 to the double of the same value
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _revive(value: Any) -> Any:
+    """The inverse of `_plain` for non-finite numbers."""
+    if isinstance(value, dict):
+        return {key: _revive(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_revive(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in nested values by path; arrays of layers get a number a layer."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(f"{path}/{key}", item)
+    elif hasattr(value, "tolist"):
+        yield from _numbers(path, value.tolist())
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _numbers(f"{path}/{index:03d}", item)
+    elif isinstance(value, (bool, int, float)):
+        yield path, float(value)
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Makes `import torch` fail inside, unless it is loaded already.
+
+    tensorboardX imports torch wherever it is installed, which costs seconds of a start and which we do not use.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+class _Events:
+    """A TensorBoard event file, written in the caller's thread: one event for all numbers of a record."""
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        with _without_torch():
+            from tensorboardX import event_file_writer
+            from tensorboardX.proto import event_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        # The library names files by second and host; the number keeps files of quick restarts apart and in order.
+        number = len(list(folder.glob("events.*")))
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"), filename_suffix=f".{number:05d}")
+        self._event = event_pb2.Event
+        # TensorBoard drops what earlier files hold from this step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+        self._flush_at = time.monotonic() + EVENTS_SECONDS
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        event = self._event(wall_time=time.time(), step=step)
+        for tag, number in numbers.items():
+            event.summary.value.add(tag=tag, simple_value=number)
+        self._writer.write_event(event)
+        if time.monotonic() >= self._flush_at:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flush_at = time.monotonic() + EVENTS_SECONDS
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _start_wandb(workdir: Path, config: Config) -> Any:
+    """The W&B run of this workdir, continued if there was one."""
+    wandb = _import_wandb(config.train.wandb_project)
+    workdir.mkdir(parents=True, exist_ok=True)
+    name = workdir / "wandb_run_id"
+    if not name.exists():
+        write_atomically(name, uuid.uuid4().hex)
+    run = wandb.init(
+        project=config.train.wandb_project,
+        name=config.name,
+        id=name.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(workdir),
+        config=dataclasses.asdict(config),
+    )
+    # Our own step as the axis: W&B's counter never goes back, and a resumed run may.
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _import_wandb(project: str) -> types.ModuleType:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"train.wandb_project is {project!r}, but the package wandb is not installed; "
+            "install it with `pip install 'maxlm[wandb]'`, or leave train.wandb_project empty"
+        ) from error
+    return wandb

@@ -1,0 +1,120 @@
+"""The rate that MFU is a fraction of: the most floating-point operations a second that the devices can do.
+
+For accelerators it is the vendor's dense figure (no sparsity) of the fastest unit that products of the dtype go to.
+JAX sends float32 products to bfloat16 passes on TPUs and to TF32 tensor cores on NVIDIA GPUs unless told otherwise, so
+that is what float32 is measured against there: a fraction of anything slower could pass 100%.
+
+CPUs have no trustworthy figure on paper. There the best of a few large matrix products is measured, over all cores of
+the process, in float32 and in the compute dtype with float32 accumulation; the faster one counts, since a run is free
+to compute in float32.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+TERA = 1e12
+SIZE = 1024  # rows and columns of the products measured: large enough for full speed, a few milliseconds each
+SECONDS = 0.35  # of measuring, for each dtype
+
+# Dense TFLOP/s of one JAX device in (float32 as JAX computes it, bfloat16 or float16).
+# A TPU7x chip (2,307) is two JAX devices. Sources: Google Cloud's "System architecture" tables of each TPU, NVIDIA's
+# data sheets halved where they count sparsity.
+CHIPS: dict[str, tuple[float, float]] = {
+    "TPU v4": (275.0, 275.0),
+    "TPU v5 lite": (197.0, 197.0),
+    "TPU v5e": (197.0, 197.0),
+    "TPU v5": (459.0, 459.0),
+    "TPU v5p": (459.0, 459.0),
+    "TPU v6 lite": (918.0, 918.0),
+    "TPU v6e": (918.0, 918.0),
+    "TPU7x": (1153.5, 1153.5),
+    "NVIDIA A100-SXM4-40GB": (156.0, 312.0),
+    "NVIDIA A100-SXM4-80GB": (156.0, 312.0),
+    "NVIDIA A100-PCIE-40GB": (156.0, 312.0),
+    "NVIDIA A100 80GB PCIe": (156.0, 312.0),
+    "NVIDIA H100 80GB HBM3": (494.7, 989.4),
+    "NVIDIA H100 PCIe": (378.0, 756.0),
+    "NVIDIA H200": (494.7, 989.4),
+    "NVIDIA L4": (60.5, 121.0),
+    "NVIDIA L40S": (183.0, 362.0),
+}
+
+
+class Peak(NamedTuple):
+    """The denominator of MFU."""
+
+    flops: float  # floating-point operations a second, all devices of the run together
+    source: str  # "data sheet" or "measured"
+
+
+def peak_flops(platform_name: str, device_kind: str, dtype: str) -> float | None:
+    """The data-sheet rate of one device for products of `dtype`, in FLOP/s; None when it is not known.
+
+    Args:
+      platform_name: "tpu", "gpu" or "cpu", as `device.platform` has it.
+      device_kind: as `device.device_kind` has it.
+      dtype: "float32", "bfloat16" or "float16".
+    """
+    if platform_name == "cpu" or device_kind not in CHIPS:
+        return None
+    full, half = CHIPS[device_kind]
+    return (full if dtype == "float32" else half) * TERA
+
+
+def run_peak(devices: Sequence[Any], dtype: str) -> Peak | None:
+    """The rate of all devices of a run together, or None when one of them is not known.
+
+    On CPUs it is measured in this process (under 1.5 s) and counted once for each process among the devices.
+
+    Args:
+      devices: the mesh's JAX devices, those of other processes included.
+      dtype: the compute dtype.
+    """
+    if all(device.platform == "cpu" for device in devices):
+        processes = len({device.process_index for device in devices})
+        return Peak(flops=measured_flops(dtype) * processes, source="measured")
+    rates = [peak_flops(device.platform, device.device_kind, dtype) for device in devices]
+    known = [rate for rate in rates if rate is not None]
+    return Peak(flops=sum(known), source="data sheet") if len(known) == len(rates) else None
+
+
+def measured_flops(dtype: str, *, size: int = SIZE, seconds: float = SECONDS) -> float:
+    """The best rate in FLOP/s of square products of `size` on this process's default device, which uses all its cores.
+
+    The largest single rate is taken, not the mean: what others take from the machine meanwhile must not lower the
+    peak, because a peak too low would make MFU too high.
+    """
+    best = 0.0
+    for kind in {"float32", dtype}:
+        square = jnp.ones((size, size), jnp.dtype(kind))
+        product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+        product(square).block_until_ready()
+        end = time.perf_counter() + seconds
+        while (begun := time.perf_counter()) < end:
+            product(square).block_until_ready()
+            best = max(best, 2 * size**3 / (time.perf_counter() - begun))
+    return best
+
+
+def describe_devices(devices: Sequence[Any]) -> str:
+    """The devices in words, such as "8 x NVIDIA H100 80GB HBM3" or "2 CPU cores (x86_64)"."""
+    kinds = collections.Counter("CPU" if device.platform == "cpu" else device.device_kind for device in devices)
+    parts = [f"{count} x {kind}" for kind, count in kinds.items() if kind != "CPU"]
+    if kinds["CPU"]:
+        processes = len({device.process_index for device in devices})
+        virtual = f" as {kinds['CPU']} devices" if kinds["CPU"] > 1 else ""
+        shared = f", {processes} processes" if processes > 1 else ""
+        parts.append(
+            f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores "
+            f"({platform.machine()}){virtual}{shared}"
+        )
+    return " and ".join(parts)

@@ -1,0 +1,150 @@
+"""Everything that follows from a config and a mesh before the first step: model, optimizer, shardings, programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from maxlm.config import Config
+from maxlm.data.batch import Batch
+from maxlm.kernels.attention import choose
+from maxlm.model.decoder import ModelParts, split_model
+from maxlm.model.runtime import Runtime
+from maxlm.optim.optimizers import Optimizer, make_optimizer
+from maxlm.parallel.islands import sharded_attention
+from maxlm.parallel.sharding import constrainer, named_sharding
+from maxlm.train.state import TrainState, abstract_state, state_shardings
+from maxlm.train.step import TrainStep, make_train_step, separates_documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the loop, the planner and the bench all start from. Nothing here has touched a parameter yet."""
+
+    config: Config
+    mesh: Mesh
+    parts: ModelParts
+    optimizer: Optimizer
+    runtime: Runtime  # of training
+    eval_runtime: Runtime
+    attention: str  # the name of the attention back end that was chosen
+    shardings: TrainState
+    train_step: TrainStep
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self.config, self.optimizer, self.shardings)
+
+    def compile(self, rows: int, positions: int) -> jax.stages.Compiled:
+        """The compiled step for a global batch (rows, positions); the state it is given is donated."""
+        replicated = named_sharding(self.mesh, ())
+        jitted = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, replicated))
+        return jitted.lower(self.abstract_state(), abstract_batch(self.mesh, rows, positions)).compile()
+
+
+def make_runtime(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Runtime, str]:
+    """How the model is run on this mesh, and the name of the attention back end.
+
+    Args:
+      segments: whether rows hold several documents that must not see each other.
+    """
+    dtype = jnp.dtype(config.train.precision)
+    model = config.model
+    backend = choose(
+        platform=mesh.devices.flat[0].platform,
+        dtype=dtype,
+        head_dim=model.attention.head_dim,
+        segments=segments,
+        windows=any(model.attention.windows),
+        softcap=bool(model.attention.softcap),
+    )
+    runtime = Runtime(
+        dtype=dtype,
+        constrain=constrainer(mesh),
+        attend=sharded_attention(backend.kernel, mesh),
+        remat=config.train.remat,
+        remat_names=config.train.remat_names,
+    )
+    return runtime, backend.name
+
+
+def make_setup(config: Config, mesh: Mesh) -> Setup:
+    """The setup of a resolved config on a mesh."""
+    parts = split_model(config.model)
+    optimizer = make_optimizer(config.optim, parts.specs)
+    runtime, backend = make_runtime(config, mesh, segments=separates_documents(config.data))
+    eval_runtime, _ = make_runtime(config, mesh, segments=True)  # several windows share a row
+    return Setup(
+        config=config,
+        mesh=mesh,
+        parts=parts,
+        optimizer=optimizer,
+        runtime=runtime,
+        eval_runtime=eval_runtime,
+        attention=backend,
+        shardings=state_shardings(config, parts, optimizer, mesh),
+        train_step=make_train_step(config, parts, optimizer, runtime),
+    )
+
+
+def abstract_batch(mesh: Mesh, rows: int, positions: int) -> Batch:
+    """Shapes, dtypes and shardings of a batch."""
+    sharding = named_sharding(mesh, ("batch", "seq"))
+    ints = jax.ShapeDtypeStruct((rows, positions), jnp.int32, sharding=sharding)
+    floats = jax.ShapeDtypeStruct((rows, positions), jnp.float32, sharding=sharding)
+    return Batch(tokens=ints, targets=ints, segments=ints, positions=ints, weights=floats)
+
+
+def place_batch(mesh: Mesh, shape: tuple[int, int], read: Callable[[slice], Batch]) -> Batch:
+    """A global batch on the mesh, of which this process reads only the rows of its own devices.
+
+    Args:
+      shape: (rows, positions) of the global batch.
+      read: gives the rows of a slice as NumPy arrays.
+    """
+    sharding = named_sharding(mesh, ("batch", "seq"))
+    spans = {index[0].indices(shape[0])[:2] for index in sharding.addressable_devices_indices_map(shape).values()}
+    start, stop = min(s for s, _ in spans), max(s for _, s in spans)
+    local = read(slice(start, stop))
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(shape[0])
+            return array[first - start : last - start, index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, local)
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder` from run to run; an empty name turns that off."""
+    if not folder:
+        return
+    path = Path(os.path.expanduser(folder))
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def memory_line(compiled: jax.stages.Compiled) -> str:
+    """What a device holds while a step runs, as the compiler has planned it."""
+    analysis: Any = compiled.memory_analysis()
+    if analysis is None:
+        return "memory a device: this compiler does not say"
+    mib = 1 / 2**20
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return (
+        f"memory a device: {held * mib:,.1f} MiB state, batch and metrics, "
+        f"{analysis.temp_size_in_bytes * mib:,.1f} MiB temporaries, "
+        f"{(held + analysis.temp_size_in_bytes) * mib:,.1f} MiB in all"
+    )

@@ -1,0 +1,65 @@
+"""Signals as flags that the loop reads between steps.
+
+SIGTERM and SIGINT ask the run to save and leave; a second SIGINT raises KeyboardInterrupt at once. SIGUSR1 asks for a
+profiler window.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import types
+from typing import Any
+
+# EX_TEMPFAIL of sysexits.h: not a failure, the same command again continues. A launcher restarts on this code alone.
+EXIT_PREEMPTED = 75
+
+
+class Signals:
+    """Context manager that catches the run's signals and puts the handlers that were there back.
+
+    stop: name of the signal that asked the run to leave ("SIGTERM" or "SIGINT"), or None.
+    """
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        self._interrupts = 0
+        self._profile = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        """Raises RuntimeError outside the main thread, where Python does not allow handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("signals can only be caught in the main thread; call the training loop from there")
+        handlers = {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_stop}
+        if hasattr(signal, "SIGUSR1"):  # Windows has none
+            handlers[signal.SIGUSR1] = self._on_profile
+        for number, handler in handlers.items():
+            self._previous[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not installed from Python and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def take_profile_request(self) -> bool:
+        """Whether SIGUSR1 came since the last call."""
+        requested, self._profile = self._profile, False
+        return requested
+
+    def _on_stop(self, number: int, frame: types.FrameType | None) -> None:
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+        if self.stop is None:
+            self.stop = signal.Signals(number).name
+            # A handler may interrupt a print, and buffered streams are not reentrant: write to the descriptor.
+            again = "; Ctrl-C again leaves at once, without saving" if number == signal.SIGINT else ""
+            os.write(2, f"\n{self.stop}: saving and leaving after this step{again}\n".encode())
+
+    def _on_profile(self, number: int, frame: types.FrameType | None) -> None:
+        self._profile = True

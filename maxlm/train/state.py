@@ -1,0 +1,96 @@
+"""What a run carries from step to step, as a plain pytree, and how it starts out sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from maxlm import tree
+from maxlm.config import Config
+from maxlm.model.decoder import ModelParts, init_params
+from maxlm.optim import guard, scaling
+from maxlm.optim.optimizers import Optimizer
+from maxlm.parallel.sharding import named_sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a checkpoint holds; every leaf is an array.
+
+    step: batches consumed, int32 (); drives data and schedule.
+    updates: steps whose update was applied, int32 ().
+    params: nested dict of float32 arrays.
+    opt_state: the optimizer's own.
+    average: moving average of params, same tree; {} when there is none.
+    guard: what the guard judges by.
+    scale: dynamic loss scale; of interest under float16 only.
+    """
+
+    step: jax.Array
+    updates: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+    average: dict[str, Any]
+    guard: guard.GuardState
+    scale: scaling.ScaleState
+
+    def evaluated(self) -> dict[str, Any]:
+        """The parameters that are evaluated and sampled from: the average where there is one."""
+        return self.average or self.params
+
+
+def initial_state(config: Config, optimizer: Optimizer) -> TrainState:
+    """The state at step 0. A pure function of the config's seed, whatever the mesh."""
+    params = init_params(config.model, jax.random.key(config.seed))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        updates=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        average=jax.tree.map(jnp.copy, params) if config.optim.ema_decay else {},
+        guard=guard.init_guard(config.optim.guard),
+        scale=scaling.init_scale(config.train.precision),
+    )
+
+
+def abstract_shapes(config: Config, optimizer: Optimizer) -> TrainState:
+    """Shapes and dtypes of the state, without computing anything."""
+    return jax.eval_shape(lambda: initial_state(config, optimizer))
+
+
+def state_shardings(config: Config, parts: ModelParts, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """The sharding of every leaf of the state, derived from the declarations of the parameters."""
+    abstract = abstract_shapes(config, optimizer)
+    params = tree.map_paths(lambda _, spec: named_sharding(mesh, spec.logical), parts.specs)
+    replicated = named_sharding(mesh, ())
+    return TrainState(
+        step=replicated,
+        updates=replicated,
+        params=params,
+        opt_state=optimizer.shardings(abstract.opt_state, lambda logical: named_sharding(mesh, logical)),
+        average=params if config.optim.ema_decay else {},
+        guard=jax.tree.map(lambda _: replicated, abstract.guard),
+        scale=jax.tree.map(lambda _: replicated, abstract.scale),
+    )
+
+
+def abstract_state(config: Config, optimizer: Optimizer, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what a restore is asked for."""
+
+    def place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return jax.tree.map(place, abstract_shapes(config, optimizer), shardings)
+
+
+def make_state(config: Config, optimizer: Optimizer, shardings: TrainState) -> TrainState:
+    """The state at step 0, made in place on the devices that hold it."""
+    program = jax.jit(lambda: initial_state(config, optimizer), out_shardings=shardings).lower()
+    on_cpu = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform == "cpu"
+    # A program of random numbers that runs once: at this level it compiles in half the time to the same bits.
+    return program.compile({"xla_backend_optimization_level": 1} if on_cpu else None)()

@@ -1,0 +1,164 @@
+"""One training step, whole: loss, gradients, accumulation, guard, optimizer, metrics.
+
+Shapes: A microbatches, B rows, S positions, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxlm import tree
+from maxlm.checkpoint.digest import digest_array
+from maxlm.config import Config, DataConfig
+from maxlm.data.batch import Batch
+from maxlm.model.decoder import ModelParts, merge
+from maxlm.model.loss import chunked_cross_entropy
+from maxlm.model.runtime import Runtime
+from maxlm.optim import average, guard, scaling
+from maxlm.optim.optimizers import Optimizer, clip_by_global_norm
+from maxlm.optim.schedules import make_schedule
+from maxlm.train.state import TrainState
+
+Metrics = dict[str, Any]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, runtime: Runtime) -> TrainStep:
+    """The function `(state, batch) -> (state, metrics)`; jit it with the state donated.
+
+    The batch is the global one: int32 and float32 arrays (B, S) over the whole mesh. The loss is the mean over all
+    loss-bearing positions of the global batch, so that neither accumulation nor the mesh changes it. Metrics are
+    scalars, and `norms`, a dict of per-layer float32 arrays that is filled every `norms_every` steps.
+    """
+    schedule = make_schedule(config.optim, config.train.steps)
+    separate = separates_documents(config.data)
+
+    def loss(params: dict, batch: Batch, denominator: jax.Array, scale: jax.Array) -> tuple[jax.Array, Metrics]:
+        """A microbatch's share of the loss, times the loss scale."""
+        model = merge(parts.graphdef, params)
+        segments = batch.segments if separate else None
+        out = model.hidden(batch.tokens, positions_BS=batch.positions, segments_BS=segments, runtime=runtime)
+        sums = chunked_cross_entropy(
+            out.hidden_BSD,
+            model.head_matrix(),
+            batch.targets,
+            batch.weights,
+            chunk=config.train.loss_chunk,
+            softcap=config.model.logits_softcap,
+            z_loss=config.train.z_loss,
+            constrain=runtime.constrain,
+        )
+        nll, z = sums.nll_sum / denominator, sums.z_sum / denominator
+        total = nll + config.train.z_loss * z
+        return total * scale, {"loss": nll, "z_loss": z, "activations": out.norms}
+
+    def gradients(params: dict, batch: Batch, denominator: jax.Array, scale: jax.Array) -> tuple[Metrics, dict]:
+        """Loss terms and float32 gradients of the whole batch, a microbatch at a time."""
+        count = config.train.accumulation
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        if count == 1:
+            (_, terms), grads = value_and_grad(params, batch, denominator, scale)
+            return terms, grads
+
+        def split(x: jax.Array) -> jax.Array:
+            # Row r goes to microbatch r % A, so that every device keeps the rows that it already holds.
+            x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+            return runtime.constrain(x, (None, "batch", "seq"))
+
+        def add(total: tuple, micro: Batch) -> tuple[tuple, None]:
+            (_, terms), grads = value_and_grad(params, micro, denominator, scale)
+            return jax.tree.map(jnp.add, total, (terms, grads)), None
+
+        micros = jax.tree.map(split, batch)
+        shapes = jax.eval_shape(lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), denominator, scale))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+        (terms, grads), _ = jax.lax.scan(add, zeros, micros)
+        terms["activations"] = jax.tree.map(lambda x: x / count, terms["activations"])
+        return terms, grads
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens = batch.weights.sum()
+        with jax.named_scope("loss_and_gradients"):
+            terms, grads = gradients(state.params, batch, jnp.maximum(tokens, 1.0), state.scale.scale)
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / state.scale.scale, grads)
+
+        with jax.named_scope("optimizer"):
+            clipped = clip_by_global_norm(grads, config.optim.clip_norm)
+            lr = schedule(state.step)
+            updates, opt_state = optimizer.update(clipped.grads, state.opt_state, state.params, lr=lr)
+            params = jax.tree.map(jnp.add, state.params, updates)
+
+        with jax.named_scope("guard"):
+            overflow = scaling.overflowed(state.scale, clipped.norm)
+            verdict = guard.judge(
+                config.optim.guard, state.guard, loss=terms["loss"], grad_norm=clipped.norm, excused=overflow
+            )
+            accept = verdict.accept
+            new = TrainState(
+                step=state.step + 1,
+                updates=state.updates + accept.astype(jnp.int32),
+                params=guard.select(accept, params, state.params),
+                opt_state=guard.select(accept, opt_state, state.opt_state),
+                average=guard.select(
+                    accept, average.update_average(state.average, params, config.optim.ema_decay), state.average
+                ),
+                guard=verdict.guard,
+                scale=scaling.update_scale(state.scale, overflow),
+            )
+
+        with jax.named_scope("metrics"):
+            norms = {
+                "weights": lambda: layer_rms(state.params),
+                "gradients": lambda: layer_rms(grads),
+                "updates": lambda: layer_rms(updates),
+                "activations": lambda: terms["activations"],
+            }
+            metrics = {
+                "loss": terms["loss"],
+                "z_loss": terms["z_loss"],
+                "grad_norm": clipped.norm,
+                "lr": lr,
+                "tokens": tokens,
+                "batch": digest_array(batch.tokens)[0],  # which tokens these were, on any mesh
+                "accepted": accept,
+                "rejections_in_row": new.guard.in_row,
+                "updates": new.updates,
+                "loss_scale": state.scale.scale,
+                "norms": every(config.train.norms_every, state.step, norms),
+            }
+        return new, metrics
+
+    return train_step
+
+
+def separates_documents(data: DataConfig) -> bool:
+    """Whether attention has to keep the documents of a row apart. Padding at the end of a row is behind causality."""
+    return data.mask_documents
+
+
+def layer_rms(params: dict[str, Any]) -> dict[str, jax.Array]:
+    """Root mean square of every array, float32: (L,) for stacked ones, () for the rest; keyed by path."""
+
+    def rms(path: str, x: jax.Array) -> jax.Array:
+        axes = tuple(range(1, x.ndim)) if path.startswith("layers/") else None
+        return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=axes))
+
+    return {path: rms(path, x) for path, x in tree.paths(params).items()}
+
+
+def every(steps: int, step: jax.Array, values: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """The values on steps that `steps` divides, zeros (and no work) on the others; {} if `steps` is 0."""
+    if not steps:
+        return {}
+
+    def compute() -> dict[str, Any]:
+        return {name: value() for name, value in values.items()}
+
+    def skip() -> dict[str, Any]:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+
+    return jax.lax.cond(step % steps == 0, compute, skip)

@@ -1,0 +1,112 @@
+"""Real processes: killed at any instant, and several that must agree. Slow."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SAVE_FOR_EVER = """
+import sys, jax, jax.numpy as jnp
+from maxlm.checkpoint.manager import Checkpointer
+from maxlm.config import CheckpointConfig
+
+abstract = {"x": jax.ShapeDtypeStruct((1 << 18,), jnp.float32), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+with Checkpointer(sys.argv[1], CheckpointConfig(keep_latest=2), log=lambda line: print("LOG", line, flush=True)) as c:
+    found = c.restore(abstract)
+    step = int(found.state["step"]) if found else 0
+    assert not found or (found.step == step and bool((found.state["x"] == step).all()))
+    print("START", step, flush=True)
+    while True:
+        step += 1
+        c.save(step, {"x": jnp.full(1 << 18, step, jnp.float32), "step": jnp.int32(step)}, metadata={"step": step})
+        print("SAVED", step - 1, flush=True)  # the save before was waited for
+"""
+
+AGREE = """
+import sys, jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from pathlib import Path
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from maxlm.checkpoint import reader
+from maxlm.checkpoint.manager import Checkpointer
+from maxlm.config import CheckpointConfig
+
+folder, me = Path(sys.argv[1]), jax.process_index()
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+make = lambda step: {"x": jax.make_array_from_callback((4096,), sharding, lambda i: np.full(4096, step, np.float32)[i])}
+abstract = {"x": jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=sharding)}
+lines = []
+with Checkpointer(folder, CheckpointConfig(keep_latest=9), log=lines.append) as c:
+    assert c.restore(abstract) is None
+    for step in (1, 2, 3):
+        c.save(step, make(step), metadata={"step": step})
+    assert c.restore(abstract).step == 3
+    load = reader._load
+    def fails_on_one(path, *rest):  # process 1 alone cannot read step 3
+        if me == 1 and path.parent.name == "3":
+            raise OSError("no such luck")
+        return load(path, *rest)
+    reader._load = fails_on_one
+    found = c.restore(abstract)
+    assert found.step == 2 and found.metadata == {"step": 2}, found
+    assert all(bool((shard.data == 2).all()) for shard in found.state["x"].addressable_shards)
+    assert ("no such luck" if me == 1 else "process 1 cannot read it") in lines[0], lines
+    c.save(3, make(4), metadata={})
+    c.wait()
+    assert c.pending_error() is None and c.steps() == [1, 2, 3]
+    assert (folder / "3.damaged-1").is_dir()
+print("AGREED", flush=True)
+"""
+
+
+def start(program: str, *arguments: str, devices: int) -> subprocess.Popen[str]:
+    environment = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_killed_at_any_instant_a_save_costs_at_most_itself(tmp_path):
+    """What was known to be on disk is found again after SIGKILL, six times over, and nothing counts as damaged."""
+    known, seed = 0, random.Random(0)
+    for _ in range(6):
+        process = start(SAVE_FOR_EVER, str(tmp_path), devices=1)
+        lines, begun = [], None
+        for line in process.stdout:
+            lines.append(line.split())
+            if lines[-1][0] == "START":
+                begun = int(lines[-1][1])
+            if lines[-1][0] == "SAVED" and int(lines[-1][1]) > begun:
+                break
+        assert begun is not None and begun >= known, lines
+        time.sleep(seed.uniform(0.0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        lines += [line.split() for line in process.stdout.read().splitlines()]
+        process.wait()
+        known = max([known] + [int(line[1]) for line in lines if line[0] == "SAVED"])
+        assert not [line for line in lines if line[0] == "LOG" and "damaged" in line], lines
+    assert known >= 6
+
+
+def test_two_processes_agree_that_a_checkpoint_is_damaged(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [start(AGREE, str(tmp_path), address, str(index), devices=2) for index in range(2)]
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all("AGREED" in output for output in outputs), "\n".join(outputs)

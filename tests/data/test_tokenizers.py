@@ -1,0 +1,162 @@
+"""Tokenizers give back exactly what they were given, refuse what cannot, and are trained the same every time."""
+
+import io
+import random
+
+import pytest
+import sentencepiece
+import tokenizers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maxlm.data.tokenizers import (
+    WORD_MARK,
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    TokenizerError,
+    load_tokenizer,
+    train_sentencepiece,
+)
+
+CODE = [
+    f"def name_{i}(self, value):\n    for item in value:\n        if item == {i}:\n            return item\n\n\n"
+    f"class Thing{i % 7}:\n    def other(self):\n\t\tself.value = '{'ab' * (i % 5)}'\n"
+    for i in range(200)
+]
+AWKWARD = [
+    "",
+    " ",
+    "\n",
+    "\0",
+    WORD_MARK,
+    f" {WORD_MARK} a{WORD_MARK}{WORD_MARK}",
+    "<s>",
+    "</s>",
+    "<0x41>",
+    "\u2585",
+    "\r\n\t",
+]
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=("Cs",))),
+    st.lists(st.sampled_from([*AWKWARD, "def ", "    ", "self.", "\n        return", "é", "🙂"])).map("".join),
+)
+
+
+def byte_level() -> hf.Tokenizer:
+    model = hf.Tokenizer(hf.models.BPE())
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = hf.decoders.ByteLevel()
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(CODE, trainer)
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A trained model file of every kind."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "code.model").write_bytes(train_sentencepiece(CODE, 512))
+    byte_level().save(str(folder / "tokenizer.json"))
+    return {"sentencepiece": folder / "code.model", "huggingface": folder / "tokenizer.json", "bytes": ""}
+
+
+@pytest.fixture(scope="module")
+def loaded(files):
+    return {kind: load_tokenizer(kind, path) for kind, path in files.items()}
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface", "bytes"])
+def test_text_comes_back_exactly(loaded, kind):
+    tokenizer = loaded[kind]
+
+    @settings(max_examples=150, deadline=None)
+    @given(TEXTS)
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.bos_id for i in ids)
+        assert tokenizer.encode_batch([text, text])[1].tolist() == ids
+        assert tokenizer.decode([tokenizer.bos_id, *ids]) == text
+
+    check()
+    for text in AWKWARD:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_training_does_not_depend_on_the_run_and_fills_the_vocabulary(files):
+    again = train_sentencepiece(CODE, 512)
+    assert again == files["sentencepiece"].read_bytes()
+    assert SentencePieceTokenizer(again).vocab_size == 512
+    shuffled = random.Random(0).sample(CODE, len(CODE) // 2)
+    assert (
+        SentencePieceTokenizer(train_sentencepiece(shuffled, 512)).fingerprint
+        != SentencePieceTokenizer(again).fingerprint
+    )
+
+
+def test_pieces_hold_indentation_and_never_cross_into_a_line(files):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(files["sentencepiece"]))
+    pieces = [model.id_to_piece(i).replace(WORD_MARK, " ") for i in range(model.get_piece_size())]
+    assert "    " in pieces
+    assert any(piece.startswith("\n    ") for piece in pieces)
+    assert any(" " in piece.strip() for piece in pieces), "no piece holds more than one word"
+    assert all("\n" not in piece.lstrip("\n") for piece in pieces)
+
+
+def test_long_lines_zeros_and_word_marks_do_not_stop_training():
+    texts = [*CODE, "x = '" + "0123456789" * 20_000 + "'\n", "a\0b", WORD_MARK * 50]
+    assert SentencePieceTokenizer(train_sentencepiece(texts, 512)).vocab_size == 512
+
+
+def test_fingerprints_tell_models_apart_and_survive_saving(loaded, tmp_path):
+    assert len({tokenizer.fingerprint for tokenizer in loaded.values()}) == 3
+    for kind in ("sentencepiece", "huggingface"):
+        loaded[kind].save(tmp_path / loaded[kind].file_name)
+        assert load_tokenizer(kind, tmp_path / loaded[kind].file_name).fingerprint == loaded[kind].fingerprint
+    assert (loaded["bytes"].vocab_size, loaded["bytes"].bos_id, ByteTokenizer().encode("é")) == (257, 256, [195, 169])
+
+
+def test_special_tokens_in_a_document_are_text(loaded):
+    tokenizer = loaded["huggingface"]
+    assert tokenizer.bos_id not in tokenizer.encode("a<s>b</s>")
+    assert tokenizer.decode(tokenizer.encode("a<s>b</s>")) == "a<s>b</s>"
+
+
+def test_a_tokenizer_that_changes_text_is_refused(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CODE), model_writer=model, vocab_size=300, hard_vocab_limit=False, minloglevel=2
+    )
+    (tmp_path / "lossy.model").write_bytes(model.getvalue())
+    with pytest.raises(TokenizerError, match=r"lossy.model: the tokenizer changes text"):
+        load_tokenizer("sentencepiece", tmp_path / "lossy.model")
+    lower = byte_level()
+    lower.normalizer = hf.normalizers.Lowercase()
+    lower.save(str(tmp_path / "lower.json"))
+    with pytest.raises(TokenizerError, match=r"changes text"):
+        load_tokenizer("huggingface", tmp_path / "lower.json")
+
+
+def test_errors_are_one_clear_sentence(tmp_path):
+    with pytest.raises(
+        TokenizerError, match=r"no tokenizer kind 'wordpiece': choose from sentencepiece, huggingface, bytes"
+    ):
+        load_tokenizer("wordpiece", "")
+    with pytest.raises(TokenizerError, match=r"none.model cannot be read: No such file"):
+        load_tokenizer("sentencepiece", tmp_path / "none.model")
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(TokenizerError, match=r"no sentencepiece model"):
+        load_tokenizer("sentencepiece", tmp_path / "junk")
+    with pytest.raises(TokenizerError, match=r"no tokenizer.json"):
+        load_tokenizer("huggingface", tmp_path / "junk")
+    nameless = hf.Tokenizer(hf.models.BPE(vocab={"a": 0}, merges=[]))
+    nameless.save(str(tmp_path / "nameless.json"))
+    with pytest.raises(TokenizerError, match=r"no begin token"):
+        load_tokenizer("huggingface", tmp_path / "nameless.json")
+    with pytest.raises(TokenizerError, match=r"50000 pieces cannot be trained on this text"):
+        train_sentencepiece(CODE[:3], 50_000)
+    with pytest.raises(TokenizerError, match=r"100 pieces cannot be trained on this text"):
+        train_sentencepiece(CODE[:3], 100)

@@ -1,0 +1,182 @@
+"""The attention back ends against the reference, and the table that chooses among them."""
+
+import dataclasses
+import re
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+
+from maxlm.kernels import attention
+from maxlm.kernels import heads_loop as loop_module
+from maxlm.kernels.attention import Mask, heads_loop, plain
+from maxlm.kernels.matmul import SAVED_NAME
+
+DIM = 8
+
+
+def operands(*, batch, length, kv_heads, groups, dtype="float32", seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    heads = (kv_heads * groups, kv_heads, kv_heads, kv_heads * groups)
+    return [jax.random.normal(key, (batch, length, n, DIM)).astype(dtype) for key, n in zip(keys, heads, strict=True)]
+
+
+def segments(batch, length, cuts):
+    """Documents that end at the given places, moved on by one in each further row, so that rows differ."""
+    return jnp.stack(
+        [1 + sum((jnp.arange(length) >= cut + row).astype(jnp.int32) for cut in cuts) for row in range(batch)]
+    )
+
+
+def out_and_gradients(attend, q, k, v, g, mask):
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
+    return out, *pull(g)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 8 rows in at most 2 tiers, so that a few dozen positions meet every kind of block."""
+    monkeypatch.setattr(loop_module, "BLOCK_ROWS", (8, 8))
+    monkeypatch.setattr(loop_module, "TIERS", 2)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    length=st.sampled_from([5, 16, 33, 61]),
+    kv_heads=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 3]),
+    window=st.sampled_from([0, 1, 7, 20]),
+    softcap=st.sampled_from([0.0, 1.5]),
+    cuts=st.sampled_from([None, (3,), (8, 9, 40)]),
+    causal=st.booleans(),
+)
+@example(length=61, kv_heads=2, groups=3, window=7, softcap=1.5, cuts=(8, 9, 40), causal=True)
+@example(length=61, kv_heads=2, groups=1, window=0, softcap=0.0, cuts=None, causal=True)
+def test_loop_equals_plain(small_blocks, length, kv_heads, groups, window, softcap, cuts, causal):
+    q, k, v, g = operands(batch=2, length=length, kv_heads=kv_heads, groups=groups)
+    mask = Mask(scale=0.4, window=window, softcap=softcap, causal=causal)
+    if cuts is not None:
+        row = segments(2, length, cuts)
+        mask = dataclasses.replace(mask, segments_q=row, segments_k=row)
+    ours = jax.jit(lambda *a: out_and_gradients(heads_loop, *a))(q, k, v, g, mask)
+    reference = jax.jit(lambda *a: out_and_gradients(plain, *a))(q, k, v, g, mask)
+    for got, want in zip(ours, reference, strict=True):
+        # Sums of up to 61 float32 terms of order one in another order.
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_plain_equals_a_loop_over_positions():
+    q, k, v, _ = operands(batch=1, length=9, kv_heads=1, groups=2)
+    row = segments(1, 9, (4,))
+    got = plain(q, k, v, Mask(scale=0.5, window=3, softcap=2.0, segments_q=row, segments_k=row))
+    for i in range(9):
+        seen = [j for j in range(9) if j <= i and i - j < 3 and row[0, i] == row[0, j]]
+        for head in range(2):
+            scores = np.array([2.0 * np.tanh(float(q[0, i, head] @ k[0, j, 0]) * 0.5 / 2.0) for j in seen])
+            weights = np.exp(scores) / np.exp(scores).sum()
+            np.testing.assert_allclose(got[0, i, head], weights @ np.array(v[0, seen, 0]), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_stays_near_float32():
+    """Both paths round operands to 8 bits; neither may lose more than that rounding (2**-8) times a few."""
+    q, k, v, g = operands(batch=1, length=200, kv_heads=2, groups=2)
+    want = out_and_gradients(plain, q, k, v, g, Mask(scale=0.35))
+    short = [x.astype(jnp.bfloat16) for x in (q, k, v, g)]
+    for attend in (plain, heads_loop):
+        for got, wide in zip(out_and_gradients(attend, *short, Mask(scale=0.35)), want, strict=True):
+            assert got.dtype == jnp.bfloat16
+            error = jnp.linalg.norm(got.astype(jnp.float32) - wide) / jnp.linalg.norm(wide)
+            assert error < 0.015
+
+
+def test_decoding_rows_stand_at_their_own_offsets():
+    q, k, v, _ = operands(batch=2, length=10, kv_heads=1, groups=1)
+    whole = plain(q, k, v, Mask(scale=0.3))
+    last = jnp.stack([q[0, 4:5], q[1, 7:8]])
+    got = plain(last, k, v, Mask(scale=0.3, q_offset=jnp.array([4, 7])))
+    np.testing.assert_allclose(got[:, 0], jnp.stack([whole[0, 4], whole[1, 7]]), rtol=1e-6, atol=1e-6)
+
+
+def test_loop_skips_what_the_window_hides():
+    """The products of the program, one block a tier, are those of the windows, not of all pairs."""
+
+    def flops(mask):
+        q, k, v, _ = operands(batch=1, length=1024, kv_heads=1, groups=1)
+        text = jax.jit(heads_loop).lower(q, k, v, mask).as_text()
+        return sum(int(a) * int(b) for a, b in re.findall(r"dot_general.*-> tensor<(\d+)x(\d+)xf32>", text))
+
+    # Blocks of 128 queries and a window of 128: 255 keys at most for each, against 576 of 1,024 on average.
+    assert (
+        flops(Mask(scale=1.0, window=128)) < 0.5 * flops(Mask(scale=1.0)) < 0.6 * flops(Mask(scale=1.0, causal=False))
+    )
+
+
+def test_loop_memory_does_not_grow_with_the_square():
+    def temporaries(length):
+        q, k, v, g = operands(batch=1, length=length, kv_heads=2, groups=1)
+        step = jax.jit(lambda *a: out_and_gradients(heads_loop, *a, Mask(scale=1.0)))
+        return step.lower(q, k, v, g).compile().memory_analysis().temp_size_in_bytes
+
+    # All scores would grow sixteenfold.
+    assert temporaries(4096 * 4) < 6 * temporaries(4096)
+
+
+def test_loop_under_remat_runs_its_forward_pass_once():
+    q, k, v, g = operands(batch=1, length=8, kv_heads=1, groups=1)
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
+
+    def loops(remat):
+        loss = lambda q: jnp.sum(heads_loop(jnp.sin(q), k, v, Mask(scale=1.0)) * g)  # noqa: E731
+        text = jax.jit(jax.grad(remat(loss))).lower(q).compile().as_text()
+        return len(re.findall(r" while\(", text))
+
+    assert loops(lambda f: jax.checkpoint(f, policy=policy)) == loops(lambda f: f)
+
+
+def test_choice_by_platform():
+    def name(platform, *needs, dtype="bfloat16", head_dim=64):
+        asked = {feature: feature in needs for feature in ("segments", "windows", "softcap", "decode")}
+        return attention.choose(platform=platform, dtype=dtype, head_dim=head_dim, **asked).name
+
+    assert name("cpu") == name("cpu", "segments", "windows", "softcap") == "heads_loop"
+    assert name("cpu", "decode") == "plain"
+    assert name("gpu") == name("gpu", "windows") == "cudnn"
+    # cuDNN would silently attend across documents and drop soft-caps; float32 it cannot do at all.
+    assert name("gpu", "segments") == name("gpu", "softcap") == "plain"
+    assert name("gpu", dtype="float32") == name("gpu", head_dim=100) == "plain"
+    assert name("tpu", "segments", "windows", "softcap", "decode") == "plain"
+
+
+def test_choice_says_why_nothing_can_serve(monkeypatch):
+    monkeypatch.setattr(attention, "BACKENDS", [b for b in attention.BACKENDS if b.name == "cudnn"])
+    asked = dict(platform="gpu", dtype="float16", head_dim=64, segments=False, windows=False, decode=False)
+    assert attention.choose(softcap=False, **asked).name == "cudnn"
+    with pytest.raises(ValueError, match="cudnn cannot do softcap"):
+        attention.choose(softcap=True, **asked)
+
+
+@pytest.mark.parametrize("name", [backend.name for backend in attention.BACKENDS])
+@pytest.mark.parametrize("feature", attention.FEATURES)
+def test_backend_honours_or_refuses(name, feature):
+    """Every cell of the table: what is declared agrees with the reference, what is not raises."""
+    backend = next(b for b in attention.BACKENDS if b.name == name)
+    q, k, v, _ = operands(batch=2, length=6, kv_heads=1, groups=2)
+    row = segments(2, 6, (2,))
+    mask = {
+        "windows": Mask(scale=1.0, window=2),
+        "softcap": Mask(scale=1.0, softcap=0.5),
+        "segments": Mask(scale=1.0, segments_q=row, segments_k=row),
+        "decode": Mask(scale=1.0, q_offset=2),
+        "bidirectional": Mask(scale=1.0, causal=False),
+    }[feature]
+    if feature not in backend.features:
+        with pytest.raises(ValueError, match=f"{name}.*cannot do {feature}"):
+            backend.function(q, k, v, mask)
+    elif not backend.platforms or "cpu" in backend.platforms:
+        unmasked = plain(q, k, v, Mask(scale=1.0))
+        got = backend.function(q, k, v, mask)
+        np.testing.assert_allclose(got, plain(q, k, v, mask), rtol=1e-5, atol=1e-5)
+        assert not np.allclose(got, unmasked, atol=1e-3)

@@ -1,0 +1,246 @@
+"""The decoder sees what it may see, and is the same function however it is run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maxlm import tree
+from maxlm.model.attention import Sight
+from maxlm.model.decoder import Decoder, init_params, split_model
+from maxlm.model.runtime import Runtime
+
+# Float32 sums of a few dozen terms of order one, in another order.
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+
+VARIANTS = {
+    "plain": {},
+    "windows": {"attention": {"windows": (3, 0)}},
+    "everything": {
+        "attention": {"qk_norm": True, "bias": True, "softcap": 5.0, "windows": (0, 4, 2, 3), "kv_heads": 1},
+        "mlp": {"kind": "geglu", "bias": True},
+        "num_layers": 6,
+        "norm_placement": "both",
+        "embed_scale": True,
+        "logits_softcap": 7.0,
+        "tie_embeddings": True,
+    },
+    "layernorm post relu2": {"norm": "layer", "norm_placement": "post", "mlp": {"kind": "relu2"}},
+    "gelu": {"mlp": {"kind": "gelu"}, "init": "fan_in"},
+    "silu": {"mlp": {"kind": "silu", "bias": True}},
+}
+
+
+@pytest.fixture(params=VARIANTS, ids=str)
+def built(request, tiny):
+    return tiny.build(tiny.config(**VARIANTS[request.param]), noise=0.1)
+
+
+def test_causality_is_a_zero_gradient(tiny, built):
+    tokens, query = tiny.tokens(2, 9), 5
+
+    def probe(offset):
+        # The embedding's rows are looked up by position, so that a gradient tells positions apart.
+        table = built.params["embedding"]["table"][tokens.reshape(-1)] + offset
+        model = nnx.merge(built.graphdef, built.params | {"embedding": {"table": table}})
+        out = tiny.hidden(model, jnp.arange(18).reshape(2, 9))
+        return jnp.sum(out.hidden_BSD[:, query] * jnp.cos(jnp.arange(24.0)))
+
+    gradient = jax.grad(probe)(jnp.zeros((18, 24))).reshape(2, 9, 24)
+    seen = np.any(np.asarray(gradient) != 0, axis=-1)
+    assert not seen[:, query + 1 :].any()
+    assert seen[:, query].all()
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("windows, reach", [((3,), 6), ((3, 1), 4), ((0,), 12)])
+def test_windows_reach_exactly_as_far_as_they_say(tiny, windows, reach):
+    """Layers with windows w reach sum(w - 1) positions back, no more and no less; 3 layers in a cycle."""
+    model = tiny.build(tiny.config(attention={"windows": windows})).model
+    tokens, query = tiny.tokens(1, 13), 12
+    changed = []
+    before = tiny.hidden(model, tokens).hidden_BSD[0, query]
+    step = jax.jit(lambda t: tiny.hidden(model, t).hidden_BSD[0, query])
+    for position in range(13):
+        other = tokens.at[0, position].set((tokens[0, position] + 1) % 61)
+        changed.append(bool(jnp.any(jnp.abs(step(other) - before) > 1e-4)))
+    assert changed == [position >= query - reach for position in range(13)]
+
+
+def test_packed_documents_equal_documents_alone(tiny, built):
+    first, second = tiny.tokens(1, 5, seed=1), tiny.tokens(1, 7, seed=2)
+    packed = tiny.hidden(
+        built.model,
+        jnp.concatenate([first, second], axis=1),
+        positions=jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None],
+        segments=jnp.array([[1] * 5 + [2] * 7]),
+    ).hidden_BSD
+    np.testing.assert_allclose(packed[:, :5], tiny.hidden(built.model, first).hidden_BSD, **CLOSE)
+    np.testing.assert_allclose(packed[:, 5:], tiny.hidden(built.model, second).hidden_BSD, **CLOSE)
+
+
+def test_scan_equals_a_loop_over_layers(tiny, built):
+    config, tokens = built.config, tiny.tokens(2, 10)
+    sight = Sight(jnp.broadcast_to(jnp.arange(10), (2, 10)), None, None)
+    graphdef, state = nnx.split(built.model.layers)
+    x = built.model.embedding(tokens, runtime=Runtime())
+    norms = []
+    for i in range(config.num_layers):
+        block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], nnx.to_pure_dict(state)))
+        window = config.attention.windows[i % len(config.attention.windows)]
+        x = block(x, sight=sight, window=window, runtime=Runtime()).out
+        norms.append(np.sqrt(np.mean(np.square(x))))
+    out = tiny.hidden(built.model, tokens)
+    np.testing.assert_allclose(out.hidden_BSD, built.model.final_norm(x), **CLOSE)
+    np.testing.assert_allclose(out.norms["residual"], norms, **CLOSE)
+
+
+def test_layer_count_need_not_divide_by_the_cycle(tiny):
+    """Layer i has window i mod c also in the suffix: six layers of a cycle of four are 0 4 2 3 0 4."""
+    windows = (0, 4, 2, 3)
+    cycled = tiny.build(tiny.config(num_layers=6, attention={"windows": windows}))
+    listed = tiny.config(num_layers=6, attention={"windows": (0, 4, 2, 3, 0, 4)})
+    other = nnx.merge(split_model(listed).graphdef, cycled.params)
+    tokens = tiny.tokens(2, 11)
+    expected = tiny.hidden(other, tokens).hidden_BSD
+    np.testing.assert_allclose(tiny.hidden(cycled.model, tokens).hidden_BSD, expected, **CLOSE)
+
+
+def _gradients(tiny, built, runtime):
+    tokens = tiny.tokens(2, 8)
+
+    def total(params):
+        model = nnx.merge(built.graphdef, params)
+        return jnp.mean(jnp.square(model.logits(tiny.hidden(model, tokens, runtime=runtime).hidden_BSD)))
+
+    return jax.jit(jax.grad(total))(built.params)
+
+
+def test_remat_changes_no_gradient(tiny):
+    built = tiny.build(tiny.config(**VARIANTS["everything"]), noise=0.1)
+    expected = tree.paths(_gradients(tiny, built, Runtime()))
+    for runtime in (
+        Runtime(remat="full"),
+        Runtime(remat="matmuls"),
+        Runtime(remat="custom", remat_names=("attention_qkv", "mlp_hidden")),
+    ):
+        for path, got in tree.paths(_gradients(tiny, built, runtime)).items():
+            np.testing.assert_allclose(got, expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_compute_dtype_leaves_gradients_in_float32(tiny, built):
+    gradients = tree.paths(_gradients(tiny, built, Runtime(dtype=jnp.bfloat16)))
+    assert {g.dtype for g in gradients.values()} == {jnp.dtype(jnp.float32)}
+    # A gradient that had been rounded to bfloat16 on its way would have no bits beyond its first eight. The bias
+    # of the projections is a sum of bfloat16 cotangents, and so are the scales.
+    for path, g in gradients.items():
+        if g.ndim > 2 or path == "embedding/table":
+            assert np.any(np.asarray(g) != np.asarray(g.astype(jnp.bfloat16).astype(jnp.float32))), path
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh(tiny):
+    config = dataclasses.replace(tiny.config(), vocab_size=64, embed_dim=32)
+    expected = tree.paths(init_params(config, jax.random.key(3)))
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
+    axes = {"embed": "fsdp", "vocab": "tensor", "mlp": "tensor", "q_heads": "tensor", "kv_heads": "tensor"}
+    shardings = tree.map_paths(
+        lambda _, spec: NamedSharding(mesh, PartitionSpec(*(axes.get(axis) for axis in spec.logical))),
+        split_model(config).specs,
+    )
+    sharded = jax.jit(lambda key: init_params(config, key), out_shardings=shardings)(jax.random.key(3))
+    for path, value in tree.paths(sharded).items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(expected[path]), err_msg=path)
+        if path.endswith(("query", "table")):
+            assert len({shard.index for shard in value.addressable_shards}) == 8, path
+
+
+def test_sharded_forward_equals_unsharded(tiny):
+    built = tiny.build(dataclasses.replace(tiny.config(), vocab_size=64))
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
+    specs = split_model(built.config).specs
+    axes = {"batch": "fsdp", "embed": "fsdp"} | dict.fromkeys(("vocab", "mlp", "q_heads", "kv_heads"), "tensor")
+
+    def place(logical):
+        return NamedSharding(mesh, PartitionSpec(*(axes.get(axis) for axis in logical)))
+
+    runtime = Runtime(constrain=lambda x, logical: jax.lax.with_sharding_constraint(x, place(logical)))
+    params = tree.map_paths(lambda _, spec, x: jax.device_put(x, place(spec.logical)), specs, built.params)
+    tokens = tiny.tokens(4, 8)
+
+    def run(params, tokens, runtime):
+        model = nnx.merge(built.graphdef, params)
+        return model.logits(tiny.hidden(model, tokens, runtime=runtime).hidden_BSD)
+
+    got = jax.jit(run, static_argnums=2)(params, jax.device_put(tokens, place(("batch", None))), runtime)
+    np.testing.assert_allclose(got, run(built.params, tokens, Runtime()), **CLOSE)
+
+
+def test_initial_scales_follow_the_config(tiny):
+    """Standard deviations are within 5% (some 2,000 draws or more: 3 standard errors) of the documented formulas."""
+    config = tiny.config(embed_std=0.02, num_layers=8)
+    d, f, layers = 24, 40, 8
+    for init, factor in (("depth_scaled", 1 / np.sqrt(2 * layers)), ("fan_in", 1.0), ("zero_output", 0.0)):
+        params = tree.paths(init_params(dataclasses.replace(config, init=init), jax.random.key(0)))
+        expected = {
+            "embedding/table": 0.02,
+            "head/kernel": d**-0.5,
+            "layers/attention/query": d**-0.5,
+            "layers/mlp/up": d**-0.5,
+            "layers/attention/output": 32**-0.5 * factor,
+            "layers/mlp/down": f**-0.5 * factor,
+        }
+        for path, std in expected.items():
+            np.testing.assert_allclose(np.std(params[path]), std, rtol=0.05, err_msg=f"{init} {path}")
+        layer = params["layers/mlp/up"]
+        assert not np.allclose(layer[0], layer[1])  # every layer has its own draw
+
+
+def test_parameters_carry_their_declaration(tiny):
+    parts = split_model(tiny.config(**VARIANTS["everything"]))
+    specs = tree.paths(parts.specs)
+    query = specs["layers/attention/query"]
+    assert query.shape == (6, 24, 4, 8) and query.dtype == jnp.float32
+    assert query.logical == ("layers", "embed", "q_heads", "head_dim") and query.contract == ("embed",)
+    assert specs["layers/attention/output"].contract == ("q_heads", "head_dim")
+    roles = {path: spec.role for path, spec in specs.items()}
+    assert roles["embedding/table"] == "embedding" and "head/kernel" not in roles
+    assert roles["layers/attention/query_norm"] == roles["layers/mlp/down_bias"] == "vector"
+    assert {path for path, role in roles.items() if role == "matrix"} == {
+        *(f"layers/attention/{name}" for name in ("query", "key", "value", "output")),
+        *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
+    }
+    assert "layers/attention_out_norm/scale" in specs and "layers/attention_norm/scale" in specs
+    params = tree.paths(init_params(tiny.config(**VARIANTS["everything"]), jax.random.key(0)))
+    assert {path: x.shape for path, x in params.items()} == {path: spec.shape for path, spec in specs.items()}
+    assert all(len(spec.logical) == len(spec.shape) for spec in specs.values())
+
+
+def test_a_block_of_another_family_is_composed(tiny):
+    """A maker of blocks is all that another family needs: here one whose feed-forward half does nothing."""
+    from maxlm.model.attention import GroupedQueryAttention
+    from maxlm.model.decoder import Block
+
+    class Nothing(nnx.Module):
+        def __call__(self, x, *, runtime):
+            return jnp.zeros_like(x)
+
+    def make(config, rngs):
+        return Block(config, attention=GroupedQueryAttention(config, rngs=rngs), mlp=Nothing(), rngs=rngs)
+
+    config = tiny.config()
+    model = Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)), make_block=make)
+    assert tiny.hidden(model, tiny.tokens(2, 6)).hidden_BSD.shape == (2, 6, 24)
+
+
+def test_errors_say_what_to_type(tiny):
+    with pytest.raises(ValueError, match="remat is 'some'.*none, full, matmuls or custom"):
+        tiny.hidden(tiny.build(tiny.config()).model, tiny.tokens(1, 4), runtime=Runtime(remat="some"))
+    with pytest.raises(ValueError, match="mlp_hiden.*choose from.*mlp_hidden"):
+        runtime = Runtime(remat="custom", remat_names=("mlp_hiden",))
+        tiny.hidden(tiny.build(tiny.config()).model, tiny.tokens(1, 4), runtime=runtime)
+    with pytest.raises(ValueError, match="'kv_heads': 0.*resolve"):
+        split_model(tiny.config(attention={"kv_heads": 0}))

@@ -1,0 +1,113 @@
+"""The ledger agrees with the traced program, and with sums done by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maxlm import tree
+from maxlm.model.decoder import init_params, merge, split_model
+from maxlm.model.flops import count_matmul_flops, ledger
+from maxlm.model.loss import chunked_cross_entropy
+from maxlm.model.runtime import Runtime
+
+VARIANTS = {
+    "plain": {},
+    "tied, plain mlp": {"tie_embeddings": True, "mlp": {"kind": "gelu"}},
+    "windows and a suffix": {"attention": {"windows": (3, 0), "kv_heads": 1, "qk_norm": True, "bias": True}},
+}
+
+
+def _loss(tiny, config, *, rows, length, runtime):
+    graphdef = split_model(config).graphdef
+    tokens = jnp.zeros((rows, length), jnp.int32)
+
+    def total(params):
+        model = merge(graphdef, params)
+        hidden = tiny.hidden(model, tokens, runtime=runtime).hidden_BSD
+        return chunked_cross_entropy(
+            hidden,
+            model.head_matrix(),
+            tokens,
+            jnp.ones((rows, length)),
+            chunk=8,
+            softcap=0.0,
+            z_loss=0.0,
+            constrain=runtime.constrain,
+        ).nll_sum
+
+    return total, jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_ledger_equals_the_products_of_the_traced_program(tiny, settings):
+    config = tiny.config(**settings)
+    rows, length = 2, 12
+    total, params = _loss(tiny, config, rows=rows, length=length, runtime=Runtime())
+    counts = ledger(config, sequence_length=length)
+    assert count_matmul_flops(jax.make_jaxpr(total)(params)) == rows * length * counts.as_computed
+    assert count_matmul_flops(jax.make_jaxpr(jax.grad(total))(params)) == 3 * rows * length * counts.as_computed
+
+
+def test_remat_policies_recompute_what_they_say(tiny):
+    """From nothing at all to nearly a forward pass: what is saved is read off the products of the backward pass."""
+    config, rows, length = tiny.config(), 2, 12
+    counts = ledger(config, sequence_length=length)
+
+    def recomputed(**policy):
+        total, params = _loss(tiny, config, rows=rows, length=length, runtime=Runtime(**policy))
+        flops = count_matmul_flops(jax.make_jaxpr(jax.grad(total))(params)) / (rows * length)
+        return flops - 3 * counts.as_computed
+
+    scores = counts.scores_as_computed
+    down = 2 * 3 * 24 * 40  # written to the stream, which the next block's input holds anyway
+    assert recomputed() == 0
+    assert recomputed(remat="matmuls") == scores / 2  # query times key: kernels keep no scores for the policy
+    everything = counts.forward["attention"] + counts.forward["mlp"] + scores - down
+    assert recomputed(remat="full") == everything
+    assert recomputed(remat="custom", remat_names=("mlp_hidden",)) == everything - counts.forward["mlp"] + down
+    assert recomputed(remat="custom", remat_names=("attention_out",)) == everything - scores / 2
+
+
+def test_counts_by_hand(tiny):
+    config = tiny.config(attention={"windows": (4, 0, 100)})
+    counts = ledger(config, sequence_length=10)
+    d, heads, kv, h, f, v, layers = 24, 4, 2, 8, 40, 61, 3
+    attention, mlp, norms = layers * d * h * (2 * heads + 2 * kv), layers * 3 * d * f, (2 * layers + 1) * d
+    assert dict(counts.params_by_component) == {
+        "embedding": v * d,
+        "attention": attention,
+        "mlp": mlp,
+        "norms": norms,
+        "head": d * v,
+    }
+    specs = tree.paths(split_model(config).specs)
+    assert counts.params_total == sum(spec.size for spec in specs.values())
+    assert counts.params_nonembedding == attention + mlp + norms
+    assert counts.six_n == 6 * (attention + mlp + norms + d * v)
+    # Of ten queries, window 4 lets 1 2 3 4 4 4 4 4 4 4 keys be seen; no window, or one wider than the row, 1 to 10.
+    seen = (34 + 55 + 55) / 10
+    assert counts.forward["scores"] == pytest.approx(4 * heads * h * seen)
+    assert counts.causal_exact == pytest.approx(6 * (attention + mlp + d * v) + 12 * heads * h * seen)
+
+
+def test_counter_multiplies_through_control_flow():
+    x = jnp.ones((4, 4))
+    one = 2 * 4**3
+
+    def count(f):
+        return count_matmul_flops(jax.make_jaxpr(f)(x))
+
+    assert count(lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, length=5)[0]) == 5 * one
+    assert count(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: c @ x, x)) == 3 * one
+    assert count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)) == 2 * one
+    assert count(lambda x: jax.vmap(lambda row: x @ row)(x)) == one
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    island = jax.shard_map(
+        lambda x: x @ jnp.ones((4, 4)),
+        mesh=mesh,
+        in_specs=jax.sharding.PartitionSpec("rows"),
+        out_specs=jax.sharding.PartitionSpec("rows"),
+    )
+    assert count_matmul_flops(jax.make_jaxpr(island)(jnp.ones((16, 4)))) == 2 * 16 * 4 * 4
+    with pytest.raises(ValueError, match="while loop cannot be counted"):
+        count(lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c @ x, x))

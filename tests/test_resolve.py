@@ -1,0 +1,169 @@
+"""The config: every problem at once, each in one sentence; and nothing in the schema that no code reads."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maxlm import config as schema
+from maxlm.config import AttentionConfig, Config, DataConfig, ModelConfig, OptimConfig, PhaseConfig, StoreConfig
+from maxlm.configfile import record, source
+from maxlm.resolve import ConfigError, as_config_dict, differences, leaves, resolve
+
+ROOT = Path(__file__).parent.parent
+STORES = {"stdlib": StoreConfig()}
+
+
+def config(**sections) -> Config:
+    return Config(**{"data": DataConfig(stores=STORES), **sections})
+
+
+def problems(given, **kwargs) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve(given, **kwargs)
+    return caught.value.problems
+
+
+def changed(**leaf_values):
+    """The ConfigDict of a sound config with some leaves changed, by dotted path with __ for the dots."""
+    given = as_config_dict(config()).to_dict()
+    for path, value in leaf_values.items():
+        *parents, last = path.split("__")
+        section = given
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    return given
+
+
+def test_round_trip():
+    resolved = resolve(as_config_dict(config()), devices=8)
+    assert resolve(resolved, devices=8) == resolved
+    assert resolved.parallel.data == 8
+    assert resolved.model.attention.kv_heads == resolved.model.attention.q_heads
+    assert resolved.model.attention.head_dim == resolved.model.embed_dim // resolved.model.attention.q_heads
+    assert resolved.model.mlp.dim == 704  # 8/3 * 256 rounded up to a multiple of 64
+
+
+def test_config_dict_is_locked_and_typed():
+    given = as_config_dict(config())
+    with pytest.raises((AttributeError, KeyError)):
+        given.optim.peak_lrr = 1.0
+    with pytest.raises(TypeError):
+        given.train.steps = "many"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("optim__peak_lrr", 1.0, "optim.peak_lrr is not a setting; did you mean optim.peak_lr?"),
+        ("train__steps", "many", "train.steps is 'many' (str), but int was expected"),
+        ("train__steps", True, "train.steps is True (bool), but int was expected"),
+        ("model__embed_dim", -3, "model.embed_dim is -3, but it has to be at least 1"),
+        ("optim__schedule", "cosin", "did you mean 'cosine'?"),
+        ("model__attention__kv_heads", 3, "does not divide model.attention.q_heads 8; use one of 1, 2, 4, 8"),
+        ("model__attention__head_dim", 33, "head_dim is 33, but rotary positions turn pairs"),
+        ("optim__warmup_steps", 1000, "the warm-up would never end; use at most 999"),
+        ("parallel__tensor", 3, "parallel.tensor is 3, which does not divide model.attention.q_heads"),
+        ("parallel__tensor", 16, "does not divide 8 devices"),
+        ("parallel__pipeline", 2, "parallel.pipeline is 2, which this version does not support"),
+        ("data__batch_size", 12, "use a multiple of 8"),
+        ("data__mixture", (("pile", 1.0),), "names 'pile', which is not in data.stores (stdlib)"),
+        ("data__mixture", (("stdlib", 1.0, 2),), "entries are (str, float)"),
+        ("data__stores", {}, "data.stores is empty"),
+        ("optim__decay_rules", (("(", 1.0),), "is not a regular expression"),
+        ("train__remat", "custom", "remat=custom and a list of names go together"),
+        ("train__remat_names", ("mlp_hiden",), "did you mean 'mlp_hidden'?"),
+        ("eval__overlap", 512, "use at most 511"),
+        ("checkpoint__keep_best", 1, "set eval.every_steps"),
+        ("model", 3, "model is 3, but it is a section"),
+    ],
+)
+def test_each_problem_is_one_clear_sentence(path, value, expected):
+    found = problems(changed(**{path: value}), devices=8)
+    assert any(expected in problem for problem in found), found
+    assert all("\n" not in problem for problem in found)
+
+
+def test_all_problems_are_reported_at_once():
+    found = problems(changed(model__embed_dim=-1, optim__schedule="x", train__steps=1.5, seeed=1))
+    assert len(found) == 4
+    found = problems(changed(optim__warmup_steps=5000, parallel__tensor=3, eval__overlap=600), devices=6)
+    assert {"optim.warmup_steps", "parallel.tensor", "eval.overlap"} <= {problem.split()[0] for problem in found}
+
+
+def test_mesh_that_does_not_fit_the_devices():
+    (found,) = problems(changed(parallel__data=2, parallel__fsdp=2), devices=8)
+    assert "the mesh data=2 x fsdp=2 has 4 devices, but there are 8" in found
+    found = problems(changed(parallel__fsdp=-1))
+    assert "parallel.data and parallel.fsdp are both -1" in found[0]
+
+
+def test_phases_by_name():
+    phases = {"long": PhaseConfig(from_step=500, sequence_length=1024)}
+    resolved = resolve(config(data=DataConfig(stores=STORES, phases=phases)))
+    assert resolved.data.phases["long"].sequence_length == 1024
+    given = as_config_dict(resolved)
+    given.data.phases.long.from_step = 5000
+    assert "train.steps is 1000" in problems(given)[0]
+
+
+def test_differences_name_only_what_was_changed():
+    found = differences(config(optim=OptimConfig(peak_lr=1e-2)))
+    assert found["optim.peak_lr"] == (3e-4, 1e-2)
+    assert set(found) == {"optim.peak_lr"}
+
+
+def test_every_leaf_is_documented_and_there_are_few():
+    everything = config(data=DataConfig(stores=STORES, phases={"a": PhaseConfig(from_step=1)}))
+    found = list(leaves(everything))
+    assert len(found) < 150
+    for path, field, _ in found:
+        assert len(field.metadata["doc"]) > 10, path
+
+
+def test_every_leaf_is_read_by_some_code():
+    """An attribute access of the leaf's name outside the schema and its checks; a knob without one does nothing."""
+    read = set()
+    for path in [*ROOT.glob("maxlm/**/*.py"), *ROOT.glob("tools/*.py")]:
+        if path.name in ("config.py", "resolve.py"):
+            continue
+        tree = ast.parse(path.read_text())
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    read |= {"data", "fsdp", "pipeline", "context", "expert", "tensor"}  # read by name, as mesh.AXES
+    everything = config(data=DataConfig(stores=STORES, phases={"a": PhaseConfig(from_step=1)}))
+    unread = {path for path, field, _ in leaves(everything) if field.name not in read}
+    assert not unread
+
+
+def test_saved_config_runs_again(tmp_path):
+    given = resolve(
+        config(
+            model=ModelConfig(attention=AttentionConfig(windows=(8, 0))),
+            data=DataConfig(stores=STORES, mixture=(("stdlib", 2.0),), phases={"a": PhaseConfig(from_step=7)}),
+        )
+    )
+    namespace: dict = {}
+    exec(source(given), namespace)
+    assert resolve(namespace["get_config"]()) == given
+
+    lines: list[str] = []
+    record(given, tmp_path, log=lines.append)
+    record(given, tmp_path, log=lines.append)
+    assert not lines
+    record(dataclasses.replace(given, seed=5), tmp_path, log=lines.append)
+    assert lines == ["config: seed was 0, now 5"]
+    assert "seed=0" in (tmp_path / "config.1.py").read_text()
+    assert "seed=5" in (tmp_path / "config.py").read_text()
+
+
+def test_schema_imports_nothing_of_ours_nor_jax():
+    text = (ROOT / "maxlm" / "config.py").read_text()
+    assert not re.search(r"^\s*(from|import) (maxlm|jax)", text, re.MULTILINE)
+    code = "import sys, maxlm.resolve; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert schema.ACTIVATION_NAMES
