@@ -1,6 +1,6 @@
 """The offline default: a small decoder on the Python standard library's own sources.
 
-    maxlm train --config=configs/quickstart.py --workdir=runs/quickstart
+maxlm train --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from maxlm.config import (

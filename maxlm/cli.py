@@ -21,7 +21,7 @@ USAGE = """usage: maxlm <command> [flags]
   train      --config=FILE --workdir=DIR [--config.section.key=value ...]   train, or continue, a run
   check      --config=FILE [--devices=N] [--config.section.key=value ...]   resolve a config; say what follows from it
   prepare    --config=FILE --workdir=DIR                                    make the tokenizer and the token stores
-  tokenizer  --config=FILE --workdir=DIR --out=DIR                          train a tokenizer on a config's sources
+  tokenizer  --config=FILE --workdir=DIR --out=FILE                         train a tokenizer on a config's sources
   generate   --workdir=DIR --prompt=TEXT [--max_tokens=N ...]               sample from the newest checkpoint
 
 `maxlm <command> --help` lists the command's flags."""
@@ -134,14 +134,14 @@ def _prepare(args: list[str]) -> int:
 def _tokenizer(args: list[str]) -> int:
     values = _flags(args, config=True)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_string("out", None, "folder that gets the tokenizer's file", flag_values=values)
+    flags.DEFINE_string("out", None, "the model file to write", flag_values=values)
     _parse(values, args, required=("config", "workdir", "out"))
     config = resolve(values.config)
     from maxlm.data.prepare import prepare_tokenizer
 
     tokenizer = prepare_tokenizer(config, Path(values.workdir).absolute())
-    path = tokenizer.save(Path(values.out).absolute())
-    print(f"{path}: {tokenizer.vocab_size} pieces ({tokenizer.fingerprint[:16]})")
+    tokenizer.save(Path(values.out).absolute())
+    print(f"{values.out}: {tokenizer.vocab_size} pieces ({tokenizer.fingerprint[:16]})")
     return 0
 
 
@@ -163,9 +163,7 @@ def _generate(args: list[str]) -> int:
         Path(values.workdir).absolute(),
         values.prompt,
         max_tokens=values.max_tokens,
-        sampling=Sampling(
-            temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, min_p=values.min_p
-        ),
+        sampling=Sampling(temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, min_p=values.min_p),
         seed=values.seed,
         log=lambda line: print(line, file=sys.stderr),
         write=lambda text: print(text, end="", flush=True),

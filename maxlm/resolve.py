@@ -111,7 +111,9 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), item, f"{path}.", problems)
         elif "of" in field.metadata:
-            values[name] = {key: _build(field.metadata["of"], sub, f"{path}.{key}.", problems) for key, sub in item.items()}
+            values[name] = {
+                key: _build(field.metadata["of"], sub, f"{path}.{key}.", problems) for key, sub in item.items()
+            }
         else:
             found = len(problems)
             value = _convert(item, hints[name], path, problems)
@@ -231,7 +233,8 @@ def _check_mesh(config: Config) -> Iterator[str]:
     for axis, sharded in dims.items():
         for path, dim in sharded:
             if sizes[axis] > 1 and dim % sizes[axis]:
-                yield f"parallel.{axis} is {sizes[axis]}, which does not divide {path} {dim}; use one of {_divisors(dim)}"
+                fits = _divisors(dim)
+                yield f"parallel.{axis} is {sizes[axis]}, which does not divide {path} {dim}; use one of {fits}"
 
 
 def _check_batches(config: Config) -> Iterator[str]:

@@ -22,6 +22,7 @@ from maxlm.train.goodput import BUCKETS
 from maxlm.train.metrics import read_metrics
 from maxlm.train.setup import make_setup
 from maxlm.train.signals import EXIT_PREEMPTED
+from tests.conftest import FAST_COMPILE
 from tests.tiny import tiny_config, write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -34,18 +35,26 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
         corpus = write_corpus(folder / "corpus")
-        config = tiny_config(corpus, train__steps=STEPS, checkpoint__every_steps=4, train__compilation_cache=str(folder / "xla"))
+        config = tiny_config(
+            corpus, train__steps=STEPS, checkpoint__every_steps=4, train__compilation_cache=str(folder / "xla")
+        )
         self.config = folder / "config.py"
         self.config.write_text(source(config))
 
     def start(self, name: str, *, devices: int = 1, overrides: tuple[str, ...] = ()) -> subprocess.Popen:
         environment = dict(os.environ)
         environment["JAX_PLATFORMS"] = "cpu"
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        command = [sys.executable, "-m", "maxlm.cli", "train", f"--config={self.config}", f"--workdir={self.folder / name}"]
-        log = open(self.folder / f"{name}.log", "a")
-        return subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE}"
+        command = [
+            sys.executable,
+            "-m",
+            "maxlm.cli",
+            "train",
+            f"--config={self.config}",
+            f"--workdir={self.folder / name}",
+        ]
+        with open(self.folder / f"{name}.log", "a") as log:
+            return subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def finish(self, name: str, **kwargs) -> None:
         assert self.start(name, **kwargs).wait(timeout=300) == 0, self.log(name)

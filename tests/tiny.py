@@ -32,7 +32,26 @@ def write_corpus(folder: Path, documents: int = 60) -> Path:
     """Made-up sentences, one file a document, the same every time."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
-    words = "the a cat dog tree house sees takes finds leaves quickly slowly red blue and or but then".split()
+    words = [
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "tree",
+        "house",
+        "sees",
+        "takes",
+        "finds",
+        "leaves",
+        "quickly",
+        "slowly",
+        "red",
+        "blue",
+        "and",
+        "or",
+        "but",
+        "then",
+    ]
     for number in range(documents):
         text = f"document {number}\n" + " ".join(rng.choice(words) for _ in range(rng.randint(20, 200))) + "\n"
         (folder / f"{number:03d}.txt").write_text(text)

@@ -98,7 +98,7 @@ def get_config() -> Any:
     return as_config_dict(bench_config(corpus=os.environ.get("MAXLM_BENCH_CORPUS", "corpus")))
 
 
-# --- subjects: each is a function that makes ready in its own process and returns what one turn repeats ----------------
+# --- subjects: each is a function that makes ready in its own process and returns what one turn repeats ---------------
 
 
 class Subject(NamedTuple):
@@ -165,20 +165,18 @@ def _peer_variant(*, compiled: bool, weights: str, autocast: bool) -> Subject:
     model, optim, attention = config.model, config.optim, config.model.attention
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    peer = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.embed_dim,
-            intermediate_size=model.mlp.dim,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=attention.q_heads,
-            num_key_value_heads=attention.kv_heads,
-            max_position_embeddings=config.data.sequence_length,
-            tie_word_embeddings=model.tie_embeddings,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    ).to(getattr(torch, weights))
+    dims: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.embed_dim,
+        "intermediate_size": model.mlp.dim,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": attention.q_heads,
+        "num_key_value_heads": attention.kv_heads,
+        "max_position_embeddings": config.data.sequence_length,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    peer = LlamaForCausalLM(LlamaConfig(**dims, attn_implementation="sdpa", use_cache=False))
+    peer.to(getattr(torch, weights))
     update = torch.optim.AdamW(
         peer.parameters(),
         lr=optim.peak_lr,
@@ -240,7 +238,7 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-# --- taking turns ------------------------------------------------------------------------------------------------------
+# --- taking turns -----------------------------------------------------------------------------------------------------
 
 
 def serve(name: str, dtype: str, pipe: Connection) -> None:
@@ -336,7 +334,7 @@ def step_figures(dtype: str, measured: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-# --- start, save, loader -----------------------------------------------------------------------------------------------
+# --- start, save, loader ----------------------------------------------------------------------------------------------
 
 
 def write_corpus(folder: Path) -> Path:
@@ -421,7 +419,7 @@ def measure_loader(folder: Path, corpus: Path, *, seconds: float) -> dict[str, f
     return figures
 
 
-# --- report ------------------------------------------------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------------------------------
 
 
 def report(console: Console, figures: dict[str, float], notes: list[str]) -> None:

@@ -124,12 +124,6 @@ class Checkpointer(CheckpointReader):
         others = [path for path, leaf in leaves.items() if not isinstance(leaf, jax.Array)]
         if others:
             raise TypeError(f"a checkpoint holds jax arrays only, found something else at {', '.join(others)}")
-        pending = [digest(leaf) for leaf in leaves.values()]  # runs on the devices while the line below waits
-        self.wait()
-        if step in self.steps():
-            if not force:
-                return SaveResult(False, time.perf_counter() - start)
-            self._set_aside(step, "replaced")
         record = Record(
             step,
             time.time(),
@@ -137,17 +131,23 @@ class Checkpointer(CheckpointReader):
             {name: float(value) for name, value in (metrics or {}).items()},
             dict(metadata),
         )
-        digests = np.stack([np.asarray(value) for value in pending])
-        items = ocp.args.Composite(
-            **{
-                STATE_ITEM: ocp.args.PyTreeSave({"arrays": from_paths(leaves), "digests": digests}),
-                RECORD_ITEM: ocp.args.JsonSave(record_to_json(record)),
-            }
-        )
+        sealed = record_to_json(record)
+        pending = [digest(leaf) for leaf in leaves.values()]  # runs on the devices while the next line waits
+        self.wait()
+        if step in self.steps():
+            if not force:
+                return SaveResult(False, time.perf_counter() - start)
+            self._set_aside(step, "replaced")
         self._writing = step
         self._retention.add(record)
         try:
-            self._manager.save(step, args=items, force=True)
+            with jax.transfer_guard("allow"):  # these transfers are meant, whatever the training loop guards against
+                digests = np.stack([np.asarray(value) for value in pending])
+                items = {
+                    STATE_ITEM: ocp.args.PyTreeSave({"arrays": from_paths(leaves), "digests": digests}),
+                    RECORD_ITEM: ocp.args.JsonSave(sealed),
+                }
+                self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except OSError as error:
             self._fail(error)
             return SaveResult(False, time.perf_counter() - start)

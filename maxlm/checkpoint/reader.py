@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from maxlm.checkpoint.digest import array_paths, digest_array
+from maxlm.errors import UserError
 from maxlm.tree import from_paths, paths
 
 RECORD_ITEM, STATE_ITEM = "record", "state"
@@ -39,7 +40,7 @@ _LISTED = 12  # differing arrays that a message lists at most
 digest = jax.jit(digest_array)
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used as asked; the message says what to do."""
 
 
@@ -185,7 +186,8 @@ class CheckpointReader:
         """The newest whole checkpoint among those asked for; None if there is no checkpoint at all."""
         damaged: list[Damage] = []
         for candidate in reversed(self._candidates(step)):
-            result = self._read(candidate, abstract, prefix)
+            with jax.transfer_guard("allow"):  # meant, whatever the caller guards against
+                result = self._read(candidate, abstract, prefix)
             if isinstance(result, Restored):
                 return Search(result, damaged)
             damaged.append(result)

@@ -5,16 +5,13 @@ Shapes: B rows of the batch (or of a part of it), S positions in a row.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import jax
-
 
 class Batch(NamedTuple):
-    """Token rows; NumPy arrays on the host, JAX arrays once they are on devices.
+    """Token rows; NumPy arrays on the host, JAX arrays on devices, ShapeDtypeStructs where only shapes matter.
 
     Attributes:
       tokens: (B, S) int32, what the model reads; 0 at padding.
@@ -26,11 +23,11 @@ class Batch(NamedTuple):
         token, whether documents are masked or not: nothing in a document foretells which one comes next.
     """
 
-    tokens: np.ndarray | jax.Array
-    targets: np.ndarray | jax.Array
-    segments: np.ndarray | jax.Array
-    positions: np.ndarray | jax.Array
-    weights: np.ndarray | jax.Array
+    tokens: Any
+    targets: Any
+    segments: Any
+    positions: Any
+    weights: Any
 
 
 def empty_batch(rows: int, sequence_length: int) -> Batch:

@@ -25,16 +25,17 @@ from maxlm.data.batch import Batch, empty_batch, join_documents
 from maxlm.data.mixture import Mixture
 from maxlm.data.packing import PACKER_VERSION, Rows, Split, make_rows
 from maxlm.data.permutation import permute, round_keys
+from maxlm.errors import UserError
 
 ORDER_VERSION = 1  # changes when the same records would give other batches
 _BLOCK = 1024  # rows whose place is worked out at once: for NumPy a few are as much work as a thousand
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Stores and settings from which no batches can be made."""
 
 
-class DataChanged(ValueError):
+class DataChanged(UserError):
     """A run would go on with other data than it was recorded with."""
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from maxlm.errors import UserError
+
 WORDS = ("stdlib", "text", "jsonl", "parquet", "tfds")
 # Files that a folder stands for; text takes all that are not hidden.
 ENDINGS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",), "text": ("",)}
@@ -27,7 +29,7 @@ UNITS = 256
 SMALLEST_UNIT, LARGEST_UNIT = 2**20, 2**28
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A source that is not known, is not there, or lacks the text that was asked for."""
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+from maxlm.errors import UserError
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
@@ -24,7 +25,7 @@ SHARD_TOKENS = 2**28
 MANIFEST = "manifest.json"
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A folder that is no token store, a damaged one, or one made with other settings."""
 
 

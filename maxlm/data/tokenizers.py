@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from maxlm.errors import UserError
+
 # Sentencepiece writes a space as this character and reads it back as a space.
 WORD_MARK = "\u2581"
 # What the begin and end tokens are called in tokenizer.json files, which do not say which of theirs they are.
@@ -46,7 +48,7 @@ TRAINING: dict[str, Any] = {
 }
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A tokenizer that cannot be loaded, trained or used exactly."""
 
 

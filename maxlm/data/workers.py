@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from maxlm.errors import UserError
+
 SECONDS_BETWEEN_LINES = 5.0
 _DONE = object()
 
 
-class WorkerError(RuntimeError):
+class WorkerError(UserError):
     """A worker process ended before its job did."""
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from maxlm import tree
 from maxlm.checkpoint.reader import CheckpointReader
+from maxlm.compilation import use_compilation_cache
 from maxlm.config import Config
 from maxlm.data.prepare import prepare_data
 from maxlm.errors import UserError
@@ -50,6 +51,7 @@ def load_run(workdir: Path, *, log: Callable[[str], None]) -> tuple[Config, Runn
     if described is None:
         raise UserError(f"{workdir} has no checkpoint yet; train on, or lower checkpoint.every_steps")
     config = resolve(described.metadata["config"])
+    use_compilation_cache(config.train.compilation_cache)
     sharding = named_sharding(single_device_mesh(), ())
     abstract = tree.map_paths(
         lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),

@@ -6,8 +6,10 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from maxlm.errors import UserError
 
-class RuleError(ValueError):
+
+class RuleError(UserError):
     """A parameter that no rule matches, or a rule that no parameter needs."""
 
 

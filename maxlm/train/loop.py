@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 import maxlm
 from maxlm import configfile
 from maxlm.checkpoint.manager import Checkpointer
+from maxlm.compilation import use_compilation_cache
 from maxlm.config import Config
 from maxlm.data.loader import Loader, check_records
 from maxlm.data.prefetch import Prefetcher
@@ -35,7 +36,7 @@ from maxlm.train.metrics import MetricsWriter
 from maxlm.train.peak import describe_devices, run_peak
 from maxlm.train.profile import Profiler
 from maxlm.train.progress import Cost, Progress
-from maxlm.train.setup import Setup, make_setup, memory_line, place_batch, use_compilation_cache
+from maxlm.train.setup import Setup, make_setup, memory_line, place_batch
 from maxlm.train.signals import EXIT_PREEMPTED, Signals
 from maxlm.train.state import TrainState, make_state
 
@@ -82,6 +83,7 @@ def train(config: Config, workdir: Path, *, log: Log) -> int:
                 else:
                     state, start = make_state(config, setup.optimizer, setup.shardings), 0
                 goodput.restored(start)
+                checkpointer.prepare(setup.abstract_state())
 
             # --- steps, then the report
             with MetricsWriter(workdir, config, process_index=jax.process_index()) as writer:
@@ -140,7 +142,8 @@ class Run:
             for step in range(start, total):
                 shape = self.loader.shape(step)
                 if shape not in programs:
-                    behind = self.read(behind, progress)
+                    self.read(behind, progress)
+                    behind = None
                     programs[shape] = self.compile(shape, progress)
                 with self.goodput.bucket("data_wait"):
                     batch = next(prefetch)
@@ -153,7 +156,8 @@ class Run:
                 evaluate = config.eval.every_steps and done % config.eval.every_steps == 0 and done < total
                 save = self.checkpointer.due(done, time.monotonic()) and done < total
                 if stop or evaluate or save or done == total or profiler.closing(step):
-                    behind = self.read(behind, progress)
+                    self.read(behind, progress)
+                    behind = None
                     profiler.after(step)
                     with progress.paused():
                         held_out = self.evaluate(state, done) if evaluate else {}
@@ -180,7 +184,9 @@ class Run:
         with self.goodput.bucket("compile"), progress.paused():
             began = time.perf_counter()
             program = self.setup.compile(*shape)
-            progress.note(f"compiled the step for {shape[0]} x {shape[1]} tokens in {time.perf_counter() - began:.1f} s")
+            progress.note(
+                f"compiled the step for {shape[0]} x {shape[1]} tokens in {time.perf_counter() - began:.1f} s"
+            )
             progress.note(memory_line(program))
         return program
 

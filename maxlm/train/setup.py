@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -111,29 +109,19 @@ def place_batch(mesh: Mesh, shape: tuple[int, int], read: Callable[[slice], Batc
       read: gives the rows of a slice as NumPy arrays.
     """
     sharding = named_sharding(mesh, ("batch", "seq"))
-    spans = {index[0].indices(shape[0])[:2] for index in sharding.addressable_devices_indices_map(shape).values()}
+    indices = [index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
+    spans = [index[0].indices(shape[0])[:2] for index in indices]
     start, stop = min(s for s, _ in spans), max(s for _, s in spans)
     local = read(slice(start, stop))
 
     def put(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(shape[0])
             return array[first - start : last - start, index[1]]
 
         return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(put, local)
-
-
-def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` from run to run; an empty name turns that off."""
-    if not folder:
-        return
-    path = Path(os.path.expanduser(folder))
-    path.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def memory_line(compiled: jax.stages.Compiled) -> str:

@@ -68,7 +68,8 @@ def state_shardings(config: Config, parts: ModelParts, optimizer: Optimizer, mes
     abstract = abstract_shapes(config, optimizer)
     params = tree.map_paths(lambda _, spec: named_sharding(mesh, spec.logical), parts.specs)
     replicated = named_sharding(mesh, ())
-    return TrainState(
+    place: Any = TrainState  # its fields hold shardings here
+    return place(
         step=replicated,
         updates=replicated,
         params=params,
@@ -93,4 +94,5 @@ def make_state(config: Config, optimizer: Optimizer, shardings: TrainState) -> T
     program = jax.jit(lambda: initial_state(config, optimizer), out_shardings=shardings).lower()
     on_cpu = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform == "cpu"
     # A program of random numbers that runs once: at this level it compiles in half the time to the same bits.
-    return program.compile({"xla_backend_optimization_level": 1} if on_cpu else None)()
+    options: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
+    return program.compile(options if on_cpu else None)()

@@ -74,7 +74,9 @@ def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, run
             return jax.tree.map(jnp.add, total, (terms, grads)), None
 
         micros = jax.tree.map(split, batch)
-        shapes = jax.eval_shape(lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), denominator, scale))
+        shapes = jax.eval_shape(
+            lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), denominator, scale)
+        )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
         (terms, grads), _ = jax.lax.scan(add, zeros, micros)
         terms["activations"] = jax.tree.map(lambda x: x / count, terms["activations"])

@@ -204,7 +204,9 @@ def test_a_limit_takes_the_first_documents(parts, params, store, naive):
 
 def test_a_mesh_gives_the_figure_of_one_device(parts, params, store):
     mesh = make_mesh(ParallelConfig(data=2, fsdp=2), jax.devices()[:4])
-    setup = types.SimpleNamespace(config=CONFIG, mesh=mesh, parts=parts, runtime=Runtime(constrain=constrainer(mesh)))
+    setup = types.SimpleNamespace(
+        config=CONFIG, mesh=mesh, parts=parts, eval_runtime=Runtime(constrain=constrainer(mesh))
+    )
     told = []
     data = types.SimpleNamespace(stores={"numbers": store})
     with jax.transfer_guard_device_to_host("disallow"):

@@ -1,10 +1,12 @@
 """A tiny decoder, with every setting open."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from maxlm.config import AttentionConfig, MlpConfig, ModelConfig
@@ -28,24 +30,24 @@ def _config(attention=None, mlp=None, **settings):
 
 def _build(config, *, seed=0, noise=0.0):
     """The model and its parameters; `noise` moves scales and biases away from where they all are alike."""
-    params = init_params(config, jax.random.key(seed))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
     if noise:
-        leaves, treedef = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-        leaves = [
-            x + noise * jax.random.normal(key, x.shape) if x.size < 1000 else x
-            for x, key in zip(leaves, keys, strict=True)
-        ]
-        params = jax.tree.unflatten(treedef, leaves)
+        draws = np.random.default_rng(seed)
+        params = jax.tree.map(lambda x: x + noise * draws.standard_normal(x.shape, np.float32) * (x.ndim < 3), params)
     graphdef = split_model(config).graphdef
     return SimpleNamespace(config=config, graphdef=graphdef, params=params, model=merge(graphdef, params))
+
+
+@functools.partial(jax.jit, static_argnames="runtime")
+def _run(model, tokens, positions, segments, *, runtime):
+    return model.hidden(tokens, positions_BS=positions, segments_BS=segments, runtime=runtime)
 
 
 def _hidden(model, tokens, *, positions=None, segments=None, runtime=None):
     rows, length = tokens.shape
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    return model.hidden(tokens, positions_BS=positions, segments_BS=segments, runtime=runtime or Runtime())
+    return _run(model, tokens, positions, segments, runtime=runtime or Runtime())
 
 
 @pytest.fixture

@@ -30,12 +30,17 @@ def test_prefill_and_steps_equal_the_full_pass(tiny, settings):
     for row, pad in enumerate(padding):
         padded[row, pad:] = tokens[row, : total - pad]
     cache = init_cache(built.config, 3, capacity=13, dtype=jnp.float32, padding=padding)
-    step = jax.jit(lambda t, cache: built.model.decode(t, cache=cache, runtime=Runtime()))
+
+    @jax.jit
+    def step(tokens, cache):
+        out = built.model.decode(tokens, cache=cache, runtime=Runtime())
+        return built.model.logits(out.hidden), out.cache
+
     parts, start = [], 0
     for count in (4, 2, *(1,) * 5):
-        out = step(jnp.asarray(padded[:, start : start + count]), cache)
-        parts.append(built.model.logits(out.hidden))
-        cache, start = out.cache, start + count
+        logits, cache = step(jnp.asarray(padded[:, start : start + count]), cache)
+        parts.append(logits)
+        start += count
     got = np.concatenate(parts, axis=1)
 
     assert int(cache.used) == total

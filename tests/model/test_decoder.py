@@ -50,7 +50,7 @@ def test_causality_is_a_zero_gradient(tiny, built):
         out = tiny.hidden(model, jnp.arange(18).reshape(2, 9))
         return jnp.sum(out.hidden_BSD[:, query] * jnp.cos(jnp.arange(24.0)))
 
-    gradient = jax.grad(probe)(jnp.zeros((18, 24))).reshape(2, 9, 24)
+    gradient = jax.jit(jax.grad(probe))(jnp.zeros((18, 24))).reshape(2, 9, 24)
     seen = np.any(np.asarray(gradient) != 0, axis=-1)
     assert not seen[:, query + 1 :].any()
     assert seen[:, query].all()
@@ -64,10 +64,9 @@ def test_windows_reach_exactly_as_far_as_they_say(tiny, windows, reach):
     tokens, query = tiny.tokens(1, 13), 12
     changed = []
     before = tiny.hidden(model, tokens).hidden_BSD[0, query]
-    step = jax.jit(lambda t: tiny.hidden(model, t).hidden_BSD[0, query])
     for position in range(13):
         other = tokens.at[0, position].set((tokens[0, position] + 1) % 61)
-        changed.append(bool(jnp.any(jnp.abs(step(other) - before) > 1e-4)))
+        changed.append(bool(jnp.any(jnp.abs(tiny.hidden(model, other).hidden_BSD[0, query] - before) > 1e-4)))
     assert changed == [position >= query - reach for position in range(13)]
 
 
@@ -87,15 +86,20 @@ def test_scan_equals_a_loop_over_layers(tiny, built):
     config, tokens = built.config, tiny.tokens(2, 10)
     sight = Sight(jnp.broadcast_to(jnp.arange(10), (2, 10)), None, None)
     graphdef, state = nnx.split(built.model.layers)
-    x = built.model.embedding(tokens, runtime=Runtime())
-    norms = []
-    for i in range(config.num_layers):
-        block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], nnx.to_pure_dict(state)))
-        window = config.attention.windows[i % len(config.attention.windows)]
-        x = block(x, sight=sight, window=window, runtime=Runtime()).out
-        norms.append(np.sqrt(np.mean(np.square(x))))
+
+    @jax.jit
+    def unrolled(tokens):
+        x, norms = built.model.embedding(tokens, runtime=Runtime()), []
+        for i in range(config.num_layers):
+            block = nnx.merge(graphdef, jax.tree.map(lambda p: p[i], nnx.to_pure_dict(state)))
+            window = config.attention.windows[i % len(config.attention.windows)]
+            x = block(x, sight=sight, window=window, runtime=Runtime()).out
+            norms.append(jnp.sqrt(jnp.mean(jnp.square(x))))
+        return built.model.final_norm(x), jnp.stack(norms)
+
+    hidden, norms = unrolled(tokens)
     out = tiny.hidden(built.model, tokens)
-    np.testing.assert_allclose(out.hidden_BSD, built.model.final_norm(x), **CLOSE)
+    np.testing.assert_allclose(out.hidden_BSD, hidden, **CLOSE)
     np.testing.assert_allclose(out.norms["residual"], norms, **CLOSE)
 
 
@@ -132,7 +136,8 @@ def test_remat_changes_no_gradient(tiny):
             np.testing.assert_allclose(got, expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
-def test_compute_dtype_leaves_gradients_in_float32(tiny, built):
+def test_compute_dtype_leaves_gradients_in_float32(tiny):
+    built = tiny.build(tiny.config(**VARIANTS["everything"]), noise=0.1)
     gradients = tree.paths(_gradients(tiny, built, Runtime(dtype=jnp.bfloat16)))
     assert {g.dtype for g in gradients.values()} == {jnp.dtype(jnp.float32)}
     # A gradient that had been rounded to bfloat16 on its way would have no bits beyond its first eight. The bias
@@ -144,7 +149,7 @@ def test_compute_dtype_leaves_gradients_in_float32(tiny, built):
 
 def test_initial_parameters_do_not_depend_on_the_mesh(tiny):
     config = dataclasses.replace(tiny.config(), vocab_size=64, embed_dim=32)
-    expected = tree.paths(init_params(config, jax.random.key(3)))
+    expected = tree.paths(init_params(config, jax.random.key(3)))  # op by op, without jit
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
     axes = {"embed": "fsdp", "vocab": "tensor", "mlp": "tensor", "q_heads": "tensor", "kv_heads": "tensor"}
     shardings = tree.map_paths(
@@ -176,15 +181,16 @@ def test_sharded_forward_equals_unsharded(tiny):
         return model.logits(tiny.hidden(model, tokens, runtime=runtime).hidden_BSD)
 
     got = jax.jit(run, static_argnums=2)(params, jax.device_put(tokens, place(("batch", None))), runtime)
-    np.testing.assert_allclose(got, run(built.params, tokens, Runtime()), **CLOSE)
+    np.testing.assert_allclose(got, jax.jit(run, static_argnums=2)(built.params, tokens, Runtime()), **CLOSE)
 
 
 def test_initial_scales_follow_the_config(tiny):
     """Standard deviations are within 5% (some 2,000 draws or more: 3 standard errors) of the documented formulas."""
     config = tiny.config(embed_std=0.02, num_layers=8)
     d, f, layers = 24, 40, 8
+    draw = jax.jit(init_params, static_argnums=0)
     for init, factor in (("depth_scaled", 1 / np.sqrt(2 * layers)), ("fan_in", 1.0), ("zero_output", 0.0)):
-        params = tree.paths(init_params(dataclasses.replace(config, init=init), jax.random.key(0)))
+        params = tree.paths(draw(dataclasses.replace(config, init=init), jax.random.key(0)))
         expected = {
             "embedding/table": 0.02,
             "head/kernel": d**-0.5,
@@ -214,7 +220,7 @@ def test_parameters_carry_their_declaration(tiny):
         *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
     }
     assert "layers/attention_out_norm/scale" in specs and "layers/attention_norm/scale" in specs
-    params = tree.paths(init_params(tiny.config(**VARIANTS["everything"]), jax.random.key(0)))
+    params = tree.paths(tiny.build(tiny.config(**VARIANTS["everything"])).params)
     assert {path: x.shape for path, x in params.items()} == {path: spec.shape for path, spec in specs.items()}
     assert all(len(spec.logical) == len(spec.shape) for spec in specs.values())
 

@@ -85,9 +85,7 @@ def test_parameters_and_moments_are_really_sharded():
 
 @pytest.fixture(scope="module")
 def guarded() -> Runner:
-    return Runner(
-        ParallelConfig(data=1), optim__guard__window=16, optim__guard__min_history=8, optim__ema_decay=0.9
-    )
+    return Runner(ParallelConfig(data=1), optim__guard__window=16, optim__guard__min_history=8, optim__ema_decay=0.9)
 
 
 def frozen(state: TrainState) -> list[bytes]:
