@@ -9,9 +9,11 @@ from maxlm.config import (
     Config,
     DataConfig,
     EvalConfig,
+    MlpConfig,
     ModelConfig,
     OptimConfig,
     StoreConfig,
+    TokenizerConfig,
     TrainConfig,
 )
 from maxlm.resolve import as_config_dict
@@ -26,19 +28,29 @@ def get_config():
                 embed_dim=192,
                 num_layers=4,
                 attention=AttentionConfig(q_heads=3, head_dim=64, qk_norm=True),
+                mlp=MlpConfig(kind="relu2", dim=576),
             ),
             data=DataConfig(
                 stores={"stdlib": StoreConfig(source="stdlib", heldout_permille=25)},
+                tokenizer=TokenizerConfig(sample_bytes=8_000_000),
                 sequence_length=512,
-                batch_size=8,
+                batch_size=4,
             ),
             optim=OptimConfig(
-                optimizer="muon", peak_lr=3e-3, schedule="wsd", warmup_steps=50, decay_steps=700, final_lr_ratio=0.0
+                optimizer="muon",
+                peak_lr=1e-2,
+                schedule="wsd",
+                warmup_steps=40,
+                decay_steps=450,
+                final_lr_ratio=0.0,
+                weight_decay=0.05,
             ),
-            train=TrainConfig(steps=1400, precision="bfloat16"),
-            checkpoint=CheckpointConfig(every_steps=500),
+            train=TrainConfig(steps=1000, precision="float32"),
+            checkpoint=CheckpointConfig(every_steps=250),
             eval=EvalConfig(
-                overlap=256, prompts=("def read_lines(path):\n", "class Queue:\n", "import os\n"), sample_tokens=120
+                overlap=256,
+                prompts=("def read_lines(path):\n", "class Queue:\n", "import os\n"),
+                sample_tokens=120,
             ),
         )
     )

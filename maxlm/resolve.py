@@ -276,6 +276,13 @@ def _check_schedule(config: Config) -> Iterator[str]:
             f"optim.guard.min_history is {optim.guard.min_history}, more than optim.guard.window "
             f"{optim.guard.window} can hold; use at most that"
         )
+    if optim.moments_dtype == "bfloat16":
+        for path, decay in (("b1", optim.b1), ("b2", optim.b2), ("muon_momentum", optim.muon_momentum)):
+            if decay > 1 - 2**-8:
+                yield (
+                    f"optim.{path} is {decay}, but a bfloat16 moment cannot follow a decay above {1 - 2**-8:.4f}; "
+                    "lower it, or type optim.moments_dtype=float32"
+                )
     for path, below in (("b1", optim.b1), ("b2", optim.b2), ("ema_decay", optim.ema_decay)):
         if below >= 1:
             yield f"optim.{path} is {below}, but a decay has to be below 1"
@@ -302,6 +309,8 @@ def _check_data(config: Config) -> Iterator[str]:
         for name, weight in mixture:
             if name not in data.stores:
                 yield f"{path} names {name!r}, which is not in data.stores ({', '.join(data.stores) or 'empty'})"
+            if [other for other, _ in mixture].count(name) > 1:
+                yield f"{path} names {name!r} twice; give each store one weight"
             if weight < 0:
                 yield f"{path} gives {name!r} the weight {weight}, but it has to be at least 0"
         if mixture and sum(weight for _, weight in mixture) <= 0:

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from maxlm.config import ModelConfig
 from maxlm.kernels.attention import Mask
 from maxlm.kernels.matmul import einsum
-from maxlm.model.layers import residual_init, rms_norm, rotary
+from maxlm.model.layers import add_bias, residual_init, rms_norm, rotary
 from maxlm.model.param import constant, fan_in_normal, parameter
 from maxlm.model.runtime import Runtime
 
@@ -81,7 +81,7 @@ class GroupedQueryAttention(nnx.Module):
         def heads(kernel: nnx.Param, bias: nnx.Param | None, norm: nnx.Param | None, axis: str) -> jax.Array:
             y = einsum("bsd,dnh->bsnh", x, kernel[...], dtype=runtime.dtype)
             if bias is not None:
-                y += bias[...].astype(y.dtype)
+                y = add_bias(y, bias[...])
             if norm is not None:
                 y = rms_norm(y, norm[...], self.epsilon)
             return runtime.constrain(y, ("batch", "seq", axis, None))

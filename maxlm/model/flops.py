@@ -123,7 +123,9 @@ def _equation_flops(equation: Any) -> int:
         )
     trips = params["length"] if name == "scan" else 1
     if name == "shard_map":
-        trips = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        # The parameter's name differs between the versions of JAX that we support.
+        axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+        trips = math.prod(params["mesh"].shape[axis] for axis in axes)
     return trips * sum(inner)
 
 

@@ -111,11 +111,16 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output matrix of an untied model. It starts as normal with 1 / sqrt(D): unit logits of normed hidden states."""
+    """The output matrix of an untied model, drawn with 1 / sqrt(D), which gives unit logits of normed states."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dims = {"embed": config.embed_dim, "vocab": config.vocab_size}
         self.kernel = parameter(rngs, dims, contract=("embed",), init=fan_in_normal(1.0))
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias in float32, so that the bias's gradient, a sum over all positions, adds up in float32; x's dtype."""
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

@@ -175,7 +175,11 @@ def _forward(
     chunks = tuple(_split(settings, x) for x in (hidden, targets, weights))
     start = ((jnp.zeros(()), jnp.zeros(())), jnp.zeros(head.shape, jnp.float32))
     (sums, d_head), d_hidden = jax.lax.scan(add, start, chunks)
-    return sums, (settings.constrain(_join(d_hidden, hidden.shape[1]), ("batch", "seq", None)), d_head)
+    # Where there is but one chunk, XLA folds the transposition of a tied head into the product that made the gradient,
+    # and its CPU back end has no bfloat16 product of that form ("Unsupported element type for DotThunk").
+    d_head = jax.lax.optimization_barrier(d_head)
+    d_hidden = settings.constrain(_join(d_hidden, hidden.shape[1]), ("batch", "seq", None))
+    return sums, (d_hidden, d_head)
 
 
 def _logits_gradient(settings: _Settings, scores: _Scores, targets: jax.Array, weights: jax.Array) -> jax.Array:

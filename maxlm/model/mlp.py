@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
 from maxlm.kernels.matmul import einsum
-from maxlm.model.layers import residual_init
+from maxlm.model.layers import add_bias, residual_init
 from maxlm.model.param import constant, fan_in_normal, parameter
 from maxlm.model.runtime import Runtime, cheap
 
@@ -58,7 +58,7 @@ class Mlp(nnx.Module):
         def inward(kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
             y = einsum("bsd,df->bsf", x, kernel[...], dtype=runtime.dtype)
             if bias is not None:
-                y += bias[...].astype(y.dtype)
+                y = add_bias(y, bias[...])
             return checkpoint_name(runtime.constrain(y, ("batch", "seq", "mlp")), "mlp_hidden")
 
         activation = ACTIVATIONS[self.kind]
@@ -69,5 +69,5 @@ class Mlp(nnx.Module):
             hidden = cheap(lambda gate, up: activation(gate) * up)(inward(self.gate, self.gate_bias), up)
         y = einsum("bsf,fd->bsd", hidden, self.down[...], dtype=runtime.dtype)
         if self.down_bias is not None:
-            y += self.down_bias[...].astype(y.dtype)
+            y = add_bias(y, self.down_bias[...])
         return checkpoint_name(y, "mlp_out")

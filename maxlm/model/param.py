@@ -79,12 +79,17 @@ def parameter(
 
 def normal(std: float) -> Initializer:
     """Normal with a given standard deviation."""
-    return lambda key, shape, _fan_in, dtype: std * jax.random.normal(key, shape, dtype)
+    return lambda key, shape, _fan_in, dtype: _scaled_normal(key, shape, dtype, std)
 
 
 def fan_in_normal(scale: float) -> Initializer:
     """Normal with standard deviation scale / sqrt(fan_in), which keeps the variance of unit inputs at scale^2."""
-    return lambda key, shape, fan_in, dtype: scale / math.sqrt(fan_in) * jax.random.normal(key, shape, dtype)
+    return lambda key, shape, fan_in, dtype: _scaled_normal(key, shape, dtype, scale / math.sqrt(fan_in))
+
+
+def _scaled_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
+    # Without the barrier a compiler folds std into the constants of the draw, and the last bit depends on jit.
+    return std * jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype))
 
 
 def constant(value: float) -> Initializer:

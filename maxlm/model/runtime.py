@@ -31,7 +31,8 @@ class Runtime:
     constrain: pins an activation with these logical axes, e.g. ('batch', 'seq', None), to its devices.
     attend: (q (B,S,H,h), k (B,T,K,h), v (B,T,K,h), Mask) -> (B,S,H,h).
     remat: what the backward pass finds saved: `none` (everything), `full` (block inputs only), `matmuls` (the products
-      of `kernels.matmul.einsum` and attention's result besides), `custom` (block inputs and `remat_names`, out of config.ACTIVATION_NAMES).
+      of `kernels.matmul.einsum` and attention's result besides), `custom` (block inputs and `remat_names`, out of
+      config.ACTIVATION_NAMES).
     """
 
     dtype: Any = jnp.float32

@@ -20,6 +20,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from maxlm import tree
 from maxlm.config import OptimConfig
+from maxlm.errors import UserError
 from maxlm.optim.factored import matrix_axes, scale_by_factored_moment
 from maxlm.optim.rules import match_rules
 
@@ -135,7 +136,7 @@ def make_optimizer(optim: OptimConfig, specs: dict[str, Any]) -> Optimizer:
 
     Raises:
       RuleError: see `assign`.
-      ValueError: if a decay is too close to 1 for bfloat16 moments.
+      UserError: if a decay is too close to 1 for bfloat16 moments.
     """
     declared, assignments = tree.paths(specs), assign(optim, specs)
     rules = sorted({assignment.rule for assignment in assignments.values()})
@@ -249,7 +250,7 @@ def _check_moments(optim: OptimConfig, rules: list[str]) -> None:
     settings = {"adamw": ("b1", "b2"), "lion": ("b2",), "adafactor": ("b1",), "muon": ("muon_momentum",)}
     for name in sorted({name for rule in rules for name in settings[rule]}):
         if getattr(optim, name) > LARGEST_BFLOAT16_DECAY:
-            raise ValueError(
+            raise UserError(
                 f"optim.{name} is {getattr(optim, name)}, but a bfloat16 moment cannot decay that slowly: use at most "
                 f"{LARGEST_BFLOAT16_DECAY:.4f}, or optim.moments_dtype=float32"
             )

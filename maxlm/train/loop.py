@@ -38,7 +38,7 @@ from maxlm.train.profile import Profiler
 from maxlm.train.progress import Cost, Progress
 from maxlm.train.setup import Setup, make_setup, memory_line, place_batch
 from maxlm.train.signals import EXIT_PREEMPTED, Signals
-from maxlm.train.state import TrainState, make_state
+from maxlm.train.state import TrainState, fresh_loss_scale, make_state
 
 Log = Callable[[str], None]
 
@@ -79,6 +79,8 @@ def train(config: Config, workdir: Path, *, log: Log) -> int:
                 if restored:
                     check_records(restored.metadata["data"], loader.records(), step=restored.step)
                     state, start = restored.state, restored.step
+                    if restored.metadata["config"]["train"]["precision"] != config.train.precision:
+                        state = fresh_loss_scale(state, config)
                     log(f"continuing from the checkpoint of step {start}")
                 else:
                     state, start = make_state(config, setup.optimizer, setup.shardings), 0

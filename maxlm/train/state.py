@@ -96,3 +96,9 @@ def make_state(config: Config, optimizer: Optimizer, shardings: TrainState) -> T
     # A program of random numbers that runs once: at this level it compiles in half the time to the same bits.
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
     return program.compile(options if on_cpu else None)()
+
+
+def fresh_loss_scale(state: TrainState, config: Config) -> TrainState:
+    """The state with the loss scale of the config's precision: that of another precision means nothing here."""
+    sharding = state.scale.scale.sharding
+    return dataclasses.replace(state, scale=jax.device_put(scaling.init_scale(config.train.precision), sharding))

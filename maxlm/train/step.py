@@ -36,6 +36,7 @@ def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, run
     """
     schedule = make_schedule(config.optim, config.train.steps)
     separate = separates_documents(config.data)
+    shifts = jnp.array([phase.from_step for phase in config.data.phases.values()], jnp.int32)
 
     def loss(params: dict, batch: Batch, denominator: jax.Array, scale: jax.Array) -> tuple[jax.Array, Metrics]:
         """A microbatch's share of the loss, times the loss scale."""
@@ -96,8 +97,10 @@ def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, run
 
         with jax.named_scope("guard"):
             overflow = scaling.overflowed(state.scale, clipped.norm)
+            # A phase of other data has other losses: what was usual before says nothing about them.
+            history = guard.restart(state.guard, jnp.isin(state.step, shifts))
             verdict = guard.judge(
-                config.optim.guard, state.guard, loss=terms["loss"], grad_norm=clipped.norm, excused=overflow
+                config.optim.guard, history, loss=terms["loss"], grad_norm=clipped.norm, excused=overflow
             )
             accept = verdict.accept
             new = TrainState(

@@ -102,7 +102,7 @@ def test_pieces_hold_indentation_and_never_cross_into_a_line(files):
     pieces = [model.id_to_piece(i).replace(WORD_MARK, " ") for i in range(model.get_piece_size())]
     assert "    " in pieces
     assert any(piece.startswith("\n    ") for piece in pieces)
-    assert any(" " in piece.strip() for piece in pieces), "no piece holds more than one word"
+    assert not any(" " in piece.strip() for piece in pieces), "a piece holds more than one word"
     assert all("\n" not in piece.lstrip("\n") for piece in pieces)
 
 

@@ -1,6 +1,7 @@
 """The attention back ends against the reference, and the table that chooses among them."""
 
 import dataclasses
+import functools
 import re
 
 import hypothesis.strategies as st
@@ -43,7 +44,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(loop_module, "TIERS", 2)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     length=st.sampled_from([5, 16, 33, 61]),
     kv_heads=st.sampled_from([1, 2]),
@@ -61,8 +62,10 @@ def test_loop_equals_plain(small_blocks, length, kv_heads, groups, window, softc
     if cuts is not None:
         row = segments(2, length, cuts)
         mask = dataclasses.replace(mask, segments_q=row, segments_k=row)
-    ours = jax.jit(lambda *a: out_and_gradients(heads_loop, *a))(q, k, v, g, mask)
-    reference = jax.jit(lambda *a: out_and_gradients(plain, *a))(q, k, v, g, mask)
+    # The comparison is of arithmetic, not of the compiler: without its optimisations it is several times faster.
+    quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}, static_argnums=0)
+    ours = quick(out_and_gradients)(heads_loop, q, k, v, g, mask)
+    reference = quick(out_and_gradients)(plain, q, k, v, g, mask)
     for got, want in zip(ours, reference, strict=True):
         # Sums of up to 61 float32 terms of order one in another order.
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
@@ -121,7 +124,7 @@ def test_loop_memory_does_not_grow_with_the_square():
         return step.lower(q, k, v, g).compile().memory_analysis().temp_size_in_bytes
 
     # All scores would grow sixteenfold.
-    assert temporaries(4096 * 4) < 6 * temporaries(4096)
+    assert temporaries(16384) < 6 * temporaries(4096)
 
 
 def test_loop_under_remat_runs_its_forward_pass_once():

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxlm import tree
 from maxlm.model.attention import Sight
 from maxlm.model.decoder import Decoder, init_params, split_model
+from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.runtime import Runtime
 
 # Float32 sums of a few dozen terms of order one, in another order.
@@ -21,9 +22,8 @@ VARIANTS = {
     "plain": {},
     "windows": {"attention": {"windows": (3, 0)}},
     "everything": {
-        "attention": {"qk_norm": True, "bias": True, "softcap": 5.0, "windows": (0, 4, 2, 3), "kv_heads": 1},
+        "attention": {"qk_norm": True, "bias": True, "softcap": 5.0, "windows": (4, 0), "kv_heads": 1},
         "mlp": {"kind": "geglu", "bias": True},
-        "num_layers": 6,
         "norm_placement": "both",
         "embed_scale": True,
         "logits_softcap": 7.0,
@@ -91,7 +91,7 @@ def test_scan_equals_a_loop_over_layers(tiny, built):
     def unrolled(tokens):
         x, norms = built.model.embedding(tokens, runtime=Runtime()), []
         for i in range(config.num_layers):
-            block = nnx.merge(graphdef, jax.tree.map(lambda p: p[i], nnx.to_pure_dict(state)))
+            block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], nnx.to_pure_dict(state)))
             window = config.attention.windows[i % len(config.attention.windows)]
             x = block(x, sight=sight, window=window, runtime=Runtime()).out
             norms.append(jnp.sqrt(jnp.mean(jnp.square(x))))
@@ -119,7 +119,16 @@ def _gradients(tiny, built, runtime):
 
     def total(params):
         model = nnx.merge(built.graphdef, params)
-        return jnp.mean(jnp.square(model.logits(tiny.hidden(model, tokens, runtime=runtime).hidden_BSD)))
+        return chunked_cross_entropy(
+            tiny.hidden(model, tokens, runtime=runtime).hidden_BSD,
+            model.head_matrix(),
+            tokens,
+            jnp.ones((2, 8)),
+            chunk=16,  # all positions: a tied head's gradient then once met a product that XLA's CPU back end lacks
+            softcap=built.config.logits_softcap,
+            z_loss=0.0,
+            constrain=runtime.constrain,
+        ).nll_sum
 
     return jax.jit(jax.grad(total))(built.params)
 
@@ -140,11 +149,9 @@ def test_compute_dtype_leaves_gradients_in_float32(tiny):
     built = tiny.build(tiny.config(**VARIANTS["everything"]), noise=0.1)
     gradients = tree.paths(_gradients(tiny, built, Runtime(dtype=jnp.bfloat16)))
     assert {g.dtype for g in gradients.values()} == {jnp.dtype(jnp.float32)}
-    # A gradient that had been rounded to bfloat16 on its way would have no bits beyond its first eight. The bias
-    # of the projections is a sum of bfloat16 cotangents, and so are the scales.
+    # A gradient that was rounded to bfloat16 on its way has no bits beyond its first eight.
     for path, g in gradients.items():
-        if g.ndim > 2 or path == "embedding/table":
-            assert np.any(np.asarray(g) != np.asarray(g.astype(jnp.bfloat16).astype(jnp.float32))), path
+        assert np.any(np.asarray(g) != np.asarray(g.astype(jnp.bfloat16).astype(jnp.float32))), path
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh(tiny):
@@ -160,7 +167,7 @@ def test_initial_parameters_do_not_depend_on_the_mesh(tiny):
     for path, value in tree.paths(sharded).items():
         np.testing.assert_array_equal(np.asarray(value), np.asarray(expected[path]), err_msg=path)
         if path.endswith(("query", "table")):
-            assert len({shard.index for shard in value.addressable_shards}) == 8, path
+            assert len({str(shard.index) for shard in value.addressable_shards}) == 8, path
 
 
 def test_sharded_forward_equals_unsharded(tiny):
@@ -209,7 +216,7 @@ def test_parameters_carry_their_declaration(tiny):
     parts = split_model(tiny.config(**VARIANTS["everything"]))
     specs = tree.paths(parts.specs)
     query = specs["layers/attention/query"]
-    assert query.shape == (6, 24, 4, 8) and query.dtype == jnp.float32
+    assert query.shape == (3, 24, 4, 8) and query.dtype == jnp.float32
     assert query.logical == ("layers", "embed", "q_heads", "head_dim") and query.contract == ("embed",)
     assert specs["layers/attention/output"].contract == ("q_heads", "head_dim")
     roles = {path: spec.role for path, spec in specs.items()}

@@ -33,7 +33,7 @@ def test_logits_equal_llama(tiny, tied):
         )
     ).eval()
     peer.load_state_dict(_state(built.params, config), strict=not tied)
-    tokens = np.asarray(tiny.tokens(2, 32))
+    tokens = np.array(tiny.tokens(2, 32))
     with torch.no_grad():
         expected = peer(torch.from_numpy(tokens).long()).logits.numpy()
     got = jax.jit(lambda t: built.model.logits(tiny.hidden(built.model, t).hidden_BSD))(jnp.asarray(tokens))

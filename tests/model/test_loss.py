@@ -53,18 +53,19 @@ def test_value_and_gradients_equal_the_naive_loss(batch, sequence, chunk, softca
         sums = jnp.sum(weights * nll), jnp.sum(weights * log_normaliser**2)
         return (sums[0] + z_loss * sums[1]) * 0.37, (*sums, weights.sum())
 
-    (_, out), got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(hidden, head)
-    (_, sums), expected = jax.jit(jax.value_and_grad(naive, argnums=(0, 1), has_aux=True))(hidden, head)
-    plain = jax.jit(chunked)(hidden, head)[1]
+    @jax.jit  # in one program, since nearly all the time goes into compiling
+    def everything(hidden, head):
+        nll = token_nll(hidden, head, targets, chunk=chunk, softcap=softcap, constrain=_same)
+        grads = [jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(hidden, head) for f in (chunked, naive)]
+        return grads, chunked(hidden, head)[1], (nll, _naive(hidden, head, targets, softcap=softcap)[0])
+
+    (((_, out), got), ((_, sums), expected)), plain, nlls = everything(hidden, head)
     # Float32 sums of at most 60 positions in another order.
     np.testing.assert_allclose(out, sums, rtol=2e-5, atol=1e-5)
     np.testing.assert_allclose(plain, sums, rtol=2e-5, atol=1e-5)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    nll = jax.jit(lambda *given: token_nll(*given, chunk=chunk, softcap=softcap, constrain=_same))(
-        hidden, head, targets
-    )
-    np.testing.assert_allclose(nll, _naive(hidden, head, targets, softcap=softcap)[0], rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(*nlls, rtol=2e-5, atol=1e-5)
 
 
 def _grad(z_weight, *, z_loss, dtype=jnp.float32):
