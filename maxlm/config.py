@@ -210,6 +210,12 @@ class TrainConfig:
     """The loop."""
 
     steps: int = leaf(1000, "batches to consume in all", unit="steps", low=1)
+    budget_seconds: float = leaf(
+        0.0,
+        "time that the steps may take: the first start measures how many fit, train.steps at most; 0: no limit",
+        unit="s",
+        low=0.0,
+    )
     accumulation: int = leaf(1, "microbatches that a step's batch is cut into", low=1)
     precision: str = leaf(
         "bfloat16", "dtype of the compute; parameters stay float32", choices=("float32", "bfloat16", "float16")

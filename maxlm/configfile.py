@@ -45,6 +45,7 @@ def record(config: Config, workdir: Path, *, log: Callable[[str], None]) -> None
 
     config.py is for people and can be run again; config.json is for programs, and is read without running anything.
     """
+    workdir.mkdir(parents=True, exist_ok=True)
     python, data = workdir / "config.py", workdir / "config.json"
     after = {path: value for path, _, value in leaves(config)}
     if data.exists():

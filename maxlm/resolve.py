@@ -271,6 +271,11 @@ def _check_schedule(config: Config) -> Iterator[str]:
             f"optim.decay_steps is {optim.decay_steps}, but optim.schedule {optim.schedule!r} has no cooldown; "
             "type optim.schedule=wsd or optim.decay_steps=0"
         )
+    if config.train.budget_seconds and (optim.decay_steps or config.data.phases):
+        yield (
+            f"train.budget_seconds is {config.train.budget_seconds:g}, which leaves the number of steps open, but "
+            "optim.decay_steps and data.phases need it; type optim.schedule=linear, or train.budget_seconds=0"
+        )
     if optim.guard.min_history > optim.guard.window:
         yield (
             f"optim.guard.min_history is {optim.guard.min_history}, more than optim.guard.window "

@@ -30,6 +30,7 @@ from maxlm.eval.heldout import HeldOut, evaluate_stores
 from maxlm.model.flops import ledger as flop_ledger
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import as_config_dict, resolve
+from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
 from maxlm.train.finish import finish
 from maxlm.train.goodput import Ledger, process_age
 from maxlm.train.metrics import MetricsWriter
@@ -62,15 +63,20 @@ def train(config: Config, workdir: Path, *, log: Log) -> int:
     with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:
         # --- devices, data, model
         use_compilation_cache(config.train.compilation_cache)
-        given, config = config, resolve(config, devices=jax.device_count())
-        if first_process:
-            workdir.mkdir(parents=True, exist_ok=True)
-            configfile.record(given, workdir, log=log)
+        given = recorded_steps(config, workdir)
+        config = resolve(given, devices=jax.device_count())
         data = prepare_together(config, workdir)
         loader = Loader(data.stores, config.data, seed=config.seed)
         mesh = make_mesh(config.parallel)
         setup = make_setup(config, mesh)
         log(f"{describe_devices(list(mesh.devices.flat))}, attention by the {setup.attention!r} back end")
+        if config.train.budget_seconds:
+            with goodput.bucket("compile"):
+                given = with_steps(given, fitted_steps(config, setup, loader, log=log))
+            config = resolve(given, devices=jax.device_count())
+            setup = make_setup(config, mesh)
+        if first_process:
+            configfile.record(given, workdir, log=log)
 
         # --- state: the newest checkpoint that is whole, or step 0
         with Checkpointer(workdir / "checkpoints", config.checkpoint, log=log) as checkpointer:

@@ -1,0 +1,60 @@
+"""How many steps fit into a stated time: measured once on the machine at hand, then part of the run's config."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from maxlm.config import Config
+from maxlm.data.batch import Batch
+from maxlm.data.loader import Loader
+from maxlm.resolve import resolve
+from maxlm.train.setup import Setup, place_batch
+from maxlm.train.state import make_state
+
+TIMED_STEPS = 8  # after one that is not timed
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """The config with a fixed number of steps and no budget."""
+    train = dataclasses.replace(config.train, steps=steps, budget_seconds=0.0)
+    return resolve(dataclasses.replace(config, train=train))
+
+
+def recorded_steps(config: Config, workdir: Path) -> Config:
+    """The config with the number of steps that the run in `workdir` was given, if it has begun."""
+    record = workdir / "config.json"
+    if not config.train.budget_seconds or not record.exists():
+        return config
+    return with_steps(config, json.loads(record.read_text())["train"]["steps"])
+
+
+def fitted_steps(config: Config, setup: Setup, loader: Loader, *, log: Callable[[str], None]) -> int:
+    """As many steps as `train.budget_seconds` holds, `train.steps` at most, by the median time of a few real ones."""
+    shape = loader.shape(0)
+    program = setup.compile(*shape)
+    state = make_state(setup.config, setup.optimizer, setup.shardings)
+    seconds = []
+
+    def read(step: int) -> Batch:
+        return place_batch(setup.mesh, shape, lambda rows: loader.batch(step, rows))
+
+    for step in range(1 + TIMED_STEPS):
+        batch = read(step)
+        began = time.perf_counter()
+        state, metrics = program(state, batch)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - began)
+    median = sorted(seconds[1:])[TIMED_STEPS // 2]
+    if jax.process_count() > 1:  # all have to take the same number of steps
+        median = float(multihost_utils.broadcast_one_to_all(np.float32(median)))
+    steps = max(min(round(config.train.budget_seconds / median), config.train.steps), config.optim.warmup_steps + 1)
+    log(f"a step takes {median:.2f} s: {steps} steps fit into {config.train.budget_seconds:g} s")
+    return steps

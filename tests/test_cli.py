@@ -1,0 +1,88 @@
+"""The command line: what a user types, and the one sentence that answers a mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maxlm.cli import main
+from maxlm.configfile import source
+from tests.tiny import tiny_config, write_corpus
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+
+
+def test_check_prints_what_differs_and_what_follows(capsys, tmp_path):
+    figures = tmp_path / "figures.json"
+    command = ["check", f"--config={QUICKSTART}", "--config.model.num_layers=7", f"--json={figures}"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "model.num_layers" in out and "FLOPs" in out
+    found = json.loads(figures.read_text())
+    assert found["parameters"]["total"] == sum(
+        value for name, value in found["parameters"].items() if name not in ("total", "besides embeddings")
+    )
+    assert found["bytes of state"]["parameters"] == 4 * found["parameters"]["total"]
+    assert found["training FLOPs"]["a token, causal-exact"] > found["training FLOPs"]["a token, 6N"]
+
+
+def test_check_touches_no_device():
+    """With a platform that does not exist, anything that starts JAX's devices fails."""
+    environment = {**os.environ, "JAX_PLATFORMS": "nonexistent"}
+    command = [sys.executable, "-m", "maxlm.cli", "check", f"--config={QUICKSTART}", "--devices=8"]
+    subprocess.run([*command, "--config.data.batch_size=8"], cwd=ROOT, env=environment, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["trian"], "'trian' is not a command"),
+        (["check"], "--config is missing"),
+        (["check", "--config=nowhere.py"], "nowhere.py"),
+        (["check", f"--config={QUICKSTART}", "--config.optim.peak_lrr=1"], "peak_lr"),
+        (["check", f"--config={QUICKSTART}", "--config.train.steps=many"], "steps"),
+        (["check", f"--config={QUICKSTART}", "--config.model.attention.kv_heads=2"], "does not divide"),
+        (["check", f"--config={QUICKSTART}", "--devices=7", "--config.parallel.tensor=3"], "does not divide 7 devices"),
+        (["check", f"--config={QUICKSTART}", "stray"], "'stray' was not understood"),
+        (["generate", "--workdir=nowhere", "--prompt=x"], "holds no run"),
+        (["generate", "--workdir=nowhere"], "--prompt is missing"),
+        (["generate", "--workdir=x", "--prompt=x", "--top_p=0"], "top_p"),
+        (["train", f"--config={QUICKSTART}"], "--workdir is missing"),
+    ],
+)
+def test_mistakes_get_one_sentence(command, expected, capsys):
+    assert main(command) in (1, 2)
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+
+
+def test_the_commands_of_a_run(tmp_path, capsys):
+    """prepare, tokenizer, train and generate, one after the other, as a user would type them."""
+    config = tmp_path / "config.py"
+    corpus = write_corpus(tmp_path / "corpus")
+    config.write_text(source(tiny_config(corpus, train__steps=6, optim__ema_decay=0.5, parallel__data=8)))
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert main(["prepare", f"--config={config}", workdir]) == 0
+    assert main(["train", f"--config={config}", workdir]) == 0
+    out = capsys.readouterr().out
+    assert "compiled the step" in out and "memory a device" in out and "6/6" in out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 6
+
+    first = ["generate", workdir, "--prompt=document 1", "--max_tokens=8", "--temperature=0"]
+    assert main(first) == 0
+    alone = capsys.readouterr().out
+    assert alone.startswith("document 1")
+    assert main([*first, "--prompt=the cat sees a"]) == 0
+    both = capsys.readouterr().out
+    assert alone.strip() in both and "the cat sees a" in both
+
+    # The saved config is one that runs, and says the same run is complete.
+    assert main(["train", f"--config={tmp_path / 'run' / 'config.py'}", workdir]) == 0
+    assert main(["train", f"--config={config}", workdir, "--config.seed=1"]) == 1
+    assert "seed" in capsys.readouterr().err
