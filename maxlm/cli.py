@@ -70,6 +70,12 @@ def _parse(values: flags.FlagValues, args: list[str], *, required: tuple[str, ..
         rest = values(args)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError([str(error).strip("'\"").split("\n")[0]]) from error
+    except OSError as error:  # ml_collections wraps what the config file raised, over many lines
+        found = [line.split("=", 1)[1] for line in args if line.startswith("--config=")]
+        why = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"the config file {' '.join(found)} cannot be loaded ({why}); give the path of a Python file"
+        ) from error
     if values.help:
         print(values.get_help())
         raise SystemExit(0)

@@ -239,7 +239,7 @@ def load_tokenizer(kind: str, path: str | Path) -> Tokenizer:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a byte-pair model (Sennrich et al. 2016) that suits code and prose; gives the model file's bytes.
 
-    Pieces may hold runs of spaces and a line's beginning with its indentation, but never cross into a line: on Python
+    Pieces may hold runs of spaces, and line breaks with what follows them, but never cross into a line: on Python
     code that takes a third fewer tokens than sentencepiece's own rules (see docs/data.md). The result depends on the
     texts and their order alone, not on the machine's cores.
 

@@ -14,6 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from maxlm.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -26,7 +28,7 @@ class Sampling:
       min_p: only tokens at least this many times as likely as the likeliest (Nguyen et al. 2024); 0: all.
 
     Raises:
-      ValueError: when a value is outside its range.
+      UserError: when a value is outside its range.
     """
 
     temperature: float
@@ -36,13 +38,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, but it has to be finite and at least 0 (0: greedy)")
+            raise UserError(f"temperature is {self.temperature}, but it has to be finite and at least 0 (0: greedy)")
         if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}, but it has to be at least 0 (0: all tokens)")
+            raise UserError(f"top_k is {self.top_k}, but it has to be at least 0 (0: all tokens)")
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}, but it has to be above 0 and at most 1 (1: all tokens)")
+            raise UserError(f"top_p is {self.top_p}, but it has to be above 0 and at most 1 (1: all tokens)")
         if not 0.0 <= self.min_p <= 1.0:
-            raise ValueError(f"min_p is {self.min_p}, but it has to be between 0 and 1 (0: all tokens)")
+            raise UserError(f"min_p is {self.min_p}, but it has to be between 0 and 1 (0: all tokens)")
 
 
 def keep_top_k(logits: jax.Array, top_k: int) -> jax.Array:
