@@ -68,6 +68,9 @@ def _parse(values: flags.FlagValues, args: list[str], *, required: tuple[str, ..
     """Parses, turning ml_collections' errors about overrides into a ConfigError of one sentence."""
     try:
         rest = values(args)
+        missing = [name for name in required if not values.help and not values[name].value]
+        if "config" in values and values.config is not None:
+            values.config.to_dict()  # a file that could not be loaded says so only when it is looked at
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError([str(error).strip("'\"").split("\n")[0]]) from error
     except OSError as error:  # ml_collections wraps what the config file raised, over many lines
@@ -81,9 +84,8 @@ def _parse(values: flags.FlagValues, args: list[str], *, required: tuple[str, ..
         raise SystemExit(0)
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} was not understood; flags are written as --name=value")
-    for name in required:
-        if not values[name].value:
-            raise UserError(f"--{name} is missing; see `maxlm {args[0].split()[-1]} --help`")
+    if missing:
+        raise UserError(f"--{missing[0]} is missing; see `maxlm {args[0].split()[-1]} --help`")
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
