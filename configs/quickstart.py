@@ -29,6 +29,8 @@ def get_config():
                 num_layers=4,
                 attention=AttentionConfig(q_heads=3, head_dim=64, qk_norm=True),
                 mlp=MlpConfig(kind="relu2", dim=576),
+                tie_embeddings=True,
+                init="zero_output",
             ),
             data=DataConfig(
                 stores={"stdlib": StoreConfig(source="stdlib", heldout_permille=25)},
@@ -38,14 +40,14 @@ def get_config():
             ),
             optim=OptimConfig(
                 optimizer="muon",
-                peak_lr=1e-2,
-                schedule="wsd",
-                warmup_steps=40,
-                decay_steps=450,
+                peak_lr=6e-3,
+                muon_lr_ratio=3.0,
+                schedule="linear",
+                warmup_steps=20,
                 final_lr_ratio=0.0,
                 weight_decay=0.05,
             ),
-            train=TrainConfig(steps=1000, precision="float32"),
+            train=TrainConfig(steps=5000, budget_seconds=300.0, precision="float32"),
             checkpoint=CheckpointConfig(every_steps=250),
             eval=EvalConfig(
                 overlap=256,
