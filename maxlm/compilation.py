@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -19,12 +20,12 @@ def use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def order_virtual_devices() -> None:
-    """Has several CPU devices of one process run one program at a time; to be called before JAX starts its devices.
+def give_virtual_devices_threads() -> None:
+    """Has several CPU devices of one process share enough threads; to be called before JAX starts its devices.
 
-    They share one pool of threads. With two programs in flight, the collectives of the later one can take all threads
-    while the earlier one waits for another: XLA ends such a process after 40 seconds.
+    By default there is one thread a device. A program waits in its collectives with a thread a device, so that a second
+    one in flight can take the threads that the first still needs: XLA ends such a process after 40 seconds.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" in flags or jax.config.jax_num_cpu_devices > 1:  # type: ignore[attr-defined]  # added by JAX at run time
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    asked = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if asked and int(asked[1]) > 1:
+        os.environ.setdefault("NPROC", str(4 * int(asked[1])))  # the size of XLA's pools

@@ -43,6 +43,7 @@ class Runs:
 
     def start(self, name: str, *, devices: int = 1, overrides: tuple[str, ...] = ()) -> subprocess.Popen:
         environment = dict(os.environ)
+        environment.pop("NPROC", None)  # the program is to find its own
         environment["JAX_PLATFORMS"] = "cpu"
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE}"
         command = [

@@ -29,6 +29,7 @@ from maxlm.checkpoint.reader import (
     array_info,
     describe,
     digest,
+    digest_each,
     record_to_json,
 )
 from maxlm.config import CheckpointConfig
@@ -132,7 +133,7 @@ class Checkpointer(CheckpointReader):
             dict(metadata),
         )
         sealed = record_to_json(record)
-        pending = [digest(leaf) for leaf in leaves.values()]  # runs on the devices while the next line waits
+        pending = list(digest_each(leaves).values())  # runs on the devices while the next line waits
         self.wait()
         if step in self.steps():
             if not force:

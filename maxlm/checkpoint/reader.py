@@ -40,6 +40,20 @@ _LISTED = 12  # differing arrays that a message lists at most
 digest = jax.jit(digest_array)
 
 
+def digest_each(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The digest of each array, computed on its devices; on several CPU devices one after the other.
+
+    Those share a pool of threads, in which many programs that each wait for all devices can starve one another.
+    """
+    found = {}
+    for path, x in arrays.items():
+        found[path] = digest(x)
+        devices: list[Any] = list(x.sharding.device_set)
+        if len(devices) > 1 and devices[0].platform == "cpu":
+            found[path].block_until_ready()
+    return found
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be used as asked; the message says what to do."""
 
@@ -365,7 +379,7 @@ def _load(folder: Path, record: Record, wanted: Mapping[str, Any]) -> _Loaded:
 def _altered(loaded: _Loaded) -> str | None:
     """Which arrays differ from their digests, in words; None if none does."""
     saved = dict(zip(loaded.record.arrays, loaded.digests, strict=True))
-    found = {path: digest(x) for path, x in loaded.arrays.items()}
+    found = digest_each(loaded.arrays)
     altered = [path for path, value in found.items() if not np.array_equal(np.asarray(value), saved[path])]
     if not altered:
         return None

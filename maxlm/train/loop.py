@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 import maxlm
 from maxlm import configfile
 from maxlm.checkpoint.manager import Checkpointer
-from maxlm.compilation import order_virtual_devices, use_compilation_cache
+from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
 from maxlm.config import Config
 from maxlm.data.loader import Loader, check_records
 from maxlm.data.prefetch import Prefetcher
@@ -58,7 +58,7 @@ def train(config: Config, workdir: Path, *, log: Log) -> int:
       UserError: what is in `workdir` does not go with the config, no checkpoint is whole, or too many updates in a row
         were refused.
     """
-    order_virtual_devices()
+    give_virtual_devices_threads()
     first_process = jax.process_index() == 0
     log = log if first_process else _silent
     with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:

@@ -151,7 +151,7 @@ def test_other_processes_measure_in_silence(capsys):
     total=st.integers(1, 9_999_999),
     part=st.floats(0, 1),
     loss=st.floats(0, 99) | st.just(float("nan")),
-    lr=st.floats(0, 1),
+    lr=st.just(0.0) | st.floats(1e-99, 1),
     grad=st.floats(0, 3e38) | st.sampled_from([float("nan"), float("inf")]),
     rate=st.floats(0, 9e11),
     mfu=st.none() | st.floats(0, 0.99),
