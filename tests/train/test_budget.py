@@ -1,0 +1,20 @@
+"""A time budget becomes a number of steps once, and stays that number when the run is started again."""
+
+import json
+
+from maxlm.train.loop import train
+from tests.tiny import tiny_config, write_corpus
+
+
+def test_the_number_of_steps_is_measured_once_and_recorded(tmp_path):
+    corpus, lines = write_corpus(tmp_path / "corpus"), []
+    config = tiny_config(corpus, parallel__data=8, train__steps=9, train__budget_seconds=1e-6, optim__schedule="linear")
+    assert train(config, tmp_path / "short", log=lines.append) == 0
+    told = [line for line in lines if "steps fit into" in line]
+    assert len(told) == 1 and " 3 steps fit" in told[0]  # never fewer than the warm-up and one
+    recorded = json.loads((tmp_path / "short" / "config.json").read_text())["train"]
+    assert (recorded["steps"], recorded["budget_seconds"]) == (3, 0.0)
+
+    lines.clear()
+    assert train(config, tmp_path / "short", log=lines.append) == 0
+    assert not [line for line in lines if "fit into" in line or line.startswith("config:")]
