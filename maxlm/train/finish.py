@@ -28,7 +28,7 @@ def finish(run: Run, state: TrainState) -> None:
         samples = draw_samples(run, state)
         baselines = measure_baselines(run, tuple(held_out))
     with run.goodput.bucket("checkpoint_stall"):
-        run.checkpointer.wait()
+        run.settle_save(step)
     if jax.process_index() == 0:
         run.writer.flush()
         write_report(run.workdir, facts(run, samples, baselines))

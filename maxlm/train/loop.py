@@ -174,7 +174,7 @@ class Run:
                             self.save(state, done, held_out)
                 if stop:
                     with self.goodput.bucket("checkpoint_stall"):
-                        self.checkpointer.wait()
+                        self.settle_save(done)
                     return state, stop
         return state, None
 
@@ -255,6 +255,13 @@ class Run:
             metrics = {"heldout_bits_per_byte": bits / size} if size else None
             self.checkpointer.save(step, state, metadata=metadata, metrics=metrics)
             self.goodput.checkpoint(step)
+
+    def settle_save(self, step: int) -> None:
+        """Waits until the checkpoint of `step` is there; a run must not end as if it were saved when it is not."""
+        self.checkpointer.wait()
+        error = self.checkpointer.pending_error()
+        if error and step not in self.checkpointer.steps():
+            raise error
 
 
 def _silent(line: str) -> None:
