@@ -1,6 +1,7 @@
 """The attention back ends behind one declared table, and the choice among them.
 
-Shapes: B batch, S query positions, T key positions, H query heads, K kv heads, G = H / K queries a kv head, h head dim.
+Shapes: B batch, S query positions, T key positions, H query heads, K kv heads, G = H / K queries a kv head, h head dim
+of queries and keys, v head dim of values (h, unless a model says otherwise).
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from maxlm.kernels.matmul import product
 __all__ = ["BACKENDS", "FEATURES", "AttentionFn", "Backend", "Mask", "choose", "features", "heads_loop", "plain"]
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
-FEATURES = ("windows", "softcap", "segments", "decode", "bidirectional")
+FEATURES = ("windows", "softcap", "segments", "decode", "bidirectional", "sinks", "value_dim")
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """Reference attention, with all S x T scores in memory and a float32 softmax.
 
-    Args: q (B, S, H, h); k and v (B, T, K, h), in the compute dtype.
-    Returns: (B, S, H, h) in q's dtype.
+    Args: q (B, S, H, h), k (B, T, K, h) and v (B, T, K, v), in the compute dtype.
+    Returns: (B, S, H, v) in q's dtype.
     """
     (b, s, heads, dim), t, kv_heads = q.shape, k.shape[1], k.shape[2]
     grouped = q.reshape(b, s, kv_heads, heads // kv_heads, dim)
@@ -34,8 +35,11 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     if mask.softcap:
         scores = mask.softcap * jnp.tanh(scores / mask.softcap)
     scores = jnp.where(visible(mask, s, t)[:, None, None], scores, MASKED)
-    out = product("bkgst,btkh->bskgh", jax.nn.softmax(scores), v, dtype=q.dtype)
-    return out.reshape(b, s, heads, dim)
+    if mask.sinks is not None:
+        sinks = mask.sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores)[..., :t]
+    return product("bkgst,btkh->bskgh", weights, v, dtype=q.dtype).reshape(b, s, heads, v.shape[-1])
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
@@ -47,14 +51,16 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     )
 
 
-def features(mask: Mask) -> frozenset[str]:
-    """The features, out of `FEATURES`, that a back end must have to honour `mask`."""
+def features(mask: Mask, *, head_dim: int = 0, value_dim: int = 0) -> frozenset[str]:
+    """The features, out of `FEATURES`, that a back end must have to honour `mask` with heads of these dims."""
     asked = {
         "windows": bool(mask.window),
         "softcap": bool(mask.softcap),
         "segments": mask.segments_q is not None or mask.segments_k is not None,
         "decode": mask.q_offset is not None,
         "bidirectional": not mask.causal,
+        "sinks": mask.sinks is not None,
+        "value_dim": head_dim != value_dim,
     }
     return frozenset(name for name in FEATURES if asked[name])
 
@@ -86,12 +92,13 @@ class Backend:
         return ""
 
     def function(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-        """Attention of q (B, S, H, h) over k and v (B, T, K, h), to (B, S, H, h).
+        """Attention of q (B, S, H, h) over k (B, T, K, h) and v (B, T, K, v), to (B, S, H, v).
 
         Raises:
           ValueError: the mask asks for what this back end does not declare.
         """
-        if missing := features(mask) - self.features:
+        asked = features(mask, head_dim=q.shape[-1], value_dim=v.shape[-1])
+        if missing := asked - self.features:
             raise ValueError(
                 f"attention back end {self.name!r} cannot do {', '.join(sorted(missing))}; "
                 "take the one that attention.choose names for this mask, or attention.plain, which does everything"
@@ -114,26 +121,22 @@ BACKENDS: tuple[Backend, ...] = (
         "heads_loop",
         heads_loop,
         platforms=("cpu",),
-        features=frozenset({"windows", "softcap", "segments", "bidirectional"}),
+        features=frozenset({"windows", "softcap", "segments", "bidirectional", "value_dim"}),
     ),
     Backend("plain", plain, features=frozenset(FEATURES)),
 )
 
 
-def choose(
-    *, platform: str, dtype: Any, head_dim: int, segments: bool, windows: bool, softcap: bool, decode: bool = False
-) -> Backend:
-    """The first back end of the table that can do all that is asked, for causal attention.
+def choose(*, platform: str, dtype: Any, head_dim: int, needs: frozenset[str]) -> Backend:
+    """The first back end of the table that can do all that is asked.
 
     Args:
       platform: of the devices, e.g. "cpu", "gpu", "tpu".
-      segments, windows, softcap, decode: whether masks will have them; `decode` is a `q_offset`.
+      needs: what the masks will ask for, out of `FEATURES`.
 
     Raises:
       ValueError: no back end can serve; the message says why of each.
     """
-    asked = {"segments": segments, "windows": windows, "softcap": softcap, "decode": decode}
-    needs = frozenset(name for name, wanted in asked.items() if wanted)
     refusals = {}
     for backend in BACKENDS:
         why = backend.refusal(platform=platform, dtype=dtype, head_dim=head_dim, needs=needs)

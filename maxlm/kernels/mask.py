@@ -1,6 +1,6 @@
 """What a query sees: the description of a mask that every attention back end takes.
 
-Shapes: B batch, S query positions, T key positions.
+Shapes: B batch, S query positions, T key positions, H query heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MASKED = -1e30
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["segments_q", "segments_k", "q_offset"],
+    data_fields=["segments_q", "segments_k", "q_offset", "sinks"],
     meta_fields=["scale", "window", "softcap", "causal"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Mask:
     segments_q: jax.Array | None = None  # (B, S) int32; None: one document
     segments_k: jax.Array | None = None  # (B, T) int32
     q_offset: jax.Array | int | None = None  # () or (B,) int32, in decoding; None: 0
+    sinks: jax.Array | None = None  # (H,) float32: a logit a head that joins the softmax's sum and has no value
 
 
 def visible(mask: Mask, queries: int, keys: int) -> jax.Array:

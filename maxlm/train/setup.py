@@ -55,14 +55,13 @@ def make_runtime(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Runtime
       segments: whether rows hold several documents that must not see each other.
     """
     dtype = jnp.dtype(config.train.precision)
-    model = config.model
+    attention = config.model.attention
+    asked = {"segments": segments, "windows": any(attention.windows), "softcap": bool(attention.softcap)}
     backend = choose(
         platform=mesh.devices.flat[0].platform,
         dtype=dtype,
-        head_dim=model.attention.head_dim,
-        segments=segments,
-        windows=any(model.attention.windows),
-        softcap=bool(model.attention.softcap),
+        head_dim=attention.head_dim,
+        needs=frozenset(name for name, wanted in asked.items() if wanted),
     )
     runtime = Runtime(
         dtype=dtype,

@@ -73,13 +73,14 @@ def test_loop_equals_plain(small_blocks, length, kv_heads, groups, window, softc
 
 def test_plain_equals_a_loop_over_positions():
     q, k, v, _ = operands(batch=1, length=9, kv_heads=1, groups=2)
-    row = segments(1, 9, (4,))
-    got = plain(q, k, v, Mask(scale=0.5, window=3, softcap=2.0, segments_q=row, segments_k=row))
+    v = v[..., :5]
+    row, sinks = segments(1, 9, (4,)), jnp.array([0.3, -0.7])
+    got = plain(q, k, v, Mask(scale=0.5, window=3, softcap=2.0, segments_q=row, segments_k=row, sinks=sinks))
     for i in range(9):
         seen = [j for j in range(9) if j <= i and i - j < 3 and row[0, i] == row[0, j]]
         for head in range(2):
             scores = np.array([2.0 * np.tanh(float(q[0, i, head] @ k[0, j, 0]) * 0.5 / 2.0) for j in seen])
-            weights = np.exp(scores) / np.exp(scores).sum()
+            weights = np.exp(scores) / (np.exp(scores).sum() + np.exp(sinks[head]))
             np.testing.assert_allclose(got[0, i, head], weights @ np.array(v[0, seen, 0]), rtol=1e-5, atol=1e-6)
 
 
@@ -141,8 +142,7 @@ def test_loop_under_remat_runs_its_forward_pass_once():
 
 def test_choice_by_platform():
     def name(platform, *needs, dtype="bfloat16", head_dim=64):
-        asked = {feature: feature in needs for feature in ("segments", "windows", "softcap", "decode")}
-        return attention.choose(platform=platform, dtype=dtype, head_dim=head_dim, **asked).name
+        return attention.choose(platform=platform, dtype=dtype, head_dim=head_dim, needs=frozenset(needs)).name
 
     assert name("cpu") == name("cpu", "segments", "windows", "softcap") == "heads_loop"
     assert name("cpu", "decode") == "plain"
@@ -155,10 +155,10 @@ def test_choice_by_platform():
 
 def test_choice_says_why_nothing_can_serve(monkeypatch):
     monkeypatch.setattr(attention, "BACKENDS", [b for b in attention.BACKENDS if b.name == "cudnn"])
-    asked = dict(platform="gpu", dtype="float16", head_dim=64, segments=False, windows=False, decode=False)
-    assert attention.choose(softcap=False, **asked).name == "cudnn"
+    asked = dict(platform="gpu", dtype="float16", head_dim=64)
+    assert attention.choose(needs=frozenset(), **asked).name == "cudnn"
     with pytest.raises(ValueError, match="cudnn cannot do softcap"):
-        attention.choose(softcap=True, **asked)
+        attention.choose(needs=frozenset({"softcap"}), **asked)
 
 
 @pytest.mark.parametrize("name", [backend.name for backend in attention.BACKENDS])
@@ -174,12 +174,15 @@ def test_backend_honours_or_refuses(name, feature):
         "segments": Mask(scale=1.0, segments_q=row, segments_k=row),
         "decode": Mask(scale=1.0, q_offset=2),
         "bidirectional": Mask(scale=1.0, causal=False),
+        "sinks": Mask(scale=1.0, sinks=jnp.array([0.5, -1.0])),
+        "value_dim": Mask(scale=1.0),
     }[feature]
+    v = v[..., : DIM // 2] if feature == "value_dim" else v
     if feature not in backend.features:
         with pytest.raises(ValueError, match=f"{name}.*cannot do {feature}"):
             backend.function(q, k, v, mask)
     elif not backend.platforms or "cpu" in backend.platforms:
-        unmasked = plain(q, k, v, Mask(scale=1.0))
         got = backend.function(q, k, v, mask)
         np.testing.assert_allclose(got, plain(q, k, v, mask), rtol=1e-5, atol=1e-5)
-        assert not np.allclose(got, unmasked, atol=1e-3)
+        if feature != "value_dim":
+            assert not np.allclose(got, plain(q, k, v, Mask(scale=1.0)), atol=1e-3)
