@@ -1,0 +1,1 @@
+"""One file a family; see maxlm/model/family.py."""
