@@ -18,6 +18,10 @@ ACTIVATION_NAMES = ("attention_qkv", "attention_out", "mlp_hidden", "mlp_out")
 """What remat=custom can keep for the backward pass; the model marks these by `checkpoint_name`."""
 
 
+MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
+"""Outermost first: `data` crosses the slowest network, `tensor` the fastest."""
+
+
 def leaf(default: Any, doc: str, *, unit: str = "", low: float | None = None, choices: tuple[str, ...] = ()) -> Any:
     """Declares one setting: its default, meaning, unit, lowest allowed value and allowed words."""
     metadata = {"doc": doc, "unit": unit, "low": low, "choices": choices}
@@ -195,6 +199,11 @@ class ParallelConfig:
     context: int = leaf(1, "shards of the sequence", unit="devices", low=-1)
     expert: int = leaf(1, "shards of the experts", unit="devices", low=-1)
     tensor: int = leaf(1, "shards of heads, hidden dims and vocabulary", unit="devices", low=-1)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each mesh axis, in the order of `MESH_AXES`."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
 
 
 @dataclasses.dataclass(frozen=True)

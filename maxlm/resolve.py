@@ -19,8 +19,6 @@ from maxlm import config as schema
 from maxlm.config import Config, ModelConfig, ParallelConfig
 from maxlm.errors import UserError
 
-MESH_AXES = tuple(field.name for field in dataclasses.fields(ParallelConfig))
-
 
 class ConfigError(UserError):
     """The config has problems; `problems` holds one sentence for each."""
@@ -173,7 +171,7 @@ def _filled_model(model: ModelConfig) -> ModelConfig:
 
 def _filled_mesh(config: Config, devices: int | None) -> ParallelConfig:
     """Replaces the one -1 of the mesh by the devices that are left, where that comes out even."""
-    sizes = dataclasses.asdict(config.parallel)
+    sizes = config.parallel.sizes
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     fixed = 1
     for size in sizes.values():
@@ -211,7 +209,7 @@ def _check_model(config: Config) -> Iterator[str]:
 
 
 def _check_mesh(config: Config) -> Iterator[str]:
-    sizes = dataclasses.asdict(config.parallel)
+    sizes = config.parallel.sizes
     for axis, size in sizes.items():
         if size == 0:
             yield f"parallel.{axis} is 0; type 1 for an unused axis, or -1 for the devices that are left"
@@ -359,7 +357,7 @@ def _check_loop(config: Config) -> Iterator[str]:
 
 def _check_devices(config: Config, devices: int | None) -> Iterator[str]:
     """A mesh of exactly the devices there are."""
-    sizes = dataclasses.asdict(config.parallel)
+    sizes = config.parallel.sizes
     if devices is None or any(size == 0 for size in sizes.values()):
         return
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "all axes at 1"

@@ -134,7 +134,7 @@ def test_every_leaf_is_read_by_some_code():
             continue
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    read |= {"data", "fsdp", "pipeline", "context", "expert", "tensor"}  # read by name, as mesh.AXES
+    read |= {"data", "fsdp", "pipeline", "context", "expert", "tensor"}  # read by name, in ParallelConfig.sizes
     everything = config(data=DataConfig(stores=STORES, phases={"a": PhaseConfig(from_step=1)}))
     unread = {path for path, field, _ in leaves(everything) if field.name not in read}
     assert not unread

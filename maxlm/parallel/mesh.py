@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from maxlm.config import ParallelConfig
-
-AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
-"""Outermost first: `data` crosses the slowest network, `tensor` the fastest."""
+from maxlm.config import MESH_AXES, ParallelConfig
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -19,10 +15,8 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = N
 
     `resolve(..., devices=n)` has filled in a -1 and checked that the sizes multiply to the number of devices.
     """
-    sizes = dataclasses.asdict(parallel)
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(parallel.sizes.values()), MESH_AXES, axis_types=types, devices=devices)
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:

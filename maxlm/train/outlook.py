@@ -11,7 +11,6 @@ from maxlm.config import Config
 from maxlm.model.decoder import split_model
 from maxlm.model.flops import ledger
 from maxlm.optim.optimizers import make_optimizer
-from maxlm.parallel.mesh import AXES
 from maxlm.train.state import abstract_shapes
 
 Figures = dict[str, dict[str, int | float]]
@@ -61,7 +60,7 @@ def outlook(config: Config) -> Figures:
             "total": total,
         },
     }
-    sizes = [getattr(config.parallel, axis) for axis in AXES]
+    sizes = config.parallel.sizes.values()
     if min(sizes) > 0:
         figures["mesh"] = {"devices": math.prod(sizes)}
     return figures

@@ -1,6 +1,5 @@
 """The whole step: the same losses on any mesh and accumulation, and updates that are refused leave no trace."""
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,7 @@ class Runner:
     """A setup on a mesh, its compiled step and its state."""
 
     def __init__(self, parallel: ParallelConfig, **leaves):
-        count = int(np.prod([abs(size) for size in dataclasses.astuple(parallel)]))
+        count = int(np.prod([abs(size) for size in parallel.sizes.values()]))
         config = tiny_config("unused", parallel=parallel, **{"train__norms_every": 0, **leaves})
         config = resolve(config, devices=count)
         self.setup = make_setup(config, make_mesh(config.parallel, jax.devices()[:count]))
