@@ -64,6 +64,13 @@ class MlpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Experts in place of the feed-forward half of the blocks."""
+
+    dense_layers: int = leaf(0, "first layers that stay dense", unit="layers", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder language model."""
 
@@ -72,6 +79,7 @@ class ModelConfig:
     num_layers: int = leaf(4, "blocks L of the stack", low=1)
     attention: AttentionConfig = branch(AttentionConfig)
     mlp: MlpConfig = branch(MlpConfig)
+    moe: MoeConfig = branch(MoeConfig)
     norm: str = leaf("rms", "kind of normalisation", choices=("rms", "layer"))
     norm_placement: str = leaf(
         "pre", "normalise a branch's input, its output, or both", choices=("pre", "post", "both")

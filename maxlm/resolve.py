@@ -206,6 +206,11 @@ def _check_model(config: Config) -> Iterator[str]:
             f"model.attention.windows has {len(attention.windows)} entries for {model.num_layers} layers; "
             "give between one and as many as there are layers"
         )
+    if model.moe.dense_layers:
+        yield (
+            f"model.moe.dense_layers is {model.moe.dense_layers}, but every layer of a model without experts is dense; "
+            "type model.moe.dense_layers=0"
+        )
 
 
 def _check_mesh(config: Config) -> Iterator[str]:

@@ -21,17 +21,20 @@ from maxlm.model.runtime import Runtime
 
 
 class Sight(NamedTuple):
-    """What the attention of every layer has in common.
+    """What every layer is told of the rows.
 
     positions: (B, S) int32, for the rotary angles.
     segments_q, segments_k: (B, S) and (B, T) int32; a query sees keys of its own segment. None: all are of one.
     offset: () int32, decoding only: the slot of the first query's token among the keys.
+    real: (B, S) bool, False at padding; None: every position holds a token. Attention needs no telling, as padding is
+      behind causality or in a segment of its own.
     """
 
     positions: jax.Array
     segments_q: jax.Array | None
     segments_k: jax.Array | None
     offset: jax.Array | None = None
+    real: jax.Array | None = None
 
 
 class KeyValues(NamedTuple):

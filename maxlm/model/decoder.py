@@ -1,15 +1,17 @@
-"""The decoder language model: embedding, a scanned stack of blocks, a final norm and the output head.
+"""The decoder language model: embedding, one or two scanned stacks of blocks, a final norm and the output head.
 
-Shapes: B batch, S sequence, t new tokens, C cache slots, D embed, V vocab, L layers, c windows in a cycle.
+Shapes: B batch, S sequence, t new tokens, C cache slots, D embed, V vocab, L layers.
 
 A block is composed of an attention and a feed-forward module by `make_block`; another family hands `Decoder` another
-maker of blocks. Matrices start as normal with standard deviation 1 / sqrt(fan_in), those that write into the residual
-stream as `layers.residual_init` says, the embedding at `config.embed_std`, the untied head at 1 / sqrt(D), scales at
-one and biases at zero.
+maker of blocks. Layers of one structure are one stack: the `prefix` of dense layers that some mixtures of experts begin
+with (`model.moe.dense_layers`), and `layers`, the rest. Matrices start as normal with standard deviation
+1 / sqrt(fan_in), those that write into the residual stream as `layers.residual_init` says, the embedding at
+`config.embed_std`, the untied head at 1 / sqrt(D), scales at one and biases at zero.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -18,21 +20,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxlm.config import ModelConfig
+from maxlm.config import ModelConfig, MoeConfig
 from maxlm.model.attention import AttentionOut, GroupedQueryAttention, KeyValues, Sight
 from maxlm.model.layers import Embedding, Head, capped_logits, make_norm
-from maxlm.model.mlp import Mlp
+from maxlm.model.mlp import FeedForwardOut, Mlp
 from maxlm.model.param import param_specs, stack
-from maxlm.model.runtime import Runtime, rematerialised
+from maxlm.model.runtime import Runtime
+from maxlm.model.stack import Carried, LayerOut, joined, run_stack
 
 Params = dict[str, Any]
 
+STACKS = ("prefix", "layers")  # what the paths of stacked parameters begin with
+
 
 class HiddenOut(NamedTuple):
-    """hidden_BSD: after the final norm, compute dtype. norms: `residual`, RMS of the stream after each layer, (L,)."""
+    """What a forward pass over whole rows returns.
+
+    hidden_BSD: after the final norm, compute dtype.
+    norms: `residual`, RMS of the stream after each layer, (L,).
+    aux: what the feed-forward modules of `layers` return besides, e.g. a router's losses and counts; each array has
+      one entry for each of those layers in front. {} for dense layers.
+    """
 
     hidden_BSD: jax.Array
     norms: dict[str, jax.Array]
+    aux: dict[str, jax.Array]
 
 
 class Cache(NamedTuple):
@@ -69,7 +81,7 @@ class _Attention(Protocol):
 
 
 class _FeedForward(Protocol):
-    def __call__(self, x: jax.Array, *, runtime: Runtime) -> jax.Array: ...
+    def __call__(self, x: jax.Array, *, sight: Sight, runtime: Runtime) -> FeedForwardOut: ...
 
 
 class Block(nnx.Module):
@@ -86,18 +98,18 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: jax.Array, *, sight: Sight, window: int, runtime: Runtime, memory: KeyValues | None = None
-    ) -> AttentionOut:
-        """(B, S, D) -> the stream after the block, and the layer's keys and values if it was given any."""
+    ) -> LayerOut:
+        """(B, S, D) -> the stream after the block, and what the layer returns besides."""
         with jax.named_scope("attention"):
             branch = self.attention_norm(x) if self.attention_norm else x
             attended = self.attention(branch, sight=sight, window=window, runtime=runtime, memory=memory)
             branch = self.attention_out_norm(attended.out) if self.attention_out_norm else attended.out
             x = runtime.constrain(x + branch, ("batch", "seq", None))
         with jax.named_scope("mlp"):
-            branch = self.mlp(self.mlp_norm(x) if self.mlp_norm else x, runtime=runtime)
-            branch = self.mlp_out_norm(branch) if self.mlp_out_norm else branch
+            fed = self.mlp(self.mlp_norm(x) if self.mlp_norm else x, sight=sight, runtime=runtime)
+            branch = self.mlp_out_norm(fed.out) if self.mlp_out_norm else fed.out
             x = runtime.constrain(x + branch, ("batch", "seq", None))
-        return AttentionOut(x, attended.memory)
+        return LayerOut(x, attended.memory, fed.aux)
 
 
 def make_block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -108,12 +120,6 @@ def make_block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         mlp=Mlp(config, rngs=rngs),
         rngs=rngs,
     )
-
-
-class _LayersOut(NamedTuple):
-    x: jax.Array  # (B, S, D)
-    rms: jax.Array  # (L,) float32
-    memory: KeyValues | None  # (L, B, C, K, h)
 
 
 class Decoder(nnx.Module):
@@ -128,22 +134,31 @@ class Decoder(nnx.Module):
     ):
         self.config = config
         self.embedding = Embedding(config, rngs=rngs)
-        self.layers = stack(functools.partial(make_block, config), rngs=rngs, count=config.num_layers)
+        dense, first = dataclasses.replace(config, moe=MoeConfig()), config.moe.dense_layers
+        self.prefix = stack(functools.partial(make_block, dense), rngs=rngs, count=first) if first else None
+        self.layers = stack(functools.partial(make_block, config), rngs=rngs, count=config.num_layers - first)
         self.final_norm = make_norm(config, rngs=rngs)
         self.head = None if config.tie_embeddings else Head(config, rngs=rngs)
 
     def hidden(
-        self, tokens_BS: jax.Array, *, positions_BS: jax.Array, segments_BS: jax.Array | None, runtime: Runtime
+        self,
+        tokens_BS: jax.Array,
+        *,
+        positions_BS: jax.Array,
+        segments_BS: jax.Array | None,
+        runtime: Runtime,
+        real_BS: jax.Array | None = None,
     ) -> HiddenOut:
         """Runs the model over whole rows.
 
         Args:
           tokens_BS, positions_BS: int32.
           segments_BS: int32 document numbers; a token sees its own document only. None: a row is one document.
+          real_BS: bool, False at padding, which then takes no part in a router's counts. None: all hold tokens.
         """
-        sight = Sight(positions_BS, segments_BS, segments_BS)
+        sight = Sight(positions_BS, segments_BS, segments_BS, real=real_BS)
         out = self._run(tokens_BS, sight=sight, runtime=runtime, memory=None)
-        return HiddenOut(out.x, {"residual": out.rms})
+        return HiddenOut(out.x, {"residual": out.rms}, out.aux)
 
     def decode(self, tokens_Bt: jax.Array, *, cache: Cache, runtime: Runtime) -> DecodeOut:
         """Continues every row of the cache by t tokens: a prefill with t > 1, a decoding step with t = 1.
@@ -154,12 +169,14 @@ class Decoder(nnx.Module):
         slots = cache.used + jnp.arange(tokens_Bt.shape[1], dtype=jnp.int32)
         capacity = jnp.arange(cache.memory.keys.shape[2], dtype=jnp.int32)
         padding = cache.padding[:, None]
+        real = slots >= padding
         # Slots that are not filled yet come after every query, so that causality hides them.
         sight = Sight(
             positions=jnp.maximum(slots - padding, 0),
-            segments_q=(slots >= padding).astype(jnp.int32),
+            segments_q=real.astype(jnp.int32),
             segments_k=(capacity >= padding).astype(jnp.int32),
             offset=cache.used,
+            real=real,
         )
         out = self._run(tokens_Bt, sight=sight, runtime=runtime, memory=cache.memory)
         assert out.memory is not None  # it was given one
@@ -173,7 +190,7 @@ class Decoder(nnx.Module):
         """(B, S, D) -> (B, S, V) float32, soft-capped as the config says."""
         return capped_logits(hidden_BSD, self.head_matrix(), softcap=self.config.logits_softcap)
 
-    def _run(self, tokens: jax.Array, *, sight: Sight, runtime: Runtime, memory: KeyValues | None) -> _LayersOut:
+    def _run(self, tokens: jax.Array, *, sight: Sight, runtime: Runtime, memory: KeyValues | None) -> Carried:
         with jax.named_scope("embed"):
             x = self.embedding(tokens, runtime=runtime)
         with jax.named_scope("layers"):
@@ -181,42 +198,17 @@ class Decoder(nnx.Module):
         with jax.named_scope("final_norm"):
             return out._replace(x=runtime.constrain(self.final_norm(out.x), ("batch", "seq", None)))
 
-    def _layers(self, x: jax.Array, *, sight: Sight, runtime: Runtime, memory: KeyValues | None) -> _LayersOut:
-        """Scans over whole cycles of windows, so that the program does not grow with depth; the rest is a suffix."""
-        graphdef, state = nnx.split(self.layers)
-        stacked = (nnx.to_pure_dict(state), memory)
-        windows = self.config.attention.windows
-
-        def run(x: jax.Array, layers: Any, *, index: int) -> tuple[jax.Array, Any]:
-            # A layer is cut out of its cycle here, under `rematerialised`, which then keeps no copy of its parameters.
-            params, memory = jax.tree.map(lambda p: p[index], layers) if len(windows) > 1 else layers
-            out = nnx.merge(graphdef, params)(x, sight=sight, window=windows[index], runtime=runtime, memory=memory)
-            return out.out, (_rms(out.out), out.memory)
-
-        blocks = [rematerialised(functools.partial(run, index=i), runtime) for i in range(len(windows))]
-
-        def cycle(x: jax.Array, layers: Any, count: int = len(windows)) -> tuple[jax.Array, Any]:
-            outs = []
-            for block in blocks[:count]:
-                x, out = block(x, layers)
-                outs.append(out)
-            return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
-
-        cycles, rest = divmod(self.config.num_layers, len(windows))
-        scanned, folded = cycles * len(windows), stacked
-        if len(windows) > 1:
-            folded = jax.tree.map(lambda p: p[:scanned].reshape(cycles, len(windows), *p.shape[1:]), stacked)
-        x, out = jax.lax.scan(cycle, x, folded)
-        out = jax.tree.map(lambda y: y.reshape(scanned, *y.shape[2:]), out)
-        if rest:
-            x, suffix = cycle(x, jax.tree.map(lambda p: p[scanned:], stacked), rest)
-            out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, suffix)
-        return _LayersOut(x, *out)
-
-
-def _rms(x: jax.Array) -> jax.Array:
-    """Root mean square over everything, float32; for watching only, so without a gradient."""
-    return jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))))
+    def _layers(self, x: jax.Array, *, sight: Sight, runtime: Runtime, memory: KeyValues | None) -> Carried:
+        windows, first = self.config.attention.windows, self.config.moe.dense_layers
+        if self.prefix is None:
+            return run_stack(self.layers, x, sight=sight, windows=windows, runtime=runtime, memory=memory)
+        own = jax.tree.map(lambda kept: kept[:first], memory)
+        before = run_stack(self.prefix, x, sight=sight, windows=windows, runtime=runtime, memory=own)
+        # The cycle of windows is counted from the first layer of all.
+        turned = windows[first % len(windows) :] + windows[: first % len(windows)]
+        own = jax.tree.map(lambda kept: kept[first:], memory)
+        after = run_stack(self.layers, before.x, sight=sight, windows=turned, runtime=runtime, memory=own)
+        return joined(before, after)
 
 
 def init_cache(

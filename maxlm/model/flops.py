@@ -15,7 +15,7 @@ from jax.extend import core
 
 from maxlm import tree
 from maxlm.config import ModelConfig
-from maxlm.model.decoder import split_model
+from maxlm.model.decoder import STACKS, split_model
 from maxlm.model.param import ParamSpec
 
 TRAINING = 3  # forward, and two products of the backward pass for each
@@ -87,7 +87,7 @@ def _component(path: str) -> str:
     parts = path.split("/")
     if any(part.endswith("norm") for part in parts[:-1]):
         return "norms"
-    return parts[1] if parts[0] == "layers" else parts[0]
+    return parts[1] if parts[0] in STACKS else parts[0]
 
 
 def _positions_seen(window: int, sequence: int) -> float:

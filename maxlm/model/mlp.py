@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
 from maxlm.kernels.matmul import einsum
+from maxlm.model.attention import Sight
 from maxlm.model.layers import add_bias, residual_init
 from maxlm.model.param import constant, fan_in_normal, parameter
 from maxlm.model.runtime import Runtime, cheap
@@ -31,6 +33,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu2": _relu2,
 }
+
+
+class FeedForwardOut(NamedTuple):
+    """out: (B, S, D), compute dtype. aux: what is returned besides: losses and counts of a router, {} for a dense one.
+
+    Losses and counts are float32 sums over the rows given, so that they add up over microbatches.
+    """
+
+    out: jax.Array
+    aux: dict[str, jax.Array]
 
 
 class Mlp(nnx.Module):
@@ -52,8 +64,9 @@ class Mlp(nnx.Module):
         """Whether a gate multiplies the hidden dims."""
         return self.kind.endswith("glu")
 
-    def __call__(self, x: jax.Array, *, runtime: Runtime) -> jax.Array:
-        """(B, S, D) -> (B, S, D) in the compute dtype."""
+    def __call__(self, x: jax.Array, *, sight: Sight, runtime: Runtime) -> FeedForwardOut:
+        """(B, S, D) -> (B, S, D)."""
+        del sight  # every position is treated alike
 
         def inward(kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
             y = einsum("bsd,df->bsf", x, kernel[...], dtype=runtime.dtype)
@@ -70,4 +83,4 @@ class Mlp(nnx.Module):
         y = einsum("bsf,fd->bsd", hidden, self.down[...], dtype=runtime.dtype)
         if self.down_bias is not None:
             y = add_bias(y, self.down_bias[...])
-        return checkpoint_name(y, "mlp_out")
+        return FeedForwardOut(checkpoint_name(y, "mlp_out"), {})

@@ -15,7 +15,7 @@ from maxlm import tree
 from maxlm.checkpoint.digest import digest_array
 from maxlm.config import Config, DataConfig
 from maxlm.data.batch import Batch
-from maxlm.model.decoder import ModelParts, merge
+from maxlm.model.decoder import STACKS, ModelParts, merge
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.runtime import Runtime
 from maxlm.optim import average, guard, scaling
@@ -149,7 +149,7 @@ def layer_rms(params: dict[str, Any]) -> dict[str, jax.Array]:
     """Root mean square of every array, float32: (L,) for stacked ones, () for the rest; keyed by path."""
 
     def rms(path: str, x: jax.Array) -> jax.Array:
-        axes = tuple(range(1, x.ndim)) if path.startswith("layers/") else None
+        axes = tuple(range(1, x.ndim)) if path.split("/")[0] in STACKS else None
         return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=axes))
 
     return {path: rms(path, x) for path, x in tree.paths(params).items()}

@@ -10,9 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm import tree
-from maxlm.model.attention import Sight
-from maxlm.model.decoder import Decoder, init_params, split_model
+from maxlm.config import MoeConfig
+from maxlm.model.attention import GroupedQueryAttention, Sight
+from maxlm.model.decoder import Block, Decoder, init_cache, init_params, split_model
 from maxlm.model.loss import chunked_cross_entropy
+from maxlm.model.mlp import FeedForwardOut, Mlp
 from maxlm.model.runtime import Runtime
 
 # Float32 sums of a few dozen terms of order one, in another order.
@@ -112,6 +114,55 @@ def test_layer_count_need_not_divide_by_the_cycle(tiny):
     tokens = tiny.tokens(2, 11)
     expected = tiny.hidden(other, tokens).hidden_BSD
     np.testing.assert_allclose(tiny.hidden(cycled.model, tokens).hidden_BSD, expected, **CLOSE)
+
+
+class Counted(nnx.Module):
+    """A dense feed-forward half that returns something besides, as experts do."""
+
+    def __init__(self, config, *, rngs):
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(self, x, *, sight, runtime):
+        fed = self.mlp(x, sight=sight, runtime=runtime)
+        return FeedForwardOut(fed.out, {"sum": jnp.sum(fed.out), "real": jnp.sum(sight.real)})
+
+
+def _make_counted(config, rngs):
+    mlp = Counted(config, rngs=rngs) if config.moe.dense_layers else Mlp(config, rngs=rngs)
+    return Block(config, attention=GroupedQueryAttention(config, rngs=rngs), mlp=mlp, rngs=rngs)
+
+
+@pytest.mark.parametrize("first", [1, 2, 4])
+def test_a_prefix_of_other_layers_is_a_part_of_the_stack(tiny, first):
+    """Six layers with a cycle of three windows: the split changes neither the windows, nor the norms, nor the cache."""
+    whole = tiny.build(tiny.config(num_layers=6, attention={"windows": (0, 2, 4)}))
+    config = dataclasses.replace(whole.config, moe=MoeConfig(dense_layers=first))
+    abstract = nnx.eval_shape(
+        lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)), make_block=_make_counted)
+    )
+    layers = whole.params["layers"]
+    rest = jax.tree.map(lambda p: p[first:], layers)
+    params = whole.params | {
+        "prefix": jax.tree.map(lambda p: p[:first], layers),
+        "layers": rest | {"mlp": {"mlp": rest["mlp"]}},
+    }
+    model = nnx.merge(nnx.graphdef(abstract), params)
+    tokens, real = tiny.tokens(2, 7), jnp.arange(7) < jnp.array([[7], [5]])
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    out = jax.jit(
+        lambda: model.hidden(tokens, positions_BS=positions, segments_BS=None, runtime=Runtime(), real_BS=real)
+    )()
+    expected = tiny.hidden(whole.model, tokens)
+    np.testing.assert_allclose(out.hidden_BSD, expected.hidden_BSD, **CLOSE)
+    np.testing.assert_allclose(out.norms["residual"], expected.norms["residual"], **CLOSE)
+    assert expected.aux == {} and out.aux["sum"].shape == (6 - first,)
+    assert len(set(np.asarray(out.aux["sum"]).tolist())) == 6 - first  # every layer's own
+    np.testing.assert_array_equal(out.aux["real"], np.full(6 - first, 12))
+
+    decode = jax.jit(lambda model, cache: model.decode(tokens, cache=cache, runtime=Runtime()))
+    got, plain = (decode(model, init_cache(config, 2, capacity=9, dtype=jnp.float32)) for model in (model, whole.model))
+    np.testing.assert_allclose(got.hidden, plain.hidden, **CLOSE)
+    np.testing.assert_allclose(got.cache.memory.keys, plain.cache.memory.keys, **CLOSE)
 
 
 def _gradients(tiny, built, runtime):
@@ -234,12 +285,10 @@ def test_parameters_carry_their_declaration(tiny):
 
 def test_a_block_of_another_family_is_composed(tiny):
     """A maker of blocks is all that another family needs: here one whose feed-forward half does nothing."""
-    from maxlm.model.attention import GroupedQueryAttention
-    from maxlm.model.decoder import Block
 
     class Nothing(nnx.Module):
-        def __call__(self, x, *, runtime):
-            return jnp.zeros_like(x)
+        def __call__(self, x, *, sight, runtime):
+            return FeedForwardOut(jnp.zeros_like(x), {})
 
     def make(config, rngs):
         return Block(config, attention=GroupedQueryAttention(config, rngs=rngs), mlp=Nothing(), rngs=rngs)
