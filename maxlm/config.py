@@ -207,6 +207,11 @@ class ParallelConfig:
     context: int = leaf(1, "shards of the sequence", unit="devices", low=-1)
     expert: int = leaf(1, "shards of the experts", unit="devices", low=-1)
     tensor: int = leaf(1, "shards of heads, hidden dims and vocabulary", unit="devices", low=-1)
+    across_slices: str = leaf(
+        "data",
+        "the one axis that crosses from slice to slice or node to node; any: no care is taken",
+        choices=("data", "pipeline", "any"),
+    )
 
     @property
     def sizes(self) -> dict[str, int]:

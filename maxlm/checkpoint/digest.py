@@ -67,11 +67,6 @@ def digest_array(x: jax.Array) -> jax.Array:
     return jnp.stack(sums)
 
 
-def digest_tree(tree: Any) -> dict[str, jax.Array]:
-    """The digest, uint32 (2,), of every array of a pytree by path. Fit for one `jax.jit`."""
-    return {path: digest_array(leaf) for path, leaf in array_paths(tree).items()}
-
-
 def _words(x: jax.Array) -> jax.Array:
     """The bits of an array as uint32; 64-bit elements become a last axis of two words."""
     dtype = x.dtype

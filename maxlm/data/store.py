@@ -59,27 +59,6 @@ class Split:
             position += piece.size
         return out
 
-    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Rows of `length` >= 1 tokens, (n, length) int32, from `starts` (n,) int64: `read` for many rows at once.
-
-        Raises:
-          IndexError: A row is not inside the split.
-        """
-        starts = np.asarray(starts, np.int64)
-        if starts.size and (int(starts.min()) < 0 or int(starts.max()) + length > self.num_tokens):
-            asked = f"rows of {length} tokens from {starts.min()} to {starts.max()}"
-            raise IndexError(f"{asked} were asked of a split of {self.num_tokens}")
-        out = np.empty((starts.size, length), np.int32)
-        shards, local = np.divmod(starts, self._shard_tokens)
-        inside = local + length <= self._shard_tokens
-        for shard in np.unique(shards[inside]):
-            rows = np.flatnonzero(inside & (shards == shard))
-            windows = np.lib.stride_tricks.sliding_window_view(self._shards[shard], length)
-            out[rows] = windows[local[rows]]
-        for row in np.flatnonzero(~inside):
-            out[row] = self.read(int(starts[row]), int(starts[row]) + length)
-        return out
-
     def document(self, index: int) -> np.ndarray:
         """The tokens (int32) of a document, its begin token first."""
         return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))

@@ -1,22 +1,59 @@
-"""The device mesh: six named axes, always all six, most of them of size one."""
+"""The device mesh: six named axes, always all six, most of them of size one.
+
+Inside a slice (TPU) or a node (GPU) the network is many times faster than between them. A mesh over several is built so
+that a single axis crosses the slow network, `data` unless `parallel.across_slices` names another: its gradients are
+summed once a step, while `fsdp` gathers weights in every layer and `tensor` sums activations twice in each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from maxlm.config import MESH_AXES, ParallelConfig
+from maxlm.errors import UserError
+
+
+class MeshError(UserError):
+    """The mesh asked for does not go with where the devices are."""
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a resolved config over `devices` (all of them by default), with Auto axes.
 
     `resolve(..., devices=n)` has filled in a -1 and checked that the sizes multiply to the number of devices.
+
+    Raises:
+      MeshError: the devices are in several slices, and their number does not divide the axis that is to cross them.
     """
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(parallel.sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+    devices = list(jax.devices() if devices is None else devices)
+    return Mesh(arrange(parallel, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange(parallel: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array with an axis for each of `MESH_AXES`, neighbours in it being near each other.
+
+    Raises:
+      MeshError: as of `make_mesh`.
+    """
+    shape = tuple(parallel.sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or parallel.across_slices == "any":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    axis = parallel.across_slices
+    size = parallel.sizes[axis]
+    if size % slices:
+        raise MeshError(
+            f"the {len(devices)} devices are in {slices} slices or nodes, and parallel.{axis}, the axis that crosses "
+            f"them, is {size}; use a multiple of {slices}, or type parallel.across_slices=any to let every axis cross"
+        )
+    outer = tuple(slices if name == axis else 1 for name in MESH_AXES)
+    inner = tuple(whole // across for whole, across in zip(shape, outer, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:

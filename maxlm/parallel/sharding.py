@@ -66,11 +66,3 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax
         return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical))
 
     return constrain
-
-
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut. Not the number of processes: two may own the same rows."""
-    shards = 1
-    for axis in RULES["batch"]:
-        shards *= mesh.shape[axis]
-    return shards

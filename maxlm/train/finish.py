@@ -81,5 +81,12 @@ def facts(run: Run, samples: list[Sample], baselines: Baselines | None) -> Facts
         goodput=run.goodput.summary(),
         train_command=f"maxlm train --config={run.workdir}/config.py --workdir={run.workdir}",
         generate_command=f"maxlm generate --workdir={run.workdir} --prompt='...'",
-        extra={},
+        extra=data_figures(run),
     )
+
+
+def data_figures(run: Run) -> dict[str, float]:
+    """How often each store was read, and how full its rows were in the last phase."""
+    total = run.config.train.steps
+    epochs = {f"epochs_{name}": count for name, count in run.loader.epochs(total).items()}
+    return epochs | {f"fill_{name}": share for name, share in run.loader.fill(total).items()}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maxlm.checkpoint import digest as module
-from maxlm.checkpoint.digest import array_paths, digest_array, digest_tree
+from maxlm.checkpoint.digest import array_paths, digest_array
 
 jitted = jax.jit(digest_array)
 DTYPES = [
@@ -154,13 +154,10 @@ def test_what_has_no_words_is_refused():
         digest_array(jax.random.key(0))
 
 
-def test_a_tree_in_one_call_by_path():
-    tree = {"params": {"b": jnp.arange(3.0), "a": jnp.ones((2, 2), jnp.bfloat16)}, "rest": (jnp.int32(4),)}
-    digests = jax.jit(digest_tree)(tree)
+def test_leaves_by_path_in_their_order():
+    tree = {"params": {"b": jnp.arange(3.0), "a": jnp.ones((2, 2))}, "rest": (jnp.int32(4),)}
     assert list(array_paths(tree)) == ["params/a", "params/b", "rest/0"]
-    assert {path: d.tolist() for path, d in digests.items()} == {
-        path: digest_array(leaf).tolist() for path, leaf in array_paths(tree).items()
-    }
+    assert array_paths(tree)["rest/0"] is tree["rest"][0]
 
 
 def test_hashes_are_never_materialised():

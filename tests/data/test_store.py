@@ -32,7 +32,7 @@ def store(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), documents=st.lists(st.binary(min_size=1, max_size=12), max_size=8), shard=st.integers(1, 40))
-def test_read_and_gather_are_slices_of_the_joined_documents(tmp_path_factory, data, documents, shard):
+def test_read_gives_slices_of_the_joined_documents(tmp_path_factory, data, documents, shard):
     folder = tmp_path_factory.mktemp("store") / "s"
     split = write(folder, documents, shard_tokens=shard).split("train")
     flat = np.array([token for document in documents for token in (BOS, *document)], np.int32)
@@ -40,12 +40,6 @@ def test_read_and_gather_are_slices_of_the_joined_documents(tmp_path_factory, da
     stop = data.draw(st.integers(start, flat.size))
     np.testing.assert_array_equal(split.read(start, stop), flat[start:stop])
     assert split.read(start, stop).dtype == np.int32
-    length = data.draw(st.integers(1, max(flat.size, 1)))
-    starts = data.draw(st.lists(st.integers(0, flat.size - length), max_size=5)) if documents else []
-    rows = split.gather(np.array(starts, np.int64), length)
-    assert rows.shape == (len(starts), length) and rows.dtype == np.int32
-    for row, begin in zip(rows, starts, strict=True):
-        np.testing.assert_array_equal(row, flat[begin : begin + length])
     assert [bytes(split.document(i)[1:].tolist()) for i in range(split.num_documents)] == documents
     assert split.byte_lengths.tolist() == [len(document) for document in documents]
     assert (split.num_tokens, split.num_bytes) == (flat.size, sum(map(len, documents)))
@@ -57,9 +51,6 @@ def test_ranges_outside_a_split_are_refused(store):
     for start, stop in ((-1, 2), (0, split.num_tokens + 1), (5, 4)):
         with pytest.raises(IndexError, match="were asked of a split"):
             split.read(start, stop)
-    for start in (-1, split.num_tokens - 2):
-        with pytest.raises(IndexError, match="were asked of a split"):
-            split.gather(np.array([0, start]), 3)
 
 
 def test_the_fingerprint_is_of_content_not_of_place(store, tmp_path):

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config import MESH_AXES, Config, DataConfig, ParallelConfig, StoreConfig
 from maxlm.parallel.mesh import make_mesh
-from maxlm.parallel.sharding import RULES, ShardingError, batch_shards, named_sharding, partition
+from maxlm.parallel.sharding import RULES, ShardingError, named_sharding, partition
 from maxlm.resolve import resolve
 
 
@@ -36,6 +36,5 @@ def test_mesh_has_all_axes_and_the_sizes_asked_for():
     config = Config(data=DataConfig(stores={"a": StoreConfig()}), parallel=ParallelConfig(fsdp=2, tensor=2))
     mesh = make_mesh(resolve(config, devices=8).parallel)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "pipeline": 1, "context": 1, "expert": 1, "tensor": 2}
-    assert batch_shards(mesh) == 4
     placed = jax.device_put(jax.numpy.zeros((8, 4)), named_sharding(mesh, ("embed", "mlp")))
     assert placed.addressable_shards[0].data.shape == (4, 2)

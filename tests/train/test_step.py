@@ -1,6 +1,5 @@
 """The whole step: the same losses on any mesh and accumulation, and updates that are refused leave no trace."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
