@@ -178,7 +178,8 @@ def _filled_mesh(config: Config, devices: int | None) -> ParallelConfig:
         fixed *= abs(size)
     if devices is None or len(open_axes) != 1 or fixed == 0 or devices % fixed:
         return config.parallel
-    return dataclasses.replace(config.parallel, **{open_axes[0]: devices // fixed})
+    filled: dict[str, Any] = {open_axes[0]: devices // fixed}
+    return dataclasses.replace(config.parallel, **filled)
 
 
 # --- relations between values ----------------------------------------------------------------------------------------
