@@ -34,15 +34,51 @@ def branch(cls: type) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions and how their frequencies are stretched to texts longer than those of pretraining."""
+
+    theta: float = leaf(10_000.0, "base of the frequencies (Su et al. 2021)", unit="positions", low=1.0)
+    local_theta: float = leaf(0.0, "base in layers with a window, never stretched; 0: theta, stretched alike", low=0.0)
+    fraction: float = leaf(1.0, "part of a head's dims that is turned; 0: no rotary positions", low=0.0)
+    interleaved: bool = leaf(False, "neighbouring dims are a pair, instead of i and i + half")
+    scaling: str = leaf(
+        "none", "how frequencies are stretched", choices=("none", "linear", "llama3", "yarn", "longrope")
+    )
+    factor: float = leaf(1.0, "how much longer texts may be than original_length", low=1.0)
+    original_length: int = leaf(0, "positions of pretraining (llama3, yarn, longrope)", unit="tokens", low=0)
+    low_turns: float = leaf(
+        1.0, "pairs with fewer turns in original_length are stretched in full (llama3, yarn)", low=0.0
+    )
+    high_turns: float = leaf(4.0, "pairs with more turns are left alone (llama3, yarn)", low=0.0)
+    whole_pairs: bool = leaf(True, "the ends of yarn's ramp are rounded outwards to whole pairs")
+    attention_factor: float = leaf(0.0, "queries and keys are multiplied by it; 0: as the method advises", low=0.0)
+    short_factors: tuple[float, ...] = leaf((), "longrope's divisor of each pair, rows up to original_length", low=0.0)
+    long_factors: tuple[float, ...] = leaf((), "longrope's divisor of each pair, longer rows", low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-AI 2024): keys and values are projected from one small vector a token."""
+
+    kv_dim: int = leaf(0, "dim of the vector that keys and values come from; 0: no latent attention", low=0)
+    query_dim: int = leaf(0, "dim of the vector that queries come from; 0: straight from the stream", low=0)
+    rope_dim: int = leaf(0, "the last dims of head_dim, which are turned; the key's are shared by all heads", low=0)
+    value_dim: int = leaf(0, "dim of a head's value", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Grouped-query causal self-attention with rotary positions."""
+    """Causal self-attention: grouped-query, or latent where `latent.kv_dim` says so."""
 
     q_heads: int = leaf(8, "query heads H", unit="heads", low=1)
     kv_heads: int = leaf(0, "key and value heads K, a divisor of H; 0: as many as H", unit="heads", low=0)
     head_dim: int = leaf(0, "dim h of a head, even; 0: embed_dim / q_heads", unit="dims", low=0)
-    rope_theta: float = leaf(10_000.0, "base of the rotary frequencies (Su et al. 2021)", unit="positions", low=1.0)
+    scale: float = leaf(0.0, "scores are multiplied by it; 0: 1 / sqrt(head_dim)", low=0.0)
     qk_norm: bool = leaf(False, "RMS-normalise queries and keys a head (Dehghani et al. 2023)")
+    qk_norm_joint: bool = leaf(False, "with qk_norm: over the dims of all heads together (OLMo 2)")
     bias: bool = leaf(False, "add biases to the query, key and value projections")
+    output_bias: bool = leaf(False, "add a bias to the output projection")
+    sinks: bool = leaf(False, "a learned logit a head that takes weight from all keys and adds nothing (gpt-oss)")
     softcap: float = leaf(0.0, "cap scores at c*tanh(score/c); 0: none", unit="logits", low=0.0)
     windows: tuple[int, ...] = leaf(
         (0,),
@@ -50,6 +86,12 @@ class AttentionConfig:
         unit="tokens",
         low=0,
     )
+    latent: LatentConfig = branch(LatentConfig)
+
+    @property
+    def value_dim(self) -> int:
+        """Dim of a head's value and output."""
+        return self.latent.value_dim if self.latent.kv_dim else self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +100,9 @@ class MlpConfig:
 
     dim: int = leaf(0, "hidden dim F; 0: 8/3 of embed_dim rounded up to 64 (gated) or 4 times embed_dim", low=0)
     kind: str = leaf(
-        "swiglu", "activation, gated when its name ends in glu", choices=("swiglu", "geglu", "gelu", "silu", "relu2")
+        "swiglu",
+        "activation, gated when its name ends in glu",
+        choices=("swiglu", "geglu", "clamped_swiglu", "gelu", "silu", "relu2"),
     )
     bias: bool = leaf(False, "add biases to the feed-forward projections")
 
@@ -78,14 +122,21 @@ class ModelConfig:
     embed_dim: int = leaf(256, "dim D of the residual stream", unit="dims", low=1)
     num_layers: int = leaf(4, "blocks L of the stack", low=1)
     attention: AttentionConfig = branch(AttentionConfig)
+    rope: RopeConfig = branch(RopeConfig)
     mlp: MlpConfig = branch(MlpConfig)
     moe: MoeConfig = branch(MoeConfig)
-    norm: str = leaf("rms", "kind of normalisation", choices=("rms", "layer"))
+    learned_positions: int = leaf(0, "rows of a table of position vectors added to the embedding; 0: none", low=0)
+    norm: str = leaf(
+        "rms",
+        "kind of normalisation; rms_offset keeps what is to be added to a scale of one (Gemma)",
+        choices=("rms", "rms_offset", "layer"),
+    )
     norm_placement: str = leaf(
         "pre", "normalise a branch's input, its output, or both", choices=("pre", "post", "both")
     )
     norm_epsilon: float = leaf(1e-6, "added to the variance", low=0.0)
     tie_embeddings: bool = leaf(False, "the output head is the transposed embedding")
+    normed_head: bool = leaf(False, "each token's column of the output head is divided by its length (Baichuan 2)")
     embed_scale: bool = leaf(False, "multiply embeddings by sqrt(D)")
     logits_softcap: float = leaf(0.0, "cap logits at c*tanh(logit/c); 0: none", unit="logits", low=0.0)
     embed_std: float = leaf(0.02, "standard deviation of the initial embedding", low=0.0)

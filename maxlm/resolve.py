@@ -16,6 +16,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maxlm import config as schema
+from maxlm.checks.model import check_model
+from maxlm.checks.words import divisors
 from maxlm.config import Config, ModelConfig, ParallelConfig
 from maxlm.errors import UserError
 
@@ -185,35 +187,6 @@ def _filled_mesh(config: Config, devices: int | None) -> ParallelConfig:
 # --- relations between values ----------------------------------------------------------------------------------------
 
 
-def _divisors(number: int, limit: int = 12) -> str:
-    found = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return ", ".join(found[:limit]) + (", …" if len(found) > limit else "")
-
-
-def _check_model(config: Config) -> Iterator[str]:
-    model, attention = config.model, config.model.attention
-    if attention.q_heads % attention.kv_heads:
-        yield (
-            f"model.attention.kv_heads is {attention.kv_heads}, which does not divide model.attention.q_heads "
-            f"{attention.q_heads}; use one of {_divisors(attention.q_heads)}"
-        )
-    if attention.head_dim % 2 or attention.head_dim == 0:
-        yield (
-            f"model.attention.head_dim is {attention.head_dim}, but rotary positions turn pairs: it has to be even; "
-            "set it, or change embed_dim or q_heads"
-        )
-    if len(attention.windows) > model.num_layers or not attention.windows:
-        yield (
-            f"model.attention.windows has {len(attention.windows)} entries for {model.num_layers} layers; "
-            "give between one and as many as there are layers"
-        )
-    if model.moe.dense_layers:
-        yield (
-            f"model.moe.dense_layers is {model.moe.dense_layers}, but every layer of a model without experts is dense; "
-            "type model.moe.dense_layers=0"
-        )
-
-
 def _check_mesh(config: Config) -> Iterator[str]:
     sizes = config.parallel.sizes
     for axis, size in sizes.items():
@@ -237,7 +210,7 @@ def _check_mesh(config: Config) -> Iterator[str]:
     for axis, sharded in dims.items():
         for path, dim in sharded:
             if sizes[axis] > 1 and dim % sizes[axis]:
-                fits = _divisors(dim)
+                fits = divisors(dim)
                 yield f"parallel.{axis} is {sizes[axis]}, which does not divide {path} {dim}; use one of {fits}"
 
 
@@ -380,7 +353,7 @@ def _check_devices(config: Config, devices: int | None) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
-    _check_model,
+    check_model,
     _check_mesh,
     _check_batches,
     _check_schedule,

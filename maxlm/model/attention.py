@@ -12,11 +12,12 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.config import ModelConfig
+from maxlm.config import AttentionConfig, ModelConfig
 from maxlm.kernels.attention import Mask
 from maxlm.kernels.matmul import einsum
-from maxlm.model.layers import add_bias, residual_init, rms_norm, rotary
+from maxlm.model.layers import RMSNorm, add_bias, residual_init
 from maxlm.model.param import constant, fan_in_normal, parameter
+from maxlm.model.rotary import rotary
 from maxlm.model.runtime import Runtime
 
 
@@ -28,6 +29,7 @@ class Sight(NamedTuple):
     offset: () int32, decoding only: the slot of the first query's token among the keys.
     real: (B, S) bool, False at padding; None: every position holds a token. Attention needs no telling, as padding is
       behind causality or in a segment of its own.
+    longest: () int32, how many positions the rows have, or may come to have in the cache; None: no matter.
     """
 
     positions: jax.Array
@@ -35,10 +37,11 @@ class Sight(NamedTuple):
     segments_k: jax.Array | None
     offset: jax.Array | None = None
     real: jax.Array | None = None
+    longest: jax.Array | None = None
 
 
 class KeyValues(NamedTuple):
-    """Keys and values kept for later tokens: (B, C, K, h) for a layer, (L, B, C, K, h) for all."""
+    """What is kept for later tokens: (B, C, ...) for a layer, (L, B, C, ...) for all; see `memory_shapes`."""
 
     keys: jax.Array
     values: jax.Array
@@ -55,21 +58,24 @@ class GroupedQueryAttention(nnx.Module):
     """Ainslie et al. 2023; with K = H it is multi-head attention, with K = 1 multi-query attention."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config, self.epsilon = config.attention, config.norm_epsilon
+        self.config, self.rope = config.attention, config.rope
         embed, head_dim = {"embed": config.embed_dim}, {"head_dim": self.config.head_dim}
         queries = {"q_heads": self.config.q_heads} | head_dim
         keys = {"kv_heads": self.config.kv_heads} | head_dim
-        inner, zero, one = fan_in_normal(1.0), constant(0.0), constant(1.0)
+        inner, zero = fan_in_normal(1.0), constant(0.0)
         self.query = parameter(rngs, embed | queries, contract=("embed",), init=inner)
         self.key = parameter(rngs, embed | keys, contract=("embed",), init=inner)
         self.value = parameter(rngs, embed | keys, contract=("embed",), init=inner)
         self.output = parameter(rngs, queries | embed, contract=tuple(queries), init=residual_init(config))
-        bias, qk_norm = self.config.bias, self.config.qk_norm
+        bias, qk_norm, joint = self.config.bias, self.config.qk_norm, self.config.qk_norm_joint
         self.query_bias = parameter(rngs, queries, init=zero) if bias else None
         self.key_bias = parameter(rngs, keys, init=zero) if bias else None
         self.value_bias = parameter(rngs, keys, init=zero) if bias else None
-        self.query_norm = parameter(rngs, head_dim, init=one) if qk_norm else None
-        self.key_norm = parameter(rngs, head_dim, init=one) if qk_norm else None
+        self.output_bias = parameter(rngs, embed, init=zero) if self.config.output_bias else None
+        # A logit that has had no training is as good as one more key that is like no other.
+        self.sink_bias = parameter(rngs, {"q_heads": self.config.q_heads}, init=zero) if self.config.sinks else None
+        self.query_norm = RMSNorm(config, rngs=rngs, dims=queries if joint else head_dim) if qk_norm else None
+        self.key_norm = RMSNorm(config, rngs=rngs, dims=keys if joint else head_dim) if qk_norm else None
 
     def __call__(
         self, x: jax.Array, *, sight: Sight, window: int, runtime: Runtime, memory: KeyValues | None = None
@@ -81,36 +87,60 @@ class GroupedQueryAttention(nnx.Module):
           memory: keys and values of earlier tokens; the new ones are written from slot `sight.offset` on.
         """
 
-        def heads(kernel: nnx.Param, bias: nnx.Param | None, norm: nnx.Param | None, axis: str) -> jax.Array:
+        def heads(kernel: nnx.Param, bias: nnx.Param | None, norm: RMSNorm | None, axis: str) -> jax.Array:
             y = einsum("bsd,dnh->bsnh", x, kernel[...], dtype=runtime.dtype)
             if bias is not None:
                 y = add_bias(y, bias[...])
             if norm is not None:
-                y = rms_norm(y, norm[...], self.epsilon)
+                y = norm(y)
             return runtime.constrain(y, ("batch", "seq", axis, None))
 
-        theta = self.config.rope_theta
-        query = rotary(heads(self.query, self.query_bias, self.query_norm, "q_heads"), sight.positions, theta=theta)
-        key = rotary(heads(self.key, self.key_bias, self.key_norm, "kv_heads"), sight.positions, theta=theta)
+        def turned(y: jax.Array) -> jax.Array:
+            return rotary(y, self.rope, positions=sight.positions, windowed=bool(window), longest=sight.longest)
+
+        query = turned(heads(self.query, self.query_bias, self.query_norm, "q_heads"))
+        key = turned(heads(self.key, self.key_bias, self.key_norm, "kv_heads"))
         value = heads(self.value, self.value_bias, None, "kv_heads")
         query, key, value = (checkpoint_name(y, "attention_qkv") for y in (query, key, value))
         if memory is not None:
-            memory = _written(memory, KeyValues(key, value), sight.offset)
+            memory = remembered(memory, KeyValues(key, value), sight.offset)
             key, value = (kept.astype(runtime.dtype) for kept in memory)
-        mask = Mask(
-            scale=1 / math.sqrt(self.config.head_dim),
-            window=window,
-            softcap=self.config.softcap,
-            segments_q=sight.segments_q,
-            segments_k=sight.segments_k,
-            q_offset=sight.offset,
-        )
-        seen = runtime.attend(query, key, value, mask)
+        sinks = self.sink_bias[...] if self.sink_bias is not None else None
+        seen = runtime.attend(query, key, value, attention_mask(self.config, sight, window=window, sinks=sinks))
         seen = checkpoint_name(runtime.constrain(seen, ("batch", "seq", "q_heads", None)), "attention_out")
-        return AttentionOut(einsum("bsnh,nhd->bsd", seen, self.output[...], dtype=runtime.dtype), memory)
+        out = einsum("bsnh,nhd->bsd", seen, self.output[...], dtype=runtime.dtype)
+        if self.output_bias is not None:
+            out = add_bias(out, self.output_bias[...])
+        return AttentionOut(out, memory)
 
 
-def _written(memory: KeyValues, new: KeyValues, slot: jax.Array | None) -> KeyValues:
+def attention_mask(config: AttentionConfig, sight: Sight, *, window: int, sinks: jax.Array | None = None) -> Mask:
+    """What the kernel is told of a layer with this window."""
+    return Mask(
+        scale=config.scale or 1 / math.sqrt(config.head_dim),
+        window=window,
+        softcap=config.softcap,
+        segments_q=sight.segments_q,
+        segments_k=sight.segments_k,
+        q_offset=sight.offset,
+        sinks=sinks,
+    )
+
+
+def memory_shapes(config: AttentionConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a slot of a layer's `KeyValues` holds: keys and values (K, h) each, or, of latent attention, the vector
+    that both come from, (kv_dim,), and the turned part of the key, (rope_dim,)."""
+    if config.latent.kv_dim:
+        return (config.latent.kv_dim,), (config.latent.rope_dim,)
+    return ((config.kv_heads, config.head_dim),) * 2
+
+
+def remembered(memory: KeyValues, new: KeyValues, slot: jax.Array | None) -> KeyValues:
+    """The memory with new tokens' entries written from a slot on.
+
+    Raises:
+      ValueError: no slot is given.
+    """
     if slot is None:
         raise ValueError("attention has a cache but no slot to write to; give Sight.offset")
 

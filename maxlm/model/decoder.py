@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config import ModelConfig, MoeConfig
-from maxlm.model.attention import AttentionOut, GroupedQueryAttention, KeyValues, Sight
+from maxlm.model.attention import AttentionOut, GroupedQueryAttention, KeyValues, Sight, memory_shapes
+from maxlm.model.latent import LatentAttention
 from maxlm.model.layers import Embedding, Head, capped_logits, make_norm
 from maxlm.model.mlp import FeedForwardOut, Mlp
 from maxlm.model.param import param_specs, stack
@@ -113,10 +114,11 @@ class Block(nnx.Module):
 
 
 def make_block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
-    """A block of grouped-query attention and a dense feed-forward half."""
+    """A block of grouped-query or latent attention and a dense feed-forward half."""
+    attention = LatentAttention if config.attention.latent.kv_dim else GroupedQueryAttention
     return Block(
         config,
-        attention=GroupedQueryAttention(config, rngs=rngs),
+        attention=attention(config, rngs=rngs),
         mlp=Mlp(config, rngs=rngs),
         rngs=rngs,
     )
@@ -156,7 +158,8 @@ class Decoder(nnx.Module):
           segments_BS: int32 document numbers; a token sees its own document only. None: a row is one document.
           real_BS: bool, False at padding, which then takes no part in a router's counts. None: all hold tokens.
         """
-        sight = Sight(positions_BS, segments_BS, segments_BS, real=real_BS)
+        longest = jnp.max(positions_BS) + 1
+        sight = Sight(positions_BS, segments_BS, segments_BS, real=real_BS, longest=longest)
         out = self._run(tokens_BS, sight=sight, runtime=runtime, memory=None)
         return HiddenOut(out.x, {"residual": out.rms}, out.aux)
 
@@ -177,6 +180,7 @@ class Decoder(nnx.Module):
             segments_k=(capacity >= padding).astype(jnp.int32),
             offset=cache.used,
             real=real,
+            longest=jnp.asarray(capacity.size, jnp.int32),
         )
         out = self._run(tokens_Bt, sight=sight, runtime=runtime, memory=cache.memory)
         assert out.memory is not None  # it was given one
@@ -184,7 +188,7 @@ class Decoder(nnx.Module):
 
     def head_matrix(self) -> jax.Array:
         """The output matrix (D, V), float32; the transposed embedding if they are tied."""
-        return self.embedding.table[...].T if self.head is None else self.head.kernel[...]
+        return self.embedding.table[...].T if self.head is None else self.head.matrix()
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """(B, S, D) -> (B, S, V) float32, soft-capped as the config says."""
@@ -192,7 +196,7 @@ class Decoder(nnx.Module):
 
     def _run(self, tokens: jax.Array, *, sight: Sight, runtime: Runtime, memory: KeyValues | None) -> Carried:
         with jax.named_scope("embed"):
-            x = self.embedding(tokens, runtime=runtime)
+            x = self.embedding(tokens, sight.positions, runtime=runtime)
         with jax.named_scope("layers"):
             out = self._layers(x, sight=sight, runtime=runtime, memory=memory)
         with jax.named_scope("final_norm"):
@@ -215,9 +219,8 @@ def init_cache(
     config: ModelConfig, batch: int, *, capacity: int, dtype: Any, padding: jax.Array | None = None
 ) -> Cache:
     """An empty cache of `capacity` slots a row; `padding` (B,) int32 as `Cache` says, None: no row is padded."""
-    attention = config.attention
-    shape = (config.num_layers, batch, capacity, attention.kv_heads, attention.head_dim)
-    memory = KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    slots = (config.num_layers, batch, capacity)
+    memory = KeyValues(*(jnp.zeros(slots + shape, dtype) for shape in memory_shapes(config.attention)))
     pads = jnp.zeros(batch, jnp.int32) if padding is None else jnp.asarray(padding, jnp.int32)
     return Cache(memory, pads, jnp.zeros((), jnp.int32))
 

@@ -144,8 +144,3 @@ def only(hf: HFConfig, **allowed: tuple[Any, ...]) -> None:
     ]
     if wrong:
         raise FamilyError(f"config.json of {', '.join(hf.get('architectures') or ['?'])}: {'; '.join(wrong)}")
-
-
-def rope_theta(hf: HFConfig, default: float) -> float:
-    """The base of the rotary frequencies, from where config.json files of version 5 or of older ones keep it."""
-    return float((hf.get("rope_parameters") or {}).get("rope_theta") or hf.get("rope_theta") or default)

@@ -29,7 +29,7 @@ class Ledger:
     forward: FLOPs of the forward pass by component: attention (projections), scores (both products of attention, over
       the positions that causality and windows leave), mlp, head. Documents that end within a row see less still.
     scores_as_computed: what `scores` is where all S positions are multiplied and masked afterwards.
-    six_n: 6 N, N being all parameters but an embedding table that is only looked up (Kaplan et al. 2020).
+    six_n: 6 N, N being all parameters but the tables that are only looked up (Kaplan et al. 2020).
     """
 
     params_by_component: Mapping[str, int]
@@ -70,9 +70,9 @@ def ledger(config: ModelConfig, *, sequence_length: int) -> Ledger:
             forward[component] = forward.get(component, 0.0) + 2.0 * spec.size
     if config.tie_embeddings:
         forward["head"] = 2.0 * specs["embedding/table"].size
-    looked_up = 0 if config.tie_embeddings else params["embedding"]
+    looked_up = params["embedding"] - (specs["embedding/table"].size if config.tie_embeddings else 0)
     # Query times key and weight times value: 2 H h FLOPs each for a position seen.
-    seen = 4.0 * config.attention.q_heads * config.attention.head_dim
+    seen = 2.0 * config.attention.q_heads * (config.attention.head_dim + config.attention.value_dim)
     windows = config.attention.windows
     positions = [_positions_seen(windows[i % len(windows)], sequence_length) for i in range(config.num_layers)]
     return Ledger(

@@ -1,11 +1,12 @@
-"""Norms, rotary positions and the embedding table.
+"""Norms, the embedding table and the output head.
 
-Shapes: B batch, S sequence, D embed, H heads, h head dim, V vocab.
+Shapes: B batch, S sequence, D embed, V vocab, P learned positions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -37,25 +38,32 @@ def residual_init(config: ModelConfig) -> Initializer:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Divides the last dim by its root mean square, in float32 (Zhang & Sennrich 2019); returns x's dtype."""
+    """Divides x by the root mean square over the last dims, those that `scale` has, in float32; returns x's dtype.
+
+    Zhang & Sennrich 2019.
+    """
 
     def normalise(x: jax.Array, scale: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        square = jnp.mean(jnp.square(wide), axis=tuple(range(-scale.ndim, 0)), keepdims=True)
         return (wide * jax.lax.rsqrt(square + epsilon) * scale).astype(x.dtype)
 
     return cheap(normalise)(x, scale)
 
 
 class RMSNorm(nnx.Module):
-    """(B, S, D) -> (B, S, D), with a scale a dim."""
+    """Norms the last dims, by default the stream's D, with a scale a dim.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.epsilon = config.norm_epsilon
-        self.scale = parameter(rngs, {"embed": config.embed_dim}, init=constant(1.0))
+    With `config.norm` rms_offset the parameter is what is to be added to one, and starts at zero: what a narrow dtype
+    holds of it cannot be had from the sum.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dims: Mapping[str, int] | None = None):
+        self.epsilon, self.offset = config.norm_epsilon, 1.0 if config.norm == "rms_offset" else 0.0
+        self.scale = parameter(rngs, dims or {"embed": config.embed_dim}, init=constant(1.0 - self.offset))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.scale[...], self.epsilon)
+        return rms_norm(x, self.offset + self.scale[...], self.epsilon)
 
 
 class LayerNorm(nnx.Module):
@@ -78,35 +86,29 @@ class LayerNorm(nnx.Module):
 
 def make_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
     """The norm of the residual stream that `config.norm` names."""
-    kinds: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+    kinds: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "rms_offset": RMSNorm, "layer": LayerNorm}
     return kinds[config.norm](config, rngs=rngs)
 
 
-def rotary(x: jax.Array, positions: jax.Array, *, theta: float) -> jax.Array:
-    """Turns each pair (i, i + h/2) of a head's dims by position * theta^(-2i/h) (Su et al. 2021; Llama's pairing).
-
-    Args: x (B, S, H, h); positions (B, S) int32. Angles and products are float32; returns x's dtype.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 class Embedding(nnx.Module):
-    """The table of token vectors."""
+    """The table of token vectors, and where the config asks for one, a table of position vectors."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.scale = math.sqrt(config.embed_dim) if config.embed_scale else 1.0
         dims = {"vocab": config.vocab_size, "embed": config.embed_dim}
         self.table = parameter(rngs, dims, init=normal(config.embed_std))
+        places = {"positions": config.learned_positions, "embed": config.embed_dim}
+        self.positions = parameter(rngs, places, init=normal(config.embed_std)) if config.learned_positions else None
 
-    def __call__(self, tokens: jax.Array, *, runtime: Runtime) -> jax.Array:
-        """(B, S) int32 -> (B, S, D). A token outside the vocabulary gives NaN, which the update guard refuses."""
+    def __call__(self, tokens: jax.Array, positions: jax.Array, *, runtime: Runtime) -> jax.Array:
+        """(B, S) int32 -> (B, S, D). A token or position outside its table gives NaN, which the update guard refuses.
+
+        The positions are used by a learned table only.
+        """
         # Looked up in float32 and cast after, so that the gradient of a frequent token adds up in float32.
         rows = jnp.take(self.table[...], tokens, axis=0) * self.scale
+        if self.positions is not None:
+            rows += jnp.take(self.positions[...], positions, axis=0)
         return runtime.constrain(rows.astype(runtime.dtype), ("batch", "seq", None))
 
 
@@ -116,6 +118,15 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dims = {"embed": config.embed_dim, "vocab": config.vocab_size}
         self.kernel = parameter(rngs, dims, contract=("embed",), init=fan_in_normal(1.0))
+        self.normed = config.normed_head
+
+    def matrix(self) -> jax.Array:
+        """(D, V) float32, as it is multiplied by."""
+        kernel = self.kernel[...]
+        if not self.normed:
+            return kernel
+        lengths = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=0, keepdims=True))
+        return kernel / jnp.maximum(lengths, 1e-12)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

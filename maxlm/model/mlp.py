@@ -6,7 +6,6 @@ Shapes: B batch, S sequence, D embed, F mlp.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,20 +18,36 @@ from maxlm.kernels.matmul import einsum
 from maxlm.model.attention import Sight
 from maxlm.model.layers import add_bias, residual_init
 from maxlm.model.param import constant, fan_in_normal, parameter
-from maxlm.model.runtime import Runtime, cheap
+from maxlm.model.runtime import ArrayFn, Runtime, cheap
 
 
 def _relu2(x: jax.Array) -> jax.Array:
     return jnp.square(jax.nn.relu(x))  # So et al. 2021
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "swiglu": jax.nn.silu,
-    "geglu": functools.partial(jax.nn.gelu, approximate=True),
+def _gated(activation: ArrayFn) -> ArrayFn:
+    return lambda gate, up: activation(gate) * up
+
+
+def _clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """gpt-oss's: a sigmoid that approximates GELU's, both sides clamped at 7, and the linear one moved up by one."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATED: dict[str, ArrayFn] = {
+    "swiglu": _gated(jax.nn.silu),
+    "geglu": _gated(functools.partial(jax.nn.gelu, approximate=True)),
+    "clamped_swiglu": _clamped_swiglu,
+}
+"""(gate, up) -> hidden, elementwise (Shazeer 2020)."""
+
+UNGATED: dict[str, ArrayFn] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
     "relu2": _relu2,
 }
+"""up -> hidden, elementwise."""
 
 
 class FeedForwardOut(NamedTuple):
@@ -46,7 +61,7 @@ class FeedForwardOut(NamedTuple):
 
 
 class Mlp(nnx.Module):
-    """act(x up) down, or with a gate (Shazeer 2020) act(x gate) * (x up) down; GELU in its tanh form."""
+    """act(x up) down, or with a gate act(x gate, x up) down; GELU in its tanh form."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.kind = config.mlp.kind
@@ -74,12 +89,11 @@ class Mlp(nnx.Module):
                 y = add_bias(y, bias[...])
             return checkpoint_name(runtime.constrain(y, ("batch", "seq", "mlp")), "mlp_hidden")
 
-        activation = ACTIVATIONS[self.kind]
         up = inward(self.up, self.up_bias)
         if self.gate is None:
-            hidden = cheap(activation)(up)
+            hidden = cheap(UNGATED[self.kind])(up)
         else:
-            hidden = cheap(lambda gate, up: activation(gate) * up)(inward(self.gate, self.gate_bias), up)
+            hidden = cheap(GATED[self.kind])(inward(self.gate, self.gate_bias), up)
         y = einsum("bsf,fd->bsd", hidden, self.down[...], dtype=runtime.dtype)
         if self.down_bias is not None:
             y = add_bias(y, self.down_bias[...])

@@ -20,6 +20,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "q_heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "latent": (),
+    "positions": (),
     "mlp": ("tensor",),
     "expert": ("expert",),
     "layers": (),

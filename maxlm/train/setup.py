@@ -56,7 +56,13 @@ def make_runtime(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Runtime
     """
     dtype = jnp.dtype(config.train.precision)
     attention = config.model.attention
-    asked = {"segments": segments, "windows": any(attention.windows), "softcap": bool(attention.softcap)}
+    asked = {
+        "segments": segments,
+        "windows": any(attention.windows),
+        "softcap": bool(attention.softcap),
+        "sinks": attention.sinks,
+        "value_dim": attention.value_dim != attention.head_dim,
+    }
     backend = choose(
         platform=mesh.devices.flat[0].platform,
         dtype=dtype,

@@ -36,7 +36,20 @@ CASES = {
     "llama": Case(
         "LlamaConfig", {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     ),
-    "llama-tied": Case("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-tied": Case(
+        "LlamaConfig",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
 }
 
 

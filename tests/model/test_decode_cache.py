@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.config import LatentConfig, RopeConfig
 from maxlm.model.decoder import init_cache
 from maxlm.model.runtime import Runtime
 
@@ -12,7 +13,11 @@ SETTINGS = {
     "grouped": {},
     "multi-query": {"attention": {"kv_heads": 1}},
     "windows": {"attention": {"windows": (3, 0)}},
+    "latent": {"attention": {"kv_heads": 4, "latent": LatentConfig(kv_dim=12, query_dim=10, rope_dim=4, value_dim=6)}},
+    "sinks": {"attention": {"sinks": True, "output_bias": True}},
+    "learned positions": {"learned_positions": 16, "rope": RopeConfig(fraction=0.0)},
     "softcaps": {"attention": {"softcap": 3.0}, "logits_softcap": 5.0},
+    "joint norms": {"attention": {"qk_norm": True, "qk_norm_joint": True}, "norm": "rms_offset"},
     "all": {"attention": {"windows": (4, 2), "softcap": 3.0, "qk_norm": True, "bias": True}, "norm_placement": "both"},
 }
 

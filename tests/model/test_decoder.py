@@ -91,7 +91,7 @@ def test_scan_equals_a_loop_over_layers(tiny, built):
 
     @jax.jit
     def unrolled(tokens):
-        x, norms = built.model.embedding(tokens, runtime=Runtime()), []
+        x, norms = built.model.embedding(tokens, sight.positions, runtime=Runtime()), []
         for i in range(config.num_layers):
             block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], nnx.to_pure_dict(state)))
             window = config.attention.windows[i % len(config.attention.windows)]
@@ -272,7 +272,7 @@ def test_parameters_carry_their_declaration(tiny):
     assert specs["layers/attention/output"].contract == ("q_heads", "head_dim")
     roles = {path: spec.role for path, spec in specs.items()}
     assert roles["embedding/table"] == "embedding" and "head/kernel" not in roles
-    assert roles["layers/attention/query_norm"] == roles["layers/mlp/down_bias"] == "vector"
+    assert roles["layers/attention/query_norm/scale"] == roles["layers/mlp/down_bias"] == "vector"
     assert {path for path, role in roles.items() if role == "matrix"} == {
         *(f"layers/attention/{name}" for name in ("query", "key", "value", "output")),
         *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from maxlm import tree
+from maxlm.config import LatentConfig, RopeConfig
 from maxlm.model.decoder import init_params, merge, split_model
 from maxlm.model.flops import count_matmul_flops, ledger
 from maxlm.model.loss import chunked_cross_entropy
@@ -13,6 +14,8 @@ from maxlm.model.runtime import Runtime
 VARIANTS = {
     "plain": {},
     "tied, plain mlp": {"tie_embeddings": True, "mlp": {"kind": "gelu"}},
+    "latent": {"attention": {"kv_heads": 4, "latent": LatentConfig(kv_dim=12, query_dim=10, rope_dim=4, value_dim=6)}},
+    "learned positions": {"learned_positions": 12, "rope": RopeConfig(fraction=0.0), "tie_embeddings": True},
     "windows and a suffix": {"attention": {"windows": (3, 0), "kv_heads": 1, "qk_norm": True, "bias": True}},
 }
 

@@ -4,75 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from maxlm.config import AttentionConfig, MlpConfig, ModelConfig
-from maxlm.model.family import Family, HFConfig, only, rope_theta
-from maxlm.model.table import Row, Table, row
+from maxlm.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
+from maxlm.model.family import Family, HFConfig, only
+from maxlm.model.hf import (
+    PRE_NORMS,
+    attention_rows,
+    mlp_rows,
+    model_from_hf,
+    model_to_hf,
+    norm_rows,
+    rope_from_hf,
+    whole_table,
+)
+from maxlm.model.table import Table
 
 
 def _from_hf(hf: HFConfig) -> ModelConfig:
     only(hf, hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), pretraining_tp=(1,))
-    only(hf, rope_scaling=(None,))
-    only(hf.get("rope_parameters") or {}, rope_type=("default",))
-    heads = hf["num_attention_heads"]
-    return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        embed_dim=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
-        attention=AttentionConfig(
-            q_heads=heads,
-            kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            rope_theta=rope_theta(hf, 10_000.0),
-        ),
-        mlp=MlpConfig(dim=hf["intermediate_size"]),
-        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-    )
+    return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0))
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
-    attention = model.attention
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.embed_dim,
-        "intermediate_size": model.mlp.dim,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": attention.q_heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
-        "rope_theta": attention.rope_theta,
-        "rms_norm_eps": model.norm_epsilon,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": model.tie_embeddings,
-    }
+    return model_to_hf(model, "LlamaForCausalLM", "llama", attention_bias=False, mlp_bias=False)
 
 
 def _table(model: ModelConfig) -> Table:
-    layer, attention = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
-    rows: list[Row] = [
-        row("model.embed_tokens.weight", "embedding/table"),
-        row(layer + "input_layernorm.weight", "layers/attention_norm/scale"),
-        row(attention + "q_proj.weight", "layers/attention/query", "D H h -> (H h) D"),
-        row(attention + "k_proj.weight", "layers/attention/key", "D K h -> (K h) D"),
-        row(attention + "v_proj.weight", "layers/attention/value", "D K h -> (K h) D"),
-        row(attention + "o_proj.weight", "layers/attention/output", "H h D -> D (H h)"),
-        row(layer + "post_attention_layernorm.weight", "layers/mlp_norm/scale"),
-        row(layer + "mlp.gate_proj.weight", "layers/mlp/gate", "D F -> F D"),
-        row(layer + "mlp.up_proj.weight", "layers/mlp/up", "D F -> F D"),
-        row(layer + "mlp.down_proj.weight", "layers/mlp/down", "F D -> D F"),
-        row("model.norm.weight", "final_norm/scale"),
-    ]
-    if not model.tie_embeddings:
-        rows.append(row("lm_head.weight", "head/kernel", "D V -> V D"))
-    return Table(
-        rows=tuple(rows),
-        copies={"lm_head.weight": "model.embed_tokens.weight"} if model.tie_embeddings else {},
-        ignored=(r".*\.rotary_emb\.inv_freq",),
-    )
+    return whole_table(model, [*norm_rows(**PRE_NORMS), *attention_rows(model), *mlp_rows(model)])
 
 
 def _llama2(embed: int, mlp: int, layers: int, heads: int, kv_heads: int) -> ModelConfig:
@@ -87,15 +44,20 @@ def _llama2(embed: int, mlp: int, layers: int, heads: int, kv_heads: int) -> Mod
     )
 
 
-def _llama3(embed: int, mlp: int, layers: int, heads: int) -> ModelConfig:
-    attention = AttentionConfig(q_heads=heads, kv_heads=8, head_dim=embed // heads, rope_theta=500_000.0)
+def _llama3(embed: int, mlp: int, layers: int, heads: int, *, stretch: float = 1.0, tied: bool = False) -> ModelConfig:
+    """stretch: from 3.1 on, how much longer texts may be than the 8,192 positions of pretraining."""
+    rope = RopeConfig(theta=500_000.0)
+    if stretch > 1:
+        rope = RopeConfig(theta=500_000.0, scaling="llama3", factor=stretch, original_length=8192)
     return ModelConfig(
         vocab_size=128_256,
         embed_dim=embed,
         num_layers=layers,
-        attention=attention,
+        attention=AttentionConfig(q_heads=heads, kv_heads=8, head_dim=128 if embed > 2048 else 64),
+        rope=rope,
         mlp=MlpConfig(dim=mlp),
         norm_epsilon=1e-5,
+        tie_embeddings=tied,
     )
 
 
@@ -109,6 +71,12 @@ FAMILY = Family(
         "llama-2-70b": _llama2(8192, 28_672, 80, 64, 8),
         "llama-3-8b": _llama3(4096, 14_336, 32, 32),
         "llama-3-70b": _llama3(8192, 28_672, 80, 64),
+        "llama-3.1-8b": _llama3(4096, 14_336, 32, 32, stretch=8.0),
+        "llama-3.1-70b": _llama3(8192, 28_672, 80, 64, stretch=8.0),
+        "llama-3.1-405b": _llama3(16_384, 53_248, 126, 128, stretch=8.0),
+        "llama-3.2-1b": _llama3(2048, 8192, 16, 32, stretch=32.0, tied=True),
+        "llama-3.2-3b": _llama3(3072, 8192, 28, 24, stretch=32.0, tied=True),
+        "llama-3.3-70b": _llama3(8192, 28_672, 80, 64, stretch=8.0),
     },
     from_hf=_from_hf,
     to_hf=_to_hf,

@@ -1,0 +1,104 @@
+"""Relations between the settings of `model`. Each problem is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from maxlm.checks.words import divisors
+from maxlm.config import Config, ModelConfig
+
+
+def check_model(config: Config) -> Iterator[str]:
+    """The problems of a filled model config."""
+    model, attention = config.model, config.model.attention
+    if attention.q_heads % attention.kv_heads:
+        yield (
+            f"model.attention.kv_heads is {attention.kv_heads}, which does not divide model.attention.q_heads "
+            f"{attention.q_heads}; use one of {divisors(attention.q_heads)}"
+        )
+    if attention.head_dim == 0:
+        yield (
+            "model.attention.head_dim is 0, as model.embed_dim is less than model.attention.q_heads; set it, or change "
+            "one of these"
+        )
+    if len(attention.windows) > model.num_layers or not attention.windows:
+        yield (
+            f"model.attention.windows has {len(attention.windows)} entries for {model.num_layers} layers; "
+            "give between one and as many as there are layers"
+        )
+    if model.moe.dense_layers:
+        yield (
+            f"model.moe.dense_layers is {model.moe.dense_layers}, but every layer of a model without experts is dense; "
+            "type model.moe.dense_layers=0"
+        )
+    if attention.qk_norm_joint and not attention.qk_norm:
+        yield "model.attention.qk_norm_joint says how qk_norm is done, which is off; type model.attention.qk_norm=True"
+    if model.normed_head and model.tie_embeddings:
+        yield (
+            "model.normed_head is for an output head of its own, but model.tie_embeddings is on; type "
+            "model.normed_head=False or model.tie_embeddings=False"
+        )
+    longest = max([config.data.sequence_length, *(phase.sequence_length for phase in config.data.phases.values())])
+    if 0 < model.learned_positions < longest:
+        yield (
+            f"model.learned_positions is {model.learned_positions}, but rows have up to {longest} positions "
+            "(data.sequence_length and data.phases); use that or more"
+        )
+    yield from _check_rope(model)
+    yield from _check_latent(model)
+
+
+def _check_rope(model: ModelConfig) -> Iterator[str]:
+    rope, latent = model.rope, model.attention.latent
+    path, head_dim = "head_dim", model.attention.head_dim
+    if latent.kv_dim:
+        path, head_dim = "latent.rope_dim", latent.rope_dim
+    dims = int(rope.fraction * head_dim)
+    if rope.fraction > 1 or dims % 2:
+        yield (
+            f"model.attention.{path} is {head_dim} with model.rope.fraction {rope.fraction:g}, but rotary positions "
+            "turn pairs: their product has to be even and fraction at most 1; set them, or change embed_dim or q_heads"
+        )
+    if rope.scaling in ("llama3", "yarn", "longrope") and not rope.original_length:
+        yield (
+            f"model.rope.scaling is {rope.scaling!r}, which goes by the positions of pretraining; set "
+            "model.rope.original_length"
+        )
+    if rope.scaling in ("llama3", "yarn") and rope.low_turns >= rope.high_turns:
+        yield (
+            f"model.rope.low_turns is {rope.low_turns:g}, but it has to be below model.rope.high_turns "
+            f"{rope.high_turns:g}; llama3 uses 1 and 4, yarn 1 and 32"
+        )
+    for name, factors in (("short_factors", rope.short_factors), ("long_factors", rope.long_factors)):
+        wanted = dims // 2 if rope.scaling == "longrope" else 0
+        if len(factors) != wanted:
+            yield (
+                f"model.rope.{name} has {len(factors)} entries, but with model.rope.scaling {rope.scaling!r} there "
+                f"have to be {wanted}, one for each pair of turned dims"
+            )
+
+
+def _check_latent(model: ModelConfig) -> Iterator[str]:
+    attention, latent = model.attention, model.attention.latent
+    if not latent.kv_dim:
+        if latent.query_dim or latent.rope_dim or latent.value_dim:
+            yield (
+                "model.attention.latent has dims, but its kv_dim is 0, which means no latent attention; set kv_dim, or "
+                "leave them all at 0"
+            )
+        return
+    if not 0 < latent.rope_dim < attention.head_dim:
+        yield (
+            f"model.attention.latent.rope_dim is {latent.rope_dim}, but it is a part of model.attention.head_dim "
+            f"{attention.head_dim}; use an even number between 2 and {attention.head_dim - 1}"
+        )
+    if not latent.value_dim:
+        yield "model.attention.latent.value_dim is 0; set it to the dim of a head's value"
+    if attention.kv_heads != attention.q_heads:
+        yield (
+            f"model.attention.kv_heads is {attention.kv_heads}, but latent attention makes a key and a value for each "
+            f"of the {attention.q_heads} query heads; type model.attention.kv_heads=0"
+        )
+    unused = ("qk_norm", "bias", "output_bias", "sinks")
+    for name in (name for name in unused if getattr(attention, name)):
+        yield f"model.attention.{name} is on, but latent attention has none; type model.attention.{name}=False"

@@ -1,0 +1,209 @@
+"""Settings and tensor names that many architectures of Hugging Face's share, for the families' files to compose.
+
+Most are descendants of Llama's: the same words in config.json and the same tree of modules, with a few more or fewer.
+Config files are written in the words that versions 4 and 5 of `transformers` both read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maxlm.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
+from maxlm.model.family import FamilyError, HFConfig
+from maxlm.model.table import Row, Table, row
+
+LAYER = "model.layers.{layer}."
+ROTARY = r".*\.rotary_emb\.inv_freq"
+"""Frequencies that old files hold besides the weights."""
+
+
+_TURNS = {
+    "llama3": ("low_freq_factor", "high_freq_factor", 1.0, 4.0),
+    "yarn": ("beta_slow", "beta_fast", 1.0, 32.0),
+}
+"""Of a kind of scaling, the words for low_turns and high_turns, and what they are where nothing is said."""
+
+
+def rope_from_hf(hf: HFConfig, *, theta: float) -> RopeConfig:
+    """Rotary positions of a config.json, whose words for them have changed over time.
+
+    Args:
+      theta: where the file names no base.
+
+    Raises:
+      FamilyError: for a kind of scaling that is not known.
+    """
+    said = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    kind = said.get("rope_type") or said.get("type") or "default"
+    rope = RopeConfig(
+        theta=float(said.get("rope_theta") or hf.get("rope_theta") or theta),
+        fraction=float(said.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0),
+    )
+    if kind == "default":
+        return rope
+    if kind not in (*_TURNS, "linear", "longrope", "su"):
+        raise FamilyError(f"config.json has rotary positions of type {kind!r}; known: linear, llama3, yarn, longrope")
+    longest: int = hf.get("max_position_embeddings") or 0
+    original = said.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or longest
+    if kind == "linear":
+        return dataclasses.replace(rope, scaling=kind, factor=float(said["factor"]))
+    rope = dataclasses.replace(
+        rope,
+        scaling="longrope" if kind == "su" else kind,
+        original_length=int(original),
+        factor=float(said.get("factor") or longest / original),
+        attention_factor=float(said.get("attention_factor") or 0.0),
+    )
+    if kind in _TURNS:
+        slow, fast, few, many = _TURNS[kind]
+        return dataclasses.replace(
+            rope,
+            low_turns=float(said.get(slow) or few),
+            high_turns=float(said.get(fast) or many),
+            whole_pairs=bool(said.get("truncate", True)),
+        )
+    return dataclasses.replace(
+        rope,
+        short_factors=tuple(map(float, said["short_factor"])),
+        long_factors=tuple(map(float, said["long_factor"])),
+    )
+
+
+def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """The inverse of `rope_from_hf`."""
+    content: dict[str, Any] = {"rope_theta": rope.theta}
+    if rope.fraction != 1.0:
+        content["partial_rotary_factor"] = rope.fraction
+    if rope.scaling == "none":
+        return content
+    said: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling != "linear":
+        said["original_max_position_embeddings"] = rope.original_length
+    if rope.attention_factor:
+        said["attention_factor"] = rope.attention_factor
+    if rope.scaling in _TURNS:
+        slow, fast, _, _ = _TURNS[rope.scaling]
+        said |= {slow: rope.low_turns, fast: rope.high_turns}
+    if rope.scaling == "yarn":
+        said["truncate"] = rope.whole_pairs
+    if rope.scaling == "longrope":
+        said |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+        content["original_max_position_embeddings"] = rope.original_length
+    return content | {"rope_scaling": said}
+
+
+def model_from_hf(
+    hf: HFConfig, *, rope: RopeConfig, attention: Mapping[str, Any] | None = None, mlp: str = "swiglu", **settings: Any
+) -> ModelConfig:
+    """A model from the words that Llama's descendants share.
+
+    Args:
+      attention: settings of AttentionConfig besides the dims.
+      mlp: kind of the feed-forward half.
+      settings: of ModelConfig besides.
+    """
+    heads = hf["num_attention_heads"]
+    dims = AttentionConfig(
+        q_heads=heads,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+    )
+    return ModelConfig(
+        vocab_size=hf["vocab_size"],
+        embed_dim=hf["hidden_size"],
+        num_layers=hf["num_hidden_layers"],
+        attention=dataclasses.replace(dims, **attention or {}),
+        rope=rope,
+        mlp=MlpConfig(dim=hf["intermediate_size"], kind=mlp),
+        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
+        **{"tie_embeddings": bool(hf.get("tie_word_embeddings", False))} | settings,
+    )
+
+
+def model_to_hf(model: ModelConfig, architecture: str, model_type: str, **besides: Any) -> dict[str, Any]:
+    """The inverse of `model_from_hf`, with a family's own words besides, which count where they are the same."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.embed_dim,
+        "intermediate_size": model.mlp.dim,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.attention.q_heads,
+        "num_key_value_heads": model.attention.kv_heads,
+        "head_dim": model.attention.head_dim,
+        "rms_norm_eps": model.norm_epsilon,
+        "hidden_act": "silu",
+        "tie_word_embeddings": model.tie_embeddings,
+        **rope_to_hf(model.rope),
+        **besides,
+    }
+
+
+def windows_from_hf(hf: HFConfig) -> tuple[int, ...]:
+    """The cycle of windows that `layer_types` and `sliding_window` say."""
+    kinds = {"full_attention": 0, "sliding_attention": hf.get("sliding_window") or 0}
+    return shortest_cycle([kinds[name] for name in hf["layer_types"]])
+
+
+def layer_types(model: ModelConfig) -> list[str]:
+    """The inverse of `windows_from_hf`, besides the window."""
+    windows = model.attention.windows
+    return ["sliding_attention" if windows[i % len(windows)] else "full_attention" for i in range(model.num_layers)]
+
+
+def shortest_cycle(values: Sequence[int]) -> tuple[int, ...]:
+    """The least that, repeated and cut off, gives the values."""
+    size = next(n for n in range(1, len(values) + 1) if all(x == values[i % n] for i, x in enumerate(values)))
+    return tuple(values[:size])
+
+
+def attention_rows(model: ModelConfig) -> list[Row]:
+    """Projections with their biases, and the norms of queries and keys, as in Llama, Qwen and OLMo."""
+    place, ours, rows = LAYER + "self_attn.", "layers/attention/", []
+    for name, short, letter in (("query", "q", "H"), ("key", "k", "K"), ("value", "v", "K")):
+        rows.append(row(f"{place}{short}_proj.weight", ours + name, f"D {letter} h -> ({letter} h) D"))
+        if model.attention.bias:
+            rows.append(row(f"{place}{short}_proj.bias", f"{ours}{name}_bias", f"{letter} h -> ({letter} h)"))
+        if model.attention.qk_norm and name != "value":
+            joint = f"{letter} h -> ({letter} h)" if model.attention.qk_norm_joint else ""
+            rows.append(row(f"{place}{short}_norm.weight", f"{ours}{name}_norm/scale", joint))
+    return [*rows, *output_rows(model)]
+
+
+def output_rows(model: ModelConfig) -> list[Row]:
+    """The projection back to the stream."""
+    rows = [row(LAYER + "self_attn.o_proj.weight", "layers/attention/output", "H h D -> D (H h)")]
+    if model.attention.output_bias:
+        rows.append(row(LAYER + "self_attn.o_proj.bias", "layers/attention/output_bias"))
+    return rows
+
+
+def mlp_rows(model: ModelConfig) -> list[Row]:
+    """A gated feed-forward half with its biases."""
+    forms, rows = {"gate": "D F -> F D", "up": "D F -> F D", "down": "F D -> D F"}, []
+    for name, form in forms.items():
+        rows.append(row(f"{LAYER}mlp.{name}_proj.weight", f"layers/mlp/{name}", form))
+        if model.mlp.bias:
+            rows.append(row(f"{LAYER}mlp.{name}_proj.bias", f"layers/mlp/{name}_bias"))
+    return rows
+
+
+def norm_rows(**names: str) -> list[Row]:
+    """Norms of a block: our name -> theirs."""
+    return [row(f"{LAYER}{theirs}.weight", f"layers/{ours}/scale") for ours, theirs in names.items()]
+
+
+PRE_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+"""Llama's names, of which the second means: after the attention, before the feed-forward half."""
+
+
+def whole_table(model: ModelConfig, layers: Sequence[Row]) -> Table:
+    """The rows of the layers, with the embedding, the last norm and the head around them."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    rows = [row(embedding, "embedding/table"), *layers, row("model.norm.weight", "final_norm/scale")]
+    if model.tie_embeddings:
+        return Table(tuple(rows), copies={head: embedding}, ignored=(ROTARY,))
+    return Table((*rows, row(head, "head/kernel", "D V -> V D")), ignored=(ROTARY,))

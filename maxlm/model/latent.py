@@ -1,0 +1,84 @@
+"""Multi-head latent attention (DeepSeek-AI 2024, "DeepSeek-V2", section 2.1).
+
+Keys and values of all heads are projected from one vector a token, and so is all that a cache has to hold, besides a
+turned part of the key that the heads share. Against a cache the projection of keys is moved over to the query and that
+of values to the output, so that neither is ever made for the tokens of the cache.
+
+Shapes: B batch, S sequence, T cached tokens, D embed, H heads, h head dim = u plain + r turned dims, w value dim,
+c latent dim of keys and values, q that of queries.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from maxlm.config import ModelConfig
+from maxlm.kernels.matmul import einsum
+from maxlm.model.attention import AttentionOut, KeyValues, Sight, attention_mask, remembered
+from maxlm.model.layers import RMSNorm, residual_init
+from maxlm.model.param import fan_in_normal, parameter
+from maxlm.model.rotary import rotary
+from maxlm.model.runtime import Runtime
+
+
+class LatentAttention(nnx.Module):
+    """Takes and returns what `GroupedQueryAttention` does; its memory is (B, C, c) and (B, C, r)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config, self.rope = config.attention, config.rope
+        dims = self.config.latent
+        plain = self.config.head_dim - dims.rope_dim
+        embed, heads, inner = {"embed": config.embed_dim}, {"q_heads": self.config.q_heads}, fan_in_normal(1.0)
+        latent, values = {"latent": dims.kv_dim}, heads | {"head_dim": dims.value_dim}
+        source = {"latent": dims.query_dim} if dims.query_dim else embed
+        lower = bool(dims.query_dim)
+        self.query_down = parameter(rngs, embed | source, contract=("embed",), init=inner) if lower else None
+        self.query_latent_norm = RMSNorm(config, rngs=rngs, dims=source) if lower else None
+        queries = source | heads | {"head_dim": self.config.head_dim}
+        self.query = parameter(rngs, queries, contract=tuple(source), init=inner)
+        self.latent = parameter(rngs, embed | latent, contract=("embed",), init=inner)
+        self.latent_norm = RMSNorm(config, rngs=rngs, dims=latent)
+        self.shared_key = parameter(rngs, embed | {"head_dim": dims.rope_dim}, contract=("embed",), init=inner)
+        self.key = parameter(rngs, latent | heads | {"head_dim": plain}, contract=("latent",), init=inner)
+        self.value = parameter(rngs, latent | values, contract=("latent",), init=inner)
+        self.output = parameter(rngs, values | embed, contract=tuple(values), init=residual_init(config))
+
+    def __call__(
+        self, x: jax.Array, *, sight: Sight, window: int, runtime: Runtime, memory: KeyValues | None = None
+    ) -> AttentionOut:
+        """See `GroupedQueryAttention.__call__`."""
+
+        def turned(y: jax.Array) -> jax.Array:
+            return rotary(y, self.rope, positions=sight.positions, windowed=bool(window), longest=sight.longest)
+
+        def on_heads(y: jax.Array) -> jax.Array:
+            return runtime.constrain(y, ("batch", "seq", "q_heads", None))
+
+        source = x
+        if self.query_down is not None and self.query_latent_norm is not None:
+            source = self.query_latent_norm(einsum("bsd,dq->bsq", x, self.query_down[...], dtype=runtime.dtype))
+        query = on_heads(einsum("bsq,qnh->bsnh", source, self.query[...], dtype=runtime.dtype))
+        plain, rotated = jnp.split(query, [self.config.head_dim - self.config.latent.rope_dim], axis=-1)
+        rotated = turned(rotated)
+        latent = self.latent_norm(einsum("bsd,dc->bsc", x, self.latent[...], dtype=runtime.dtype))
+        shared = turned(einsum("bsd,dr->bsr", x, self.shared_key[...], dtype=runtime.dtype)[:, :, None])
+        mask = attention_mask(self.config, sight, window=window)
+        if memory is None:
+            key = on_heads(einsum("bsc,cnu->bsnu", latent, self.key[...], dtype=runtime.dtype))
+            key = jnp.concatenate([key, jnp.broadcast_to(shared, (*key.shape[:-1], shared.shape[-1]))], axis=-1)
+            value = on_heads(einsum("bsc,cnw->bsnw", latent, self.value[...], dtype=runtime.dtype))
+            query = jnp.concatenate([plain, rotated], axis=-1)
+            query, key, value = (checkpoint_name(y, "attention_qkv") for y in (query, key, value))
+            seen = on_heads(runtime.attend(query, key, value, mask))
+        else:
+            memory = remembered(memory, KeyValues(latent, shared[:, :, 0]), sight.offset)
+            kept, turned_keys = (part.astype(runtime.dtype)[:, :, None] for part in memory)
+            inward = on_heads(einsum("bsnu,cnu->bsnc", plain, self.key[...], dtype=runtime.dtype))
+            query = jnp.concatenate([inward, rotated], axis=-1)
+            gathered = runtime.attend(query, jnp.concatenate([kept, turned_keys], axis=-1), kept, mask)
+            seen = on_heads(einsum("bsnc,cnw->bsnw", gathered, self.value[...], dtype=runtime.dtype))
+        seen = checkpoint_name(seen, "attention_out")
+        return AttentionOut(einsum("bsnw,nwd->bsd", seen, self.output[...], dtype=runtime.dtype), memory)

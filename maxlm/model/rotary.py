@@ -1,0 +1,110 @@
+"""Rotary positions (Su et al. 2021) and the ways in which their frequencies are stretched to longer texts.
+
+Shapes: B batch, S sequence, H heads, h head dim, p pairs of dims that are turned.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.config import RopeConfig
+
+
+def rotated_dims(rope: RopeConfig, head_dim: int) -> int:
+    """How many of a head's dims are turned: the first ones; the others carry no position."""
+    return int(rope.fraction * head_dim)
+
+
+def rotary(
+    x: jax.Array, rope: RopeConfig, *, positions: jax.Array, windowed: bool, longest: jax.Array | None = None
+) -> jax.Array:
+    """Turns pair i of a head's dims by position * frequency i.
+
+    With `interleaved`, neighbours are a pair, and come out as the two halves: queries and keys are permuted alike, so
+    that their products are the same.
+
+    Args:
+      x: (B, S, H, h) queries or keys; angles and products are float32, the result has x's dtype.
+      positions: (B, S) int32.
+      windowed: whether the layer sees a window only; such a layer may have a base of its own, which is not stretched.
+      longest: () int32, positions that the rows have or may come to have, by which longrope chooses its set; None:
+        as many as in pretraining.
+    """
+    dims = rotated_dims(rope, x.shape[-1])
+    if not dims:
+        return x
+    turned, rest = x[..., :dims].astype(jnp.float32), x[..., dims:]
+    if windowed and rope.local_theta:
+        bands, scale = jnp.asarray(_plain(rope.local_theta, dims), jnp.float32), 1.0
+    else:
+        bands, scale = _bands(rope, dims, longest), amplitude(rope)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * bands
+    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    if rope.interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    parts = [(first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype), rest]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def amplitude(rope: RopeConfig) -> float:
+    """What turned queries and keys are multiplied by: `attention_factor`, or what the method's paper advises."""
+    if rope.attention_factor:
+        return rope.attention_factor
+    if rope.scaling == "yarn" and rope.factor > 1:
+        return 0.1 * math.log(rope.factor) + 1.0  # Peng et al. 2023, equation 22
+    if rope.scaling == "longrope" and rope.factor > 1:
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_length))  # Ding et al. 2024
+    return 1.0
+
+
+def frequencies(rope: RopeConfig, dims: int, *, long: bool = False) -> np.ndarray:
+    """Radians a position for each pair of `dims` turned dims, float64 (p,); `long`: longrope's set for long rows."""
+    plain = _plain(rope.theta, dims)
+    match rope.scaling:
+        case "none":
+            return plain
+        case "linear":
+            return plain / rope.factor
+        case "llama3":
+            # By turns within the original length: few are stretched, many stay, those between are mixed in proportion.
+            turns = rope.original_length * plain / (2 * math.pi)
+            kept = np.clip((turns - rope.low_turns) / (rope.high_turns - rope.low_turns), 0.0, 1.0)
+            return plain * (kept + (1 - kept) / rope.factor)
+        case "yarn":
+            kept = 1 - _yarn_ramp(rope, dims)
+            return plain * (kept + (1 - kept) / rope.factor)
+        case "longrope":
+            return plain / np.asarray(rope.long_factors if long else rope.short_factors)
+        case other:
+            raise ValueError(f"model.rope.scaling is {other!r}; it can be none, linear, llama3, yarn or longrope")
+
+
+def _plain(theta: float, dims: int) -> np.ndarray:
+    return theta ** (-np.arange(0, dims, 2) / dims)
+
+
+def _bands(rope: RopeConfig, dims: int, longest: jax.Array | None) -> jax.Array:
+    short = jnp.asarray(frequencies(rope, dims), jnp.float32)
+    if rope.scaling != "longrope" or longest is None:
+        return short
+    long = jnp.asarray(frequencies(rope, dims, long=True), jnp.float32)
+    return jnp.where(longest > rope.original_length, long, short)
+
+
+def _yarn_ramp(rope: RopeConfig, dims: int) -> np.ndarray:
+    """From 0 for pairs that make high_turns or more in the original length to 1 at low_turns, linear in the pair."""
+
+    def pair(turns: float) -> float:
+        return dims * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair(rope.high_turns), pair(rope.low_turns)
+    if rope.whole_pairs:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    return np.clip((np.arange(dims // 2) - low) / (high - low or 0.001), 0.0, 1.0)
