@@ -105,11 +105,11 @@ class Block(nnx.Module):
             branch = self.attention_norm(x) if self.attention_norm else x
             attended = self.attention(branch, sight=sight, window=window, runtime=runtime, memory=memory)
             branch = self.attention_out_norm(attended.out) if self.attention_out_norm else attended.out
-            x = runtime.constrain(x + branch, ("batch", "seq", None))
+            x = runtime.constrain(x + branch, ("batch", "residual", None))
         with jax.named_scope("mlp"):
             fed = self.mlp(self.mlp_norm(x) if self.mlp_norm else x, sight=sight, runtime=runtime)
             branch = self.mlp_out_norm(fed.out) if self.mlp_out_norm else fed.out
-            x = runtime.constrain(x + branch, ("batch", "seq", None))
+            x = runtime.constrain(x + branch, ("batch", "residual", None))
         return LayerOut(x, attended.memory, fed.aux)
 
 

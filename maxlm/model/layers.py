@@ -109,7 +109,7 @@ class Embedding(nnx.Module):
         rows = jnp.take(self.table[...], tokens, axis=0) * self.scale
         if self.positions is not None:
             rows += jnp.take(self.positions[...], positions, axis=0)
-        return runtime.constrain(rows.astype(runtime.dtype), ("batch", "seq", None))
+        return runtime.constrain(rows.astype(runtime.dtype), ("batch", "residual", None))
 
 
 class Head(nnx.Module):

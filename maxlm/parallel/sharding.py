@@ -2,10 +2,15 @@
 
 A parameter's `embed` axis is sharded over `fsdp` (its weights are gathered a layer at a time); the `embed` dim of an
 activation is never sharded and has the logical axis None, since `fsdp` already spreads the activation's batch.
+
+Between the tensor-parallel regions the positions of the residual stream are spread over `tensor` too (`residual`;
+Korthikanti et al. 2022): norms and the saved stream take a share of a device's work and memory, and the sum after each
+region becomes a reduce-scatter, whose other half is the all-gather before the next, in place of an all-reduce.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "seq": ("context",),
+    "residual": ("context", "tensor"),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "q_heads": ("tensor",),
@@ -65,6 +71,14 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax
     """A function that pins an activation to its place in the table; handed to the model as `Runtime.constrain`."""
 
     def constrain(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
+        if "residual" in logical and x.shape[logical.index("residual")] % _shards(mesh, "residual"):
+            # A step of decoding, or an odd length: every device of a tensor group keeps all its positions.
+            logical = tuple("seq" if name == "residual" else name for name in logical)
         return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical))
 
     return constrain
+
+
+def _shards(mesh: Mesh, name: str) -> int:
+    """Into how many parts the table cuts a logical axis on this mesh."""
+    return math.prod(mesh.shape[axis] for axis in RULES[name])
