@@ -12,7 +12,7 @@ from typing import Any
 
 from maxlm.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
 from maxlm.model.family import FamilyError, HFConfig
-from maxlm.model.table import Row, Table, row
+from maxlm.model.table import Row, Table, joined, row
 
 LAYER = "model.layers.{layer}."
 ROTARY = r".*\.rotary_emb\.inv_freq"
@@ -26,11 +26,11 @@ _TURNS = {
 """Of a kind of scaling, the words for low_turns and high_turns, and what they are where nothing is said."""
 
 
-def rope_from_hf(hf: HFConfig, *, theta: float) -> RopeConfig:
+def rope_from_hf(hf: HFConfig, *, theta: float, fraction: float = 1.0) -> RopeConfig:
     """Rotary positions of a config.json, whose words for them have changed over time.
 
     Args:
-      theta: where the file names no base.
+      theta, fraction: where the file names no base, and no part of the head that is turned.
 
     Raises:
       FamilyError: for a kind of scaling that is not known.
@@ -39,7 +39,7 @@ def rope_from_hf(hf: HFConfig, *, theta: float) -> RopeConfig:
     kind = said.get("rope_type") or said.get("type") or "default"
     rope = RopeConfig(
         theta=float(said.get("rope_theta") or hf.get("rope_theta") or theta),
-        fraction=float(said.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0),
+        fraction=float(said.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or fraction),
     )
     if kind == "default":
         return rope
@@ -73,9 +73,7 @@ def rope_from_hf(hf: HFConfig, *, theta: float) -> RopeConfig:
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     """The inverse of `rope_from_hf`."""
-    content: dict[str, Any] = {"rope_theta": rope.theta}
-    if rope.fraction != 1.0:
-        content["partial_rotary_factor"] = rope.fraction
+    content: dict[str, Any] = {"rope_theta": rope.theta, "partial_rotary_factor": rope.fraction}
     if rope.scaling == "none":
         return content
     said: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
@@ -144,7 +142,7 @@ def model_to_hf(model: ModelConfig, architecture: str, model_type: str, **beside
 
 def windows_from_hf(hf: HFConfig) -> tuple[int, ...]:
     """The cycle of windows that `layer_types` and `sliding_window` say."""
-    kinds = {"full_attention": 0, "sliding_attention": hf.get("sliding_window") or 0}
+    kinds: dict[str, int] = {"full_attention": 0, "sliding_attention": hf.get("sliding_window") or 0}
     return shortest_cycle([kinds[name] for name in hf["layer_types"]])
 
 
@@ -152,6 +150,25 @@ def layer_types(model: ModelConfig) -> list[str]:
     """The inverse of `windows_from_hf`, besides the window."""
     windows = model.attention.windows
     return ["sliding_attention" if windows[i % len(windows)] else "full_attention" for i in range(model.num_layers)]
+
+
+def late_windows_from_hf(hf: HFConfig) -> tuple[int, ...]:
+    """As Qwen says it: if at all, then from layer `max_window_layers` on, unless `layer_types` says otherwise."""
+    window = hf.get("sliding_window") if hf.get("use_sliding_window") else 0
+    if not window:
+        return (0,)
+    if hf.get("layer_types"):
+        return windows_from_hf(hf)
+    first = hf.get("max_window_layers", 28)
+    return shortest_cycle([window if i >= first else 0 for i in range(hf["num_hidden_layers"])])
+
+
+def windows_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """The inverse of `late_windows_from_hf`."""
+    window = max(model.attention.windows)
+    if not window:
+        return {"use_sliding_window": False}
+    return {"use_sliding_window": True, "sliding_window": window, "layer_types": layer_types(model)}
 
 
 def shortest_cycle(values: Sequence[int]) -> tuple[int, ...]:
@@ -191,6 +208,15 @@ def mlp_rows(model: ModelConfig) -> list[Row]:
     return rows
 
 
+def fused_mlp_rows() -> list[Row]:
+    """A gated feed-forward half whose gate and hidden dims are one tensor."""
+    fused = {"layers/mlp/gate": "D F -> F D", "layers/mlp/up": "D F -> F D"}
+    return [
+        joined(LAYER + "mlp.gate_up_proj.weight", fused, axis=0),
+        row(LAYER + "mlp.down_proj.weight", "layers/mlp/down", "F D -> D F"),
+    ]
+
+
 def norm_rows(**names: str) -> list[Row]:
     """Norms of a block: our name -> theirs."""
     return [row(f"{LAYER}{theirs}.weight", f"layers/{ours}/scale") for ours, theirs in names.items()]
@@ -198,6 +224,27 @@ def norm_rows(**names: str) -> list[Row]:
 
 PRE_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 """Llama's names, of which the second means: after the attention, before the feed-forward half."""
+
+SANDWICH_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+"""Gemma's names of norms on both sides of a branch."""
+
+
+def query_scale_from_hf(hf: HFConfig) -> float:
+    """`attention.scale` from Gemma's `query_pre_attn_scalar`."""
+    head_dim = hf.get("head_dim", 256)
+    scalar = hf.get("query_pre_attn_scalar", 256)
+    return 0.0 if scalar == head_dim else float(scalar) ** -0.5
+
+
+def query_scale_to_hf(model: ModelConfig) -> int:
+    """The inverse of `query_scale_from_hf`."""
+    scale = model.attention.scale
+    return round(scale**-2) if scale else model.attention.head_dim
 
 
 def whole_table(model: ModelConfig, layers: Sequence[Row]) -> Table:

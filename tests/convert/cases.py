@@ -32,24 +32,64 @@ SHARED = {
     "pad_token_id": 0,
 }
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.25, 1.5],
+    "long_factor": [1.5, 4.0, 9.0],
+    "original_max_position_embeddings": 40,  # between the lengths of the prompts
+    "partial_rotary_factor": 0.75,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 32,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA3 = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
 CASES = {
-    "llama": Case(
-        "LlamaConfig", {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    "gpt2": Case("GPT2Config", {"n_inner": 40}),
+    "llama": Case("LlamaConfig", {"rms_norm_eps": 1e-5, "rope_parameters": YARN}),
+    "llama-tied": Case("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "mistral": Case("MistralConfig", {"sliding_window": 7}),
+    "qwen2": Case("Qwen2Config", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2-tied": Case("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": Case("Qwen3Config", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
+    "gemma": Case("GemmaConfig", {}),
+    "gemma2": Case("Gemma2Config", {"sliding_window": 7, "query_pre_attn_scalar": 6, "attn_logit_softcapping": 4.0}),
+    "gemma3": Case(
+        "Gemma3TextConfig",
+        {"sliding_window": 7, "query_pre_attn_scalar": 6, "sliding_window_pattern": 2, "rope_parameters": GEMMA3},
     ),
-    "llama-tied": Case(
-        "LlamaConfig",
+    "glm": Case("GlmConfig", {}),
+    "glm4": Case("Glm4Config", {"attention_bias": False}),
+    "olmo2": Case("Olmo2Config", {}),
+    "phi3": Case("Phi3Config", {"sliding_window": 7}),
+    "phi3-long": Case(
+        "Phi3Config",
         {
+            "hidden_size": 32,
             "tie_word_embeddings": True,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
+            "original_max_position_embeddings": 40,
+            "rope_parameters": LONGROPE,
         },
     ),
+    "ernie4_5": Case("Ernie4_5Config", {"use_bias": True, "tie_word_embeddings": False}),
+    "ernie4_5-tied": Case("Ernie4_5Config", {}),
 }
 
 

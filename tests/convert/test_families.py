@@ -44,9 +44,9 @@ def test_logits_equal_those_of_transformers(name):
     params = to_ours(rows, saved_tensors(model))
 
     @jax.jit
-    def forward(params, tokens):
+    def forward(params, tokens, length):
         decoder = merge(parts.graphdef, params)
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        positions = jnp.minimum(jnp.arange(tokens.shape[1]), length - 1)[None]
         out = decoder.hidden(tokens, positions_BS=positions, segments_BS=None, runtime=Runtime())
         return decoder.logits(out.hidden_BSD)
 
@@ -55,7 +55,7 @@ def test_logits_equal_those_of_transformers(name):
             expected = model(torch.tensor([prompt])).logits.numpy()
         row = np.zeros((1, 48), np.int32)  # one program for all prompts: what follows a prompt does not reach it
         row[0, : len(prompt)] = prompt
-        got = np.asarray(forward(params, row))[:, : len(prompt)]
+        got = np.asarray(forward(params, row, len(prompt)))[:, : len(prompt)]
         assert np.abs(expected).max() > 1  # so that the tolerance has a meaning
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 
