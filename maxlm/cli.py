@@ -94,10 +94,16 @@ def _parse(values: flags.FlagValues, args: list[str], *, required: tuple[str, ..
 def _train(args: list[str]) -> int:
     values = _flags(args, config=True)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, for a run of several", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("process", None, "number of this one, from 0 on", flag_values=values, lower_bound=0)
     _parse(values, args, required=("config", "workdir"))
     config = resolve(values.config)
+    from maxlm.cluster import join
     from maxlm.train.loop import train  # JAX starts here, after the config is known to be sound
 
+    if found := join(coordinator=values.coordinator, processes=values.processes, process=values.process):
+        _log(found)
     return train(config, Path(values.workdir).absolute(), log=_log)
 
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 import maxlm
 from maxlm import configfile
 from maxlm.checkpoint.manager import Checkpointer
+from maxlm.cluster import Agreement
 from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
 from maxlm.config import Config
 from maxlm.data.loader import Loader, check_records
@@ -144,6 +145,7 @@ class Run:
         )
         prefetch = Prefetcher(self.batch, start=start, stop=total, depth=config.data.prefetch)
         profiler = Profiler(config.train.profile, self.workdir / "profile", self.signals)
+        agreement = Agreement(self.setup.mesh)
         programs: dict[tuple[int, int], jax.stages.Compiled] = {}
         behind: tuple[int, dict[str, Any]] | None = None
         with prefetch, profiler, progress, jax.transfer_guard_device_to_host("disallow"):
@@ -161,7 +163,7 @@ class Run:
                 self.read(behind, progress)
                 behind = (step, metrics)
 
-                done, stop = step + 1, self.signals.stop
+                done, stop = step + 1, self.stop_asked(agreement)
                 evaluate = config.eval.every_steps and done % config.eval.every_steps == 0 and done < total
                 save = self.checkpointer.due(done, time.monotonic()) and done < total
                 if stop or evaluate or save or done == total or profiler.closing(step):
@@ -177,6 +179,12 @@ class Run:
                         self.settle_save(done)
                     return state, stop
         return state, None
+
+    def stop_asked(self, agreement: Agreement) -> str | None:
+        """What asked the run to leave after this step, the same on every process; None: nothing did."""
+        if not agreement.tell(self.signals.stop is not None):
+            return None
+        return self.signals.stop or "a signal to another process"
 
     def cost(self, start: int) -> Cost:
         """What MFU is computed from, also written down for the report."""

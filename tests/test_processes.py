@@ -1,0 +1,95 @@
+"""Several processes as one run: the same losses, one step to stop at, checkpoints for any number of them."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from maxlm import cluster
+from maxlm.errors import UserError
+from maxlm.train.signals import EXIT_PREEMPTED
+from tests.runs import Runs
+
+STEPS = 60
+MESH = ("--config.parallel.data=1", "--config.parallel.fsdp=2", "--config.parallel.tensor=2")
+
+
+def wait(processes, runs, name, code, timeout=200):
+    codes = [process.wait(timeout=timeout) for process in processes]
+    assert codes == [code] * len(processes), runs.log(name)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_and_any_number_go_on(tmp_path):
+    runs = Runs(tmp_path, steps=STEPS)
+    runs.finish("whole")
+    together = runs.start_together("run", processes=2, devices=2, overrides=MESH)
+    deadline = time.monotonic() + 200
+    while runs.newest("run") < 8:
+        assert all(process.poll() is None for process in together), runs.log("run")
+        assert time.monotonic() < deadline, runs.log("run")
+        time.sleep(0.01)
+    together[1].send_signal(signal.SIGTERM)  # not the one that writes the log
+    wait(together, runs, "run", EXIT_PREEMPTED)
+    saved = runs.newest("run")
+    assert 8 <= saved < STEPS and len(runs.steps("run")) == saved
+    assert "a signal to another process: saved at step" in runs.log("run")
+    runs.finish("run")  # one process of one device
+    whole, run = runs.steps("whole"), runs.steps("run")
+    assert [record["batch"] for record in run] == [record["batch"] for record in whole]
+    np.testing.assert_allclose(
+        [record["loss"] for record in run], [record["loss"] for record in whole], rtol=1e-4
+    )  # over the steps the last bits of different meshes add up
+
+
+@pytest.mark.slow
+def test_four_processes_save_and_two_and_one_go_on(tmp_path):
+    runs = Runs(tmp_path, steps=STEPS)
+    runs.finish("whole")
+    for processes, overrides in ((4, MESH), (2, ("--config.parallel.fsdp=2",))):
+        before = runs.newest("run")
+        together = runs.start_together("run", processes=processes, devices=4 // processes, overrides=overrides)
+        while runs.newest("run") < before + 8:
+            assert all(process.poll() is None for process in together), runs.log("run")
+            time.sleep(0.01)
+        together[0].send_signal(signal.SIGTERM)
+        wait(together, runs, "run", EXIT_PREEMPTED)
+    runs.finish("run")
+    whole, run = runs.steps("whole"), runs.steps("run")
+    assert [record["batch"] for record in run] == [record["batch"] for record in whole]
+    np.testing.assert_allclose([record["loss"] for record in run], [record["loss"] for record in whole], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, "process 3 of 4, as SLURM says"),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "4"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "process 0 of 2, as Open MPI says"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "one of 2 TPU hosts"),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+    ],
+)
+def test_what_started_the_process_is_seen(environment, expected):
+    found = cluster.detect(environment, coordinator=None, processes=None, process=None)
+    assert found is None if expected is None else found.why.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "a:1", "processes": 2, "process": None}, "--process is missing"),
+        ({"coordinator": "a", "processes": 2, "process": 0}, "give host:port"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, "number them from 0 to 1"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        cluster.detect({}, **given)
+
+
+def test_flags_come_before_the_environment():
+    found = cluster.detect({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, coordinator="a:1", processes=2, process=1)
+    assert found == cluster.Cluster("process 1 of 2, as the flags say", "a:1", 2, 1)
