@@ -23,6 +23,7 @@ USAGE = """usage: maxlm <command> [flags]
   check      --config=FILE [--devices=N] [--config.section.key=value ...]   resolve a config; say what follows from it
   prepare    --config=FILE --workdir=DIR                                    make the tokenizer and the token stores
   tokenizer  --config=FILE --workdir=DIR --out=FILE                         train a tokenizer on a config's sources
+  convert    from-hf FOLDER OUT | to-hf CHECKPOINT OUT [--dtype=...]       weights from and to Hugging Face
   generate   --workdir=DIR --prompt=TEXT [--max_tokens=N ...]               sample from the newest checkpoint
 
 `maxlm <command> --help` lists the command's flags."""
@@ -64,8 +65,16 @@ def _flags(args: list[str], *, config: bool) -> flags.FlagValues:
     return values
 
 
-def _parse(values: flags.FlagValues, args: list[str], *, required: tuple[str, ...]) -> None:
-    """Parses, turning ml_collections' errors about overrides into a ConfigError of one sentence."""
+def _parse(
+    values: flags.FlagValues, args: list[str], *, required: tuple[str, ...] = (), words: tuple[str, ...] = ()
+) -> list[str]:
+    """Parses, turning ml_collections' errors about overrides into a ConfigError of one sentence.
+
+    Args:
+      required: flags that have to be given.
+      words: names of the arguments that are no flags, all of which have to be given; they are returned.
+    """
+    values.set_gnu_getopt(True)
     try:
         rest = values(args)
         missing = [name for name in required if not values.help and not values[name].value]
@@ -82,10 +91,13 @@ def _parse(values: flags.FlagValues, args: list[str], *, required: tuple[str, ..
     if values.help:
         print(values.get_help())
         raise SystemExit(0)
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} was not understood; flags are written as --name=value")
+    if len(rest) - 1 > len(words):
+        raise UserError(f"{rest[len(words) + 1]!r} was not understood; flags are written as --name=value")
+    if len(rest) - 1 < len(words):
+        raise UserError(f"{words[len(rest) - 1]} is missing; type: {' '.join([args[0], *words])}")
     if missing:
         raise UserError(f"--{missing[0]} is missing; see `maxlm {args[0].split()[-1]} --help`")
+    return rest[1:]
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -202,6 +214,32 @@ def _generate(args: list[str]) -> int:
     return 0
 
 
+def _convert(args: list[str]) -> int:
+    values = _flags(args, config=False)
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16", "float16"], "of what is written; that of the source", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "pad_vocab", 1, "from-hf: pad the vocabulary to a multiple of this", flag_values=values, lower_bound=1
+    )
+    flags.DEFINE_string("family", None, "to-hf: name of the model family, where it is not known", flag_values=values)
+    flags.DEFINE_integer("step", None, "to-hf: the checkpoint to write; the newest", flag_values=values)
+    flags.DEFINE_float("shard_gb", 5.0, "to-hf: gigabytes a file at most", flag_values=values, lower_bound=0.001)
+    direction, source, out = _parse(values, args, words=("from-hf|to-hf", "SOURCE", "OUT"))
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing here is for an accelerator, which another program may be using
+    from maxlm.convert.engine import from_hf, to_hf
+
+    paths = Path(source).expanduser().absolute(), Path(out).expanduser().absolute()
+    if direction == "from-hf":
+        from_hf(*paths, dtype=values.dtype, pad_vocab=values.pad_vocab, log=_log)
+    elif direction == "to-hf":
+        shard_bytes = int(values.shard_gb * 1e9)
+        to_hf(*paths, dtype=values.dtype, family=values.family, step=values.step, shard_bytes=shard_bytes, log=_log)
+    else:
+        raise UserError(f"{direction!r} is no direction; type from-hf or to-hf")
+    return 0
+
+
 def _log(line: str) -> None:
     print(line, flush=True)
 
@@ -212,6 +250,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "tokenizer": _tokenizer,
     "generate": _generate,
+    "convert": _convert,
 }
 
 if __name__ == "__main__":

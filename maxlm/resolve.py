@@ -85,6 +85,19 @@ def resolve(given: ConfigDict | Mapping[str, Any] | Config, *, devices: int | No
     return config
 
 
+def resolve_model(given: Mapping[str, Any]) -> ModelConfig:
+    """A model section that stands alone, e.g. in a checkpoint's metadata, filled in.
+
+    Raises:
+      ConfigError: naming every problem.
+    """
+    problems: list[str] = []
+    model = _build(ModelConfig, given, "model.", problems)
+    if problems:
+        raise ConfigError(problems)
+    return _filled_model(model)
+
+
 def _to_dict(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return given.to_dict() if isinstance(given, ConfigDict) else dict(given)
 

@@ -11,6 +11,7 @@ probability of about 2^-64.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,8 +53,21 @@ def digest_array(x: jax.Array) -> jax.Array:
     Raises:
         TypeError: for complex numbers, PRNG keys and other dtypes whose bits cannot be read as words.
     """
+    return digest_block(x, (0,) * x.ndim, shape=x.shape)
+
+
+def digest_block(x: jax.Array, start: Sequence[int | jax.Array] | jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
+    """What a block adds to the digest of its array: the blocks that make up an array have its digest as their sum.
+
+    Args:
+        x: a block of the array; the rest is as for `digest_array`.
+        start: where the block begins, an index for each dim, as uint32 if they are traced.
+        shape: of the whole array.
+    """
     words = _words(x)
-    lower, upper = _positions(words.shape, POSITIONS)
+    extra = words.shape[x.ndim :]  # 64-bit elements are two words
+    begin = (*start, *(0 for _ in extra))
+    lower, upper = _positions(words.shape, begin, shape + extra, POSITIONS)
     hashes = []
     for lane in _LANES:
         mixed = words * jnp.uint32(lane.bits) + lower * jnp.uint32(lane.position)
@@ -82,8 +96,10 @@ def _words(x: jax.Array) -> jax.Array:
     )
 
 
-def _positions(shape: tuple[int, ...], limit: int) -> tuple[jax.Array, jax.Array | None]:
-    """Row-major index of each element as two uint32 words, broadcastable to `shape`.
+def _positions(
+    block: tuple[int, ...], start: Sequence[int | jax.Array], shape: tuple[int, ...], limit: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Row-major index in an array of `shape` of each element of a block, as two uint32 words that broadcast to it.
 
     The lower word counts within the trailing axes that hold at most `limit` elements, the upper one over the leading
     axes; without leading axes it is None.
@@ -91,17 +107,17 @@ def _positions(shape: tuple[int, ...], limit: int) -> tuple[jax.Array, jax.Array
     split = len(shape)
     while split > 0 and math.prod(shape[split - 1 :]) <= limit:
         split -= 1
-    return _linear_index(shape, split, len(shape)), _linear_index(shape, 0, split) if split else None
 
+    def index(first: int, stop: int) -> jax.Array:
+        """Over the axes [first, stop), modulo 2^32."""
+        found = jnp.zeros((1,) * len(shape), jnp.uint32)
+        for axis in range(first, stop):
+            ones = tuple(size if i == axis else 1 for i, size in enumerate(block))
+            stride = math.prod(shape[axis + 1 : stop]) % 2**32
+            found = found + (lax.broadcasted_iota(jnp.uint32, ones, axis) + start[axis]) * jnp.uint32(stride)
+        return found
 
-def _linear_index(shape: tuple[int, ...], start: int, stop: int) -> jax.Array:
-    """Row-major index over the axes [start, stop), uint32, modulo 2^32, broadcastable to `shape`."""
-    index = jnp.zeros((1,) * len(shape), jnp.uint32)
-    for axis in range(start, stop):
-        ones = tuple(size if i == axis else 1 for i, size in enumerate(shape))
-        stride = math.prod(shape[axis + 1 : stop]) % 2**32
-        index = index + lax.broadcasted_iota(jnp.uint32, ones, axis) * jnp.uint32(stride)
-    return index
+    return index(split, len(shape)), index(0, split) if split else None
 
 
 def _finalise(x: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ from maxlm.tree import from_paths, paths
 RECORD_ITEM, STATE_ITEM = "record", "state"
 COMMIT_MARKER = "commit_success.txt"
 PARAMS = "params"
-_RECORD_FILE = "metadata"  # the name that Orbax's JSON handler gives
+RECORD_FILE = "metadata"  # the name that Orbax's JSON handler gives
 _FORMAT = 1
 _STEP_NAME = re.compile(r"0|[1-9]\d*")
 _NAMED = 4  # altered arrays that a message names at most
@@ -188,9 +188,9 @@ class CheckpointReader:
         """
         if not (self.path(step) / COMMIT_MARKER).is_file():
             raise FileNotFoundError(f"its commit marker {COMMIT_MARKER} is missing")
-        file = self.path(step) / RECORD_ITEM / _RECORD_FILE
+        file = self.path(step) / RECORD_ITEM / RECORD_FILE
         if not file.is_file():
-            raise FileNotFoundError(f"its record {RECORD_ITEM}/{_RECORD_FILE} is missing")
+            raise FileNotFoundError(f"its record {RECORD_ITEM}/{RECORD_FILE} is missing")
         record = record_from_json(json.loads(file.read_text(encoding="utf-8")))
         if record.step != step:
             raise ValueError(f"its record is that of step {record.step}")

@@ -19,8 +19,8 @@ from maxlm.config import ModelConfig
 from maxlm.errors import UserError
 from maxlm.model.table import Table
 
-ONLY_AT_THE_START = ("init", "embed_std")
-"""Settings that say how parameters are drawn, which no longer means anything once they are there."""
+TRAINING_ONLY = ("init", "embed_std")
+"""Settings that say how parameters are drawn or trained, not what the model computes with them."""
 
 HFConfig = Mapping[str, Any]
 """The content of a config.json."""
@@ -114,7 +114,7 @@ def unlike(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any]]
         mine, theirs, path = getattr(one, field.name), getattr(other, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(mine):
             found += unlike(mine, theirs, f"{path}.")
-        elif mine != theirs and path not in ONLY_AT_THE_START:
+        elif mine != theirs and path not in TRAINING_ONLY:
             found.append((path, mine, theirs))
     return found
 

@@ -128,14 +128,27 @@ def test_equal_values_with_other_bits_differ():
 
 def test_elements_beyond_one_position_word_stay_apart(monkeypatch):
     shape = (3, 4, 5)
-    lower, upper = module._positions(shape, 10)
+    lower, upper = module._positions(shape, (0, 0, 0), shape, 10)
     pairs = np.stack([np.broadcast_to(lower, shape), np.broadcast_to(upper, shape)]).reshape(2, -1)
     assert len(set(map(tuple, pairs.T.tolist()))) == 60
-    assert module._positions(shape, 60)[1] is None
+    assert module._positions(shape, (0, 0, 0), shape, 60)[1] is None
     monkeypatch.setattr(module, "POSITIONS", 10)
     x = random_bits("float32", shape, seed=1)
     rolled = np.roll(x, 1, axis=0)  # keeps every lower word
     assert digest_array(jnp.asarray(x)).tolist() != digest_array(jnp.asarray(rolled)).tolist()
+
+
+@pytest.mark.parametrize("limit", [2**30, 10])
+def test_the_digests_of_blocks_add_up(monkeypatch, limit):
+    monkeypatch.setattr(module, "POSITIONS", limit)
+    x = random_bits("bfloat16", (3, 4, 5), seed=3)
+    block = jax.jit(lambda part, start: module.digest_block(part, start, shape=x.shape))
+    total = np.zeros(2, np.uint32)
+    for index in np.ndindex(3, 2, 2):
+        start = np.array(index, np.uint32) * np.array([1, 2, 3], np.uint32)
+        part = x[tuple(slice(a, a + size) for a, size in zip(start, (1, 2, 3), strict=True))]
+        total += np.asarray(block(jnp.asarray(part), start))
+    assert total.tolist() == digest_array(jnp.asarray(x)).tolist()
 
 
 def test_64_bit_elements():

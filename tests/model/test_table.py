@@ -106,6 +106,16 @@ def test_any_form_goes_there_and_back(data):
     np.testing.assert_array_equal(to_ours(rows, theirs)["x"], values["x"])
 
 
+@pytest.mark.parametrize("form", ["D H h -> (H h) D", "H h D -> D (H h)", "D H h -> h D H"])
+def test_large_tensors_are_moved_like_small_ones(form):
+    x = np.arange(150 * 3 * 97, dtype=np.float32).reshape(150, 3, 97)
+    rows = bind(Table((row("x", "x", form),)), {"x": spec(("embed", "mlp", "head_dim"), *x.shape)})
+    theirs = to_theirs(rows, {"x": x})["x"]
+    order = {"D H h -> (H h) D": (1, 2, 0), "H h D -> D (H h)": (2, 0, 1), "D H h -> h D H": (2, 0, 1)}[form]
+    np.testing.assert_array_equal(theirs, x.transpose(order).reshape(theirs.shape))
+    np.testing.assert_array_equal(to_ours(rows, {"x": theirs})["x"], x)
+
+
 ONE = {"x": spec(("layers", "embed", "mlp"), 2, 4, 6)}
 
 

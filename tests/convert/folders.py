@@ -1,0 +1,53 @@
+"""Hugging Face folders made up without any peer package: random weights in a Llama layout."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+
+from maxlm.convert.engine import family_model
+from maxlm.convert.safetensors import ShardWriter, TensorInfo
+from maxlm.model.family import family_of
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 83,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 5e5,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "custom_note": "kept",
+}
+
+
+def tensor_infos(config=CONFIG, dtype=ml_dtypes.bfloat16):
+    """Names, shapes and dtypes of a folder of this config."""
+    family = family_of(config)
+    rows = family_model(family, family.from_hf(config)).rows
+    return {name: TensorInfo(row.shape, np.dtype(dtype)) for row in rows for name, _ in row.tensors()}
+
+
+def write_folder(path, *, config=CONFIG, dtype=ml_dtypes.bfloat16, infos=None, shard_bytes=10**10, constant=False):
+    """A folder with random values, drawn once a row where `constant`, to be quick; returns the tensors by name."""
+    path.mkdir(parents=True)
+    infos = infos or tensor_infos(config, dtype)
+    rng = np.random.default_rng(0)
+    tensors = {}
+    with ShardWriter(path, infos, shard_bytes=shard_bytes) as writer:
+        for name, info in infos.items():
+            shape = (*info.shape[:1], *(1 for _ in info.shape[1:])) if constant else info.shape
+            tensors[name] = np.broadcast_to(rng.normal(size=shape).astype(info.dtype), info.shape)
+            writer.write(name, tensors[name])
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    (path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    return tensors
