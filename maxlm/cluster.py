@@ -21,14 +21,14 @@ from maxlm.errors import UserError
 class Cluster(NamedTuple):
     """Which processes make up the program, and how that was found out.
 
-    coordinator: host:port of process 0, and the numbers of processes and of this one; None and 0 where JAX reads them
+    coordinator: host:port of process 0, and the numbers of processes and of this one; all None where JAX reads them
       from the scheduler's own environment.
     """
 
     why: str
     coordinator: str | None = None
-    processes: int = 0
-    process: int = 0
+    processes: int | None = None
+    process: int | None = None
 
 
 def detect(
@@ -76,22 +76,15 @@ def join(
     found = detect(os.environ, coordinator=coordinator, processes=processes, process=process)
     if found is None:
         return ""
-    if found.coordinator is None:
-        _connect(found, timeout)
-    else:
-        _connect(found, timeout, found.coordinator, found.processes, found.process)
-    return f"{found.why}; this is process {jax.process_index()} of {jax.process_count()}"
-
-
-def _connect(found: Cluster, timeout: int, *address: object) -> None:
     try:
-        jax.distributed.initialize(*address, initialization_timeout=timeout)  # type: ignore[arg-type]
+        jax.distributed.initialize(found.coordinator, found.processes, found.process, initialization_timeout=timeout)
     except RuntimeError as error:
         where = found.coordinator or "the scheduler's first process"
         raise UserError(
             f"{found.why}: not all processes met at {where} within {timeout} s ({str(error).splitlines()[0]}); see "
             "that every one was started and that the address can be reached from all hosts"
         ) from error
+    return f"{found.why}; this is process {jax.process_index()} of {jax.process_count()}"
 
 
 class Agreement:

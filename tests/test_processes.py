@@ -11,7 +11,7 @@ from maxlm.errors import UserError
 from maxlm.train.signals import EXIT_PREEMPTED
 from tests.runs import Runs
 
-STEPS = 60
+STEPS = 40
 MESH = ("--config.parallel.data=1", "--config.parallel.fsdp=2", "--config.parallel.tensor=2")
 
 
