@@ -283,6 +283,11 @@ class TrainConfig:
     """The loop."""
 
     steps: int = leaf(1000, "batches to consume in all", unit="steps", low=1)
+    init_from: str = leaf(
+        "",
+        "where the weights of step 0 are: a Hugging Face folder, a converted model or another run's workdir; empty: "
+        "drawn from the seed",
+    )
     budget_seconds: float = leaf(
         0.0,
         "time that the steps may take: the first start measures how many fit, train.steps at most; 0: no limit",

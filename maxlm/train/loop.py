@@ -23,6 +23,9 @@ from maxlm.checkpoint.manager import Checkpointer
 from maxlm.cluster import Agreement
 from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
 from maxlm.config import Config
+from maxlm.convert.folder import carry
+from maxlm.convert.stored import CARRIED, carried_files
+from maxlm.convert.weights import open_weights
 from maxlm.data.loader import Loader, check_records
 from maxlm.data.prefetch import Prefetcher
 from maxlm.data.prepare import Prepared, prepare_data
@@ -91,7 +94,8 @@ def train(config: Config, workdir: Path, *, log: Log) -> int:
                         state = fresh_loss_scale(state, config)
                     log(f"continuing from the checkpoint of step {start}")
                 else:
-                    state, start = make_state(config, setup.optimizer, setup.shardings), 0
+                    params = first_weights(config, setup, workdir, log=log)
+                    state, start = make_state(config, setup.optimizer, setup.shardings, params), 0
                 goodput.restored(start)
                 checkpointer.prepare(setup.abstract_state())
 
@@ -105,6 +109,22 @@ def train(config: Config, workdir: Path, *, log: Log) -> int:
                     return EXIT_PREEMPTED
                 finish(run, state)
     return 0
+
+
+def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> dict[str, Any] | None:
+    """The parameters that the run begins with, on its mesh; None: they are drawn.
+
+    The config.json, tokenizer and templates that belong to them are copied into the workdir, for generation and export.
+    """
+    if not config.train.init_from:
+        return None
+    source = Path(config.train.init_from).expanduser()
+    params = open_weights(source, config.model, log=log)(setup.shardings.params)
+    belonging = carried_files(source)
+    if belonging and jax.process_index() == 0:
+        carry(belonging, workdir / CARRIED)
+    log(f"beginning with the weights of {source}")
+    return params
 
 
 def prepare_together(config: Config, workdir: Path) -> Prepared:

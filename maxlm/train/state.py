@@ -44,9 +44,10 @@ class TrainState:
         return self.average or self.params
 
 
-def initial_state(config: Config, optimizer: Optimizer) -> TrainState:
-    """The state at step 0. A pure function of the config's seed, whatever the mesh."""
-    params = init_params(config.model, jax.random.key(config.seed))
+def initial_state(config: Config, optimizer: Optimizer, params: dict[str, Any] | None = None) -> TrainState:
+    """The state at step 0: with these parameters, or a pure function of the config's seed, whatever the mesh."""
+    if params is None:
+        params = init_params(config.model, jax.random.key(config.seed))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         updates=jnp.zeros((), jnp.int32),
@@ -89,13 +90,19 @@ def abstract_state(config: Config, optimizer: Optimizer, shardings: TrainState) 
     return jax.tree.map(place, abstract_shapes(config, optimizer), shardings)
 
 
-def make_state(config: Config, optimizer: Optimizer, shardings: TrainState) -> TrainState:
-    """The state at step 0, made in place on the devices that hold it."""
-    program = jax.jit(lambda: initial_state(config, optimizer), out_shardings=shardings).lower()
+def make_state(
+    config: Config, optimizer: Optimizer, shardings: TrainState, params: dict[str, Any] | None = None
+) -> TrainState:
+    """The state at step 0, made in place on the devices that hold it; parameters that are given are donated."""
+
+    def start(params: dict[str, Any] | None) -> TrainState:
+        return initial_state(config, optimizer, params)
+
+    program = jax.jit(start, out_shardings=shardings, donate_argnums=0).lower(params)
     on_cpu = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform == "cpu"
     # A program of random numbers that runs once: at this level it compiles in half the time to the same bits.
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
-    return program.compile(options if on_cpu else None)()
+    return program.compile(options if on_cpu else None)(params)
 
 
 def fresh_loss_scale(state: TrainState, config: Config) -> TrainState:
