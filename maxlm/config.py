@@ -42,10 +42,10 @@ class RopeConfig:
     fraction: float = leaf(1.0, "part of a head's dims that is turned; 0: no rotary positions", low=0.0)
     interleaved: bool = leaf(False, "neighbouring dims are a pair, instead of i and i + half")
     scaling: str = leaf(
-        "none", "how frequencies are stretched", choices=("none", "linear", "llama3", "yarn", "longrope")
+        "none", "how frequencies are stretched", choices=("none", "linear", "dynamic", "llama3", "yarn", "longrope")
     )
     factor: float = leaf(1.0, "how much longer texts may be than original_length", low=1.0)
-    original_length: int = leaf(0, "positions of pretraining (llama3, yarn, longrope)", unit="tokens", low=0)
+    original_length: int = leaf(0, "positions of pretraining (all but linear)", unit="tokens", low=0)
     low_turns: float = leaf(
         1.0, "pairs with fewer turns in original_length are stretched in full (llama3, yarn)", low=0.0
     )

@@ -59,7 +59,7 @@ def _check_rope(model: ModelConfig) -> Iterator[str]:
             f"model.attention.{path} is {head_dim} with model.rope.fraction {rope.fraction:g}, but rotary positions "
             "turn pairs: their product has to be even and fraction at most 1; set them, or change embed_dim or q_heads"
         )
-    if rope.scaling in ("llama3", "yarn", "longrope") and not rope.original_length:
+    if rope.scaling not in ("none", "linear") and not rope.original_length:
         yield (
             f"model.rope.scaling is {rope.scaling!r}, which goes by the positions of pretraining; set "
             "model.rope.original_length"

@@ -43,12 +43,16 @@ def rope_from_hf(hf: HFConfig, *, theta: float, fraction: float = 1.0) -> RopeCo
     )
     if kind == "default":
         return rope
-    if kind not in (*_TURNS, "linear", "longrope", "su"):
-        raise FamilyError(f"config.json has rotary positions of type {kind!r}; known: linear, llama3, yarn, longrope")
+    if kind not in (*_TURNS, "linear", "dynamic", "longrope", "su"):
+        raise FamilyError(
+            f"config.json has rotary positions of type {kind!r}; known: linear, dynamic, llama3, yarn, longrope"
+        )
     longest: int = hf.get("max_position_embeddings") or 0
     original = said.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or longest
     if kind == "linear":
         return dataclasses.replace(rope, scaling=kind, factor=float(said["factor"]))
+    if kind == "dynamic":
+        return dataclasses.replace(rope, scaling=kind, factor=float(said["factor"]), original_length=longest)
     rope = dataclasses.replace(
         rope,
         scaling="longrope" if kind == "su" else kind,
@@ -77,7 +81,9 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     if rope.scaling == "none":
         return content
     said: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling != "linear":
+    if rope.scaling == "dynamic":
+        content["max_position_embeddings"] = rope.original_length
+    elif rope.scaling != "linear":
         said["original_max_position_embeddings"] = rope.original_length
     if rope.attention_factor:
         said["attention_factor"] = rope.attention_factor

@@ -31,8 +31,8 @@ def rotary(
       x: (B, S, H, h) queries or keys; angles and products are float32, the result has x's dtype.
       positions: (B, S) int32.
       windowed: whether the layer sees a window only; such a layer may have a base of its own, which is not stretched.
-      longest: () int32, positions that the rows have or may come to have, by which longrope chooses its set; None:
-        as many as in pretraining.
+      longest: () int32, positions that the rows have or may come to have, by which longrope and dynamic go; None: as
+        many as in pretraining.
     """
     dims = rotated_dims(rope, x.shape[-1])
     if not dims:
@@ -67,7 +67,7 @@ def frequencies(rope: RopeConfig, dims: int, *, long: bool = False) -> np.ndarra
     """Radians a position for each pair of `dims` turned dims, float64 (p,); `long`: longrope's set for long rows."""
     plain = _plain(rope.theta, dims)
     match rope.scaling:
-        case "none":
+        case "none" | "dynamic":
             return plain
         case "linear":
             return plain / rope.factor
@@ -82,7 +82,9 @@ def frequencies(rope: RopeConfig, dims: int, *, long: bool = False) -> np.ndarra
         case "longrope":
             return plain / np.asarray(rope.long_factors if long else rope.short_factors)
         case other:
-            raise ValueError(f"model.rope.scaling is {other!r}; it can be none, linear, llama3, yarn or longrope")
+            raise ValueError(
+                f"model.rope.scaling is {other!r}; it can be none, linear, dynamic, llama3, yarn or longrope"
+            )
 
 
 def _plain(theta: float, dims: int) -> np.ndarray:
@@ -90,6 +92,11 @@ def _plain(theta: float, dims: int) -> np.ndarray:
 
 
 def _bands(rope: RopeConfig, dims: int, longest: jax.Array | None) -> jax.Array:
+    if rope.scaling == "dynamic" and longest is not None:
+        # Longer rows have a larger base (bloc97 and emozilla 2023), up to the original length that of pretraining.
+        longer = jnp.maximum(longest / rope.original_length, 1.0)
+        theta = rope.theta * (rope.factor * longer - (rope.factor - 1)) ** (dims / (dims - 2))
+        return theta ** (-jnp.arange(0, dims, 2) / dims)
     short = jnp.asarray(frequencies(rope, dims), jnp.float32)
     if rope.scaling != "longrope" or longest is None:
         return short

@@ -6,16 +6,22 @@ Sizes keep every dim different from the others, so that a transposition that is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 VOCAB = 83
 
 
 class Case(NamedTuple):
-    """A config class of `transformers` by name, and its settings besides `SHARED`."""
+    """A config class of `transformers` by name, and its settings besides `SHARED`.
+
+    foreign: of a family that `transformers` does not have, its config.json and its tensors, made from those of the peer
+      (name -> torch tensor), which computes the same.
+    """
 
     config: str
     settings: dict[str, Any]
+    foreign: tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]] | None = None
 
 
 SHARED = {
@@ -61,6 +67,77 @@ GEMMA3 = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 
+
+def internlm2(tensors):
+    """Of each kv head two queries, a key and a value, and other names."""
+    import torch
+
+    out = _renamed(
+        tensors,
+        {
+            "embed_tokens": "tok_embeddings",
+            "lm_head": "output",
+            "input_layernorm": "attention_norm",
+            "post_attention_layernorm": "ffn_norm",
+            "self_attn.o_proj": "attention.wo",
+            "mlp.gate_proj": "feed_forward.w1",
+            "mlp.up_proj": "feed_forward.w3",
+            "mlp.down_proj": "feed_forward.w2",
+        },
+    )
+    for layer in range(3):
+        place = f"model.layers.{layer}."
+        q, k, v = (out.pop(f"{place}self_attn.{n}_proj.weight") for n in "qkv")
+        groups = [torch.cat([q[16 * i : 16 * i + 16], k[8 * i : 8 * i + 8], v[8 * i : 8 * i + 8]]) for i in range(2)]
+        out[place + "attention.wqkv.weight"] = torch.cat(groups)
+    return out
+
+
+def chatglm(tensors):
+    """GLM's, with queries, keys and values in one tensor, under other names."""
+    import torch
+
+    out = _renamed(
+        tensors,
+        {
+            "model.embed_tokens": "transformer.embedding.word_embeddings",
+            "model.layers": "transformer.encoder.layers",
+            "model.norm": "transformer.encoder.final_layernorm",
+            "lm_head": "transformer.output_layer",
+            "self_attn.o_proj": "self_attention.dense",
+            "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+            "mlp.down_proj": "mlp.dense_4h_to_h",
+        },
+    )
+    for layer in range(3):
+        place = f"transformer.encoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            parts = [out.pop(f"{place}self_attn.{n}_proj.{kind}") for n in "qkv"]
+            out[f"{place}self_attention.query_key_value.{kind}"] = torch.cat(parts)
+    return out
+
+
+def baichuan(tensors):
+    """Queries, keys and values in one tensor; rows of the head of any length, which do not count."""
+    import torch
+
+    out = dict(tensors)
+    for layer in range(3):
+        place = f"model.layers.{layer}.self_attn."
+        out[place + "W_pack.weight"] = torch.cat([out.pop(f"{place}{n}_proj.weight") for n in "qkv"])
+    out["lm_head.weight"] = out["lm_head.weight"] * (0.5 + torch.rand(VOCAB, 1))
+    return out
+
+
+def _renamed(tensors, names):
+    out = {}
+    for name, value in tensors.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        out[name] = value
+    return out
+
+
 CASES = {
     "gpt2": Case("GPT2Config", {"n_inner": 40}),
     "llama": Case("LlamaConfig", {"rms_norm_eps": 1e-5, "rope_parameters": YARN}),
@@ -90,6 +167,59 @@ CASES = {
     ),
     "ernie4_5": Case("Ernie4_5Config", {"use_bias": True, "tie_word_embeddings": False}),
     "ernie4_5-tied": Case("Ernie4_5Config", {}),
+    "internlm2": Case(
+        "LlamaConfig",
+        {
+            "hidden_size": 32,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 40,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        },
+        (
+            {
+                "architectures": ["InternLM2ForCausalLM"],
+                **{key: value for key, value in SHARED.items() if key != "head_dim"},
+                "hidden_size": 32,
+                "max_position_embeddings": 40,
+                "bias": False,
+                "rope_theta": 1e4,
+                "rope_scaling": {"type": "dynamic", "factor": 2.0},
+            },
+            internlm2,
+        ),
+    ),
+    "chatglm3": Case(
+        "GlmConfig",
+        {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        (
+            {
+                "architectures": ["ChatGLMModel"],
+                "add_bias_linear": False,
+                "add_qkv_bias": True,
+                "ffn_hidden_size": 40,
+                "hidden_size": 24,
+                "kv_channels": 8,
+                "layernorm_epsilon": 1e-5,
+                "multi_query_attention": True,
+                "multi_query_group_num": 2,
+                "num_attention_heads": 4,
+                "num_layers": 3,
+                "padded_vocab_size": VOCAB,
+                "post_layer_norm": True,
+                "rmsnorm": True,
+                "rope_ratio": 50,
+            },
+            chatglm,
+        ),
+    ),
+    "baichuan2": Case(
+        "LlamaConfig",
+        {"num_key_value_heads": 4, "hidden_size": 32},
+        (
+            SHARED | {"architectures": ["BaichuanForCausalLM"], "hidden_size": 32, "num_key_value_heads": 4},
+            baichuan,
+        ),
+    ),
 }
 
 
@@ -109,4 +239,7 @@ def peer(name: str) -> Any:
                 weight.normal_(0, 1 / math.sqrt(weight.shape[-1]))
             else:  # norms and biases, moved away from where they all are alike
                 weight.add_(0.1 * torch.randn_like(weight))
+        if name == "baichuan2":  # its columns count as of length one, which makes for small logits
+            model.lm_head.weight /= model.lm_head.weight.norm(dim=1, keepdim=True)
+            model.model.norm.weight *= 4
     return model

@@ -1,84 +1,146 @@
-"""Every family against `transformers`: the same weights give the same logits, and go there and back bit for bit."""
+"""Every family against `transformers`: the same weights give the same logits and texts, and go there and back."""
 
 import functools
+import json
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from maxlm.config import ModelConfig
+from maxlm.infer.generate import RunnableModel, generate
+from maxlm.infer.sampling import Sampling
 from maxlm.model.decoder import merge, split_model
-from maxlm.model.family import families, family_of, hf_config, unlike
+from maxlm.model.family import Family, families, family_of, hf_config, unlike
 from maxlm.model.runtime import Runtime
 from maxlm.model.table import bind, to_ours, to_theirs
-from tests.convert.cases import CASES, VOCAB, peer
+from tests.convert.cases import CASES, SHARED, VOCAB, peer
 
 MISSING = "parity with Hugging Face NOT tested: pip install maxlm[parity]"
 torch = pytest.importorskip("torch", reason=MISSING)
-pytest.importorskip("transformers", reason=MISSING)
+transformers = pytest.importorskip("transformers", reason=MISSING)
+
+torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 PROMPTS = [[1, 5, 9], [1], [1, *(7 * i % VOCAB for i in range(47))]]  # the last is longer than every window
+NATIVE = [name for name, case in CASES.items() if not case.foreign]
+NEW = 64  # tokens that are generated
+
+
+class Converted(NamedTuple):
+    """The peer, and what was made of it: tensors by name (NumPy), our config, structure, bound table and parameters."""
+
+    peer: Any
+    tensors: dict[str, np.ndarray]
+    family: Family
+    config: ModelConfig
+    graphdef: Any
+    rows: Any
+    params: Any
 
 
 @functools.lru_cache(maxsize=1)
 def converted(name):
-    """The peer, our config and structure, and the bound table."""
     model = peer(name)
+    # What `save_pretrained` would write: a tied head is not written twice.
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    tensors = {key: value.detach() for key, value in model.state_dict().items() if key not in tied}
     hf = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    if CASES[name].foreign:
+        hf, pack = CASES[name].foreign
+        tensors = pack(tensors)
+    tensors = {key: value.numpy() for key, value in tensors.items()}
     family = family_of(hf)
     config = family.from_hf(hf)
     parts = split_model(config)
-    return model, family, config, parts, bind(family.table(config), parts.specs)
-
-
-def saved_tensors(model):
-    """What `save_pretrained` would write: a tied head is not written twice."""
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    return {name: value.detach().numpy() for name, value in model.state_dict().items() if name not in tied}
+    rows = bind(family.table(config), parts.specs)
+    return Converted(model, tensors, family, config, parts.graphdef, rows, to_ours(rows, tensors))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_those_of_transformers(name):
-    model, _, _, parts, rows = converted(name)
-    params = to_ours(rows, saved_tensors(model))
+    ours = converted(name)
 
     @jax.jit
     def forward(params, tokens, length):
-        decoder = merge(parts.graphdef, params)
+        decoder = merge(ours.graphdef, params)
         positions = jnp.minimum(jnp.arange(tokens.shape[1]), length - 1)[None]
         out = decoder.hidden(tokens, positions_BS=positions, segments_BS=None, runtime=Runtime())
         return decoder.logits(out.hidden_BSD)
 
     for prompt in PROMPTS:
         with torch.no_grad():
-            expected = model(torch.tensor([prompt])).logits.numpy()
+            expected = ours.peer(torch.tensor([prompt])).logits.numpy()
         row = np.zeros((1, 48), np.int32)  # one program for all prompts: what follows a prompt does not reach it
         row[0, : len(prompt)] = prompt
-        got = np.asarray(forward(params, row, len(prompt)))[:, : len(prompt)]
+        got = np.asarray(forward(ours.params, row, len(prompt)))[:, : len(prompt)]
         assert np.abs(expected).max() > 1  # so that the tolerance has a meaning
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+# The frequencies of `dynamic` change with every token there, and here by how long a row may become.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "internlm2"])
+def test_greedy_texts_equal_those_of_transformers(name):
+    ours = converted(name)
+    prompts = PROMPTS[::2]
+    if ours.config.rope.scaling == "longrope":
+        # The peer turns a row anew when it outgrows the original length; we go by how long it may become.
+        prompts = [prompt for prompt in prompts if len(prompt) > ours.config.rope.original_length]
+        assert prompts
+    model = RunnableModel(ours.config, ours.graphdef, jax.tree.map(jnp.asarray, ours.params), Runtime())
+    got = generate(model, prompts, max_new_tokens=NEW, sampling=Sampling(temperature=0.0), key=jax.random.key(0))
+    ours.peer.generation_config.eos_token_id = None
+    settings = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    for prompt, row in zip(prompts, got, strict=True):
+        given = torch.tensor([prompt])
+        whole = ours.peer.generate(given, settings, attention_mask=torch.ones_like(given))[0].tolist()
+        if (expected := whole[len(prompt) :]) == row:
+            continue
+        at = next(i for i in range(NEW) if row[i] != expected[i])
+        with torch.no_grad():
+            best = ours.peer(torch.tensor([whole[: len(prompt) + at]])).logits[0, -1].topk(2).values
+        assert best[0] - best[1] < 1e-4, f"prompt of {len(prompt)}: token {at} is {row[at]}, not {expected[at]}"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back_is_bit_equal(name, dtype):
-    model, _, _, _, rows = converted(name)
-    tensors = {key: value.astype(dtype) for key, value in saved_tensors(model).items()}
-    back = to_theirs(rows, to_ours(rows, tensors))
+    ours = converted(name)
+    tensors = {key: value.astype(dtype) for key, value in ours.tensors.items()}
+    back = to_theirs(ours.rows, to_ours(ours.rows, tensors))
     assert back.keys() == tensors.keys()
     for key, value in tensors.items():
         assert back[key].dtype == dtype and back[key].shape == value.shape
         assert back[key].tobytes() == value.tobytes(), key
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_transformers_loads_what_we_write(name, tmp_path):
+    """With no key missing or left over, to the same logits: the config says all that the weights do not."""
+    ours = converted(name)
+    ids = {name: SHARED[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}  # carried along, otherwise
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(ours.family, ours.config) | ids))
+    save_file(to_theirs(ours.rows, ours.params), tmp_path / "model.safetensors", {"format": "pt"})
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            got, expected = (m(torch.tensor([prompt])).logits.numpy() for m in (model, ours.peer))
+        np.testing.assert_allclose(got, expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_config_goes_there_and_back(name):
-    model, family, config, _, _ = converted(name)
-    written = hf_config(family, config)
-    assert family_of(written) is family
-    again = type(model.config)(**{key: value for key, value in written.items() if key != "architectures"})
-    assert family.from_hf(again.to_dict() | {"architectures": written["architectures"]}) == config
+    ours = converted(name)
+    written = json.loads(json.dumps(hf_config(ours.family, ours.config)))
+    assert family_of(written) is ours.family
+    assert ours.family.from_hf(written) == ours.config
 
 
 def test_presets_are_expressed_by_their_family():
