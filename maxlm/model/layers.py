@@ -106,9 +106,9 @@ class Embedding(nnx.Module):
         The positions are used by a learned table only.
         """
         # Looked up in float32 and cast after, so that the gradient of a frequent token adds up in float32.
-        rows = jnp.take(self.table[...], tokens, axis=0) * self.scale
+        rows = runtime.lookup(self.table[...], tokens) * self.scale
         if self.positions is not None:
-            rows += jnp.take(self.positions[...], positions, axis=0)
+            rows += jnp.take(runtime.constrain(self.positions[...], (None, None)), positions, axis=0)
         return runtime.constrain(rows.astype(runtime.dtype), ("batch", "residual", None))
 
 

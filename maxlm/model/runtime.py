@@ -14,6 +14,7 @@ from maxlm.kernels import attention
 from maxlm.kernels.matmul import SAVED_NAME
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, attention.Mask], jax.Array]
+LookupFn = Callable[[jax.Array, jax.Array], jax.Array]
 BlockFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 ArrayFn = Callable[..., jax.Array]
 
@@ -23,12 +24,18 @@ def _unconstrained(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
     return x
 
 
+def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of a table (V, D) by number: (B, S) int32 -> (B, S, D); NaN for a number outside the table."""
+    return jnp.take(table, tokens, axis=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """Precision, placement, kernels and memory policy of a forward pass.
 
     dtype: of activations and of the operands of products; parameters, norms, softmax and loss are float32 regardless.
     constrain: pins an activation with these logical axes, e.g. ('batch', 'seq', None), to its devices.
+    lookup: (table (V,D), tokens (B,S)) -> (B,S,D), as `take`.
     attend: (q (B,S,H,h), k (B,T,K,h), v (B,T,K,h), Mask) -> (B,S,H,h).
     remat: what the backward pass finds saved: `none` (everything), `full` (block inputs only), `matmuls` (the products
       of `kernels.matmul.einsum` and attention's result besides), `custom` (block inputs and `remat_names`, out of
@@ -37,6 +44,7 @@ class Runtime:
 
     dtype: Any = jnp.float32
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = _unconstrained
+    lookup: LookupFn = take
     attend: AttentionFn = attention.plain
     remat: str = "none"
     remat_names: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from maxlm.model.param import ParamSpec
 
 # Axes that count matrices and are not part of one.
-BATCH_AXES = ("stage", "layers", "expert")
+BATCH_AXES = ("layers", "expert")
 
 # Shazeer & Stern 2018, section 9: the exponent of the decay 1 - t^-0.8, the regulariser of squared gradients, and the
 # largest root mean square of a matrix's update. They are part of the algorithm, not tuned.

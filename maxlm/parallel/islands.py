@@ -16,9 +16,30 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from maxlm.kernels.attention import Mask
-from maxlm.parallel.sharding import partition
+from maxlm.parallel.sharding import partition, shards
 
+LookupFn = Callable[[jax.Array, jax.Array], jax.Array]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
+
+
+def island(function: Callable[..., Any], mesh: Mesh, *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`shard_map` of the function over all axes of the mesh that are not manual yet where it is called.
+
+    Inside a pipeline `pipeline` is manual already, and an island there is cut along the other axes.
+    """
+
+    def call(*args: Any) -> Any:
+        context = jax.sharding.get_abstract_mesh()
+        return jax.shard_map(
+            function,
+            mesh=context if context.manual_axes else mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(mesh.axis_names) - set(context.manual_axes),
+            check_vma=False,
+        )(*args)
+
+    return call
 
 
 def sharded_attention(kernel: AttentionFn, mesh: Mesh) -> AttentionFn:
@@ -30,12 +51,40 @@ def sharded_attention(kernel: AttentionFn, mesh: Mesh) -> AttentionFn:
     keys = partition(("batch", None, "kv_heads", None))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-        island = jax.shard_map(
-            kernel, mesh=mesh, in_specs=(queries, keys, keys, mask_specs(mask)), out_specs=queries, check_vma=False
-        )
-        return island(q, k, v, mask)
+        specs = (queries, keys, keys, mask_specs(mask))
+        return island(kernel, mesh, in_specs=specs, out_specs=queries)(q, k, v, mask)
 
     return attend
+
+
+def sharded_lookup(mesh: Mesh) -> LookupFn:
+    """Looks up rows of a table (V, D) that is spread over `vocab` and `embed`, without gathering the vocabulary.
+
+    Every device of a tensor group looks up what its part of the vocabulary has, and the parts are summed. Left to
+    itself XLA may move the operands between devices by a permute, which deadlocks where stages of a pipeline do
+    different things.
+    """
+
+    def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        # The sum over `tensor` leaves each of its devices a part of the positions, as the stream has them.
+        scattered = tokens.shape[1] % shards(mesh, "residual") == 0
+
+        def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+            table = jax.lax.all_gather(table, "fsdp", axis=1, tiled=True)
+            own = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+            held = (own >= 0) & (own < table.shape[0])
+            rows = jnp.where(held[..., None], jnp.take(table, jnp.where(held, own, 0), axis=0), 0.0)
+            known = (tokens >= 0) & (tokens < table.shape[0] * mesh.shape["tensor"])
+            rows = jnp.where(known[..., None], rows, jnp.nan)
+            if scattered:
+                return jax.lax.psum_scatter(rows, "tensor", scatter_dimension=1, tiled=True)
+            return jax.lax.psum(rows, "tensor")
+
+        specs = (partition(("vocab", "embed")), partition(("batch", "seq")))
+        out = partition(("batch", "residual" if scattered else "seq", None))
+        return island(local, mesh, in_specs=specs, out_specs=out)(table, tokens)
+
+    return lookup
 
 
 def mask_specs(mask: Mask, *, seq: str | None = None) -> Mask:

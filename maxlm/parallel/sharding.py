@@ -30,8 +30,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "positions": (),
     "mlp": ("tensor",),
     "expert": ("expert",),
-    "layers": (),
-    "stage": ("pipeline",),
+    "layers": ("pipeline",),
 }
 
 
@@ -68,17 +67,24 @@ def named_sharding(mesh: Mesh, logical: tuple[str | None, ...]) -> NamedSharding
 
 
 def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """A function that pins an activation to its place in the table; handed to the model as `Runtime.constrain`."""
+    """A function that pins an activation to its place in the table; handed to the model as `Runtime.constrain`.
+
+    Within a `shard_map` it says nothing of the axes that are manual there, along which arrays are cut already.
+    """
 
     def constrain(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
-        if "residual" in logical and x.shape[logical.index("residual")] % _shards(mesh, "residual"):
+        context = jax.sharding.get_abstract_mesh()
+        if "residual" in logical and x.shape[logical.index("residual")] % shards(mesh, "residual"):
             # A step of decoding, or an odd length: every device of a tensor group keeps all its positions.
             logical = tuple("seq" if name == "residual" else name for name in logical)
-        return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical))
+        if not context.manual_axes:
+            return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical))
+        rules = {name: tuple(axis for axis in axes if axis not in context.manual_axes) for name, axes in RULES.items()}
+        return jax.lax.with_sharding_constraint(x, NamedSharding(context, partition(logical, rules)))
 
     return constrain
 
 
-def _shards(mesh: Mesh, name: str) -> int:
+def shards(mesh: Mesh, name: str) -> int:
     """Into how many parts the table cuts a logical axis on this mesh."""
     return math.prod(mesh.shape[axis] for axis in RULES[name])

@@ -17,7 +17,7 @@ from maxlm.kernels.attention import choose
 from maxlm.model.decoder import ModelParts, split_model
 from maxlm.model.runtime import Runtime
 from maxlm.optim.optimizers import Optimizer, make_optimizer
-from maxlm.parallel.islands import sharded_attention
+from maxlm.parallel.islands import sharded_attention, sharded_lookup
 from maxlm.parallel.sharding import constrainer, named_sharding
 from maxlm.train.state import TrainState, abstract_state, state_shardings
 from maxlm.train.step import TrainStep, make_train_step, separates_documents
@@ -72,6 +72,7 @@ def make_runtime(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Runtime
     runtime = Runtime(
         dtype=dtype,
         constrain=constrainer(mesh),
+        lookup=sharded_lookup(mesh),
         attend=sharded_attention(backend.kernel, mesh),
         remat=config.train.remat,
         remat_names=config.train.remat_names,

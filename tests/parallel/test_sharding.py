@@ -11,7 +11,7 @@ from maxlm.resolve import resolve
 
 
 def test_rows_of_the_table():
-    assert partition(("layers", "embed", "q_heads", "head_dim")) == P(None, "fsdp", "tensor", None)
+    assert partition(("layers", "embed", "q_heads", "head_dim")) == P("pipeline", "fsdp", "tensor", None)
     assert partition(("batch", "seq", None)) == P(("data", "fsdp"), "context", None)
     assert partition(()) == P()
 
