@@ -5,10 +5,12 @@ Shapes: B batch, S sequence, T keys (S, or the cache's capacity C), D embed, H q
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -41,7 +43,11 @@ class Sight(NamedTuple):
 
 
 class KeyValues(NamedTuple):
-    """What is kept for later tokens: (B, C, ...) for a layer, (L, B, C, ...) for all; see `memory_shapes`."""
+    """What a layer keeps for later tokens, (B, C, ...) with the shapes of `memory_shapes`.
+
+    A layer that sees all that came before has a slot for each of the C tokens that a row may come to have. One with a
+    window of w < C keeps the last w - 1 tokens, the oldest first.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -84,7 +90,7 @@ class GroupedQueryAttention(nnx.Module):
 
         Args:
           window: positions seen, the query's own included; 0: all before.
-          memory: keys and values of earlier tokens; the new ones are written from slot `sight.offset` on.
+          memory: keys and values of earlier tokens, to which the new ones are added (`remembered`).
         """
 
         def heads(kernel: nnx.Param, bias: nnx.Param | None, norm: RMSNorm | None, axis: str) -> jax.Array:
@@ -103,12 +109,12 @@ class GroupedQueryAttention(nnx.Module):
         value = heads(self.value, self.value_bias, None, "kv_heads")
         query, key, value = (checkpoint_name(y, "attention_qkv") for y in (query, key, value))
         if memory is not None:
-            memory = remembered(memory, KeyValues(key, value), sight.offset)
-            key, value = (kept.astype(runtime.dtype) for kept in memory)
+            seen, memory, sight = remembered(memory, KeyValues(key, value), sight)
+            key, value = (kept.astype(runtime.dtype) for kept in seen)
         sinks = self.sink_bias[...] if self.sink_bias is not None else None
-        seen = runtime.attend(query, key, value, attention_mask(self.config, sight, window=window, sinks=sinks))
-        seen = checkpoint_name(runtime.constrain(seen, ("batch", "seq", "q_heads", None)), "attention_out")
-        out = einsum("bsnh,nhd->bsd", seen, self.output[...], dtype=runtime.dtype)
+        found = runtime.attend(query, key, value, attention_mask(self.config, sight, window=window, sinks=sinks))
+        found = checkpoint_name(runtime.constrain(found, ("batch", "seq", "q_heads", None)), "attention_out")
+        out = einsum("bsnh,nhd->bsd", found, self.output[...], dtype=runtime.dtype)
         if self.output_bias is not None:
             out = add_bias(out, self.output_bias[...])
         return AttentionOut(out, memory)
@@ -135,16 +141,44 @@ def memory_shapes(config: AttentionConfig) -> tuple[tuple[int, ...], tuple[int, 
     return ((config.kv_heads, config.head_dim),) * 2
 
 
-def remembered(memory: KeyValues, new: KeyValues, slot: jax.Array | None) -> KeyValues:
-    """The memory with new tokens' entries written from a slot on.
+def init_memory(
+    config: AttentionConfig, leading: tuple[int, ...], *, capacity: int, window: int, dtype: Any
+) -> KeyValues:
+    """An empty memory of layers with this window.
+
+    Args:
+      leading: the axes in front of the slots, (B,) for a layer.
+      capacity: tokens C that a row may come to have.
+    """
+    slots = min(window - 1, capacity) if window else capacity
+    return KeyValues(*(jnp.zeros((*leading, slots, *shape), dtype) for shape in memory_shapes(config)))
+
+
+class Remembered(NamedTuple):
+    """seen: old and new entries, (B, T, ...). memory: what is kept. sight: of the T entries."""
+
+    seen: KeyValues
+    memory: KeyValues
+    sight: Sight
+
+
+def remembered(memory: KeyValues, new: KeyValues, sight: Sight) -> Remembered:
+    """Adds the entries of new tokens (B, S, ...), whose first one has the slot `sight.offset`.
 
     Raises:
       ValueError: no slot is given.
     """
-    if slot is None:
-        raise ValueError("attention has a cache but no slot to write to; give Sight.offset")
-
-    def write(old: jax.Array, fresh: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), slot, axis=1)
-
-    return KeyValues(write(memory.keys, new.keys), write(memory.values, new.values))
+    if sight.offset is None or sight.segments_k is None:
+        raise ValueError("attention has a cache but no slot to write to; give Sight.offset and Sight.segments_k")
+    kept, count = memory.keys.shape[1], new.keys.shape[1]
+    new = jax.tree.map(lambda old, fresh: fresh.astype(old.dtype), memory, new)
+    if kept == sight.segments_k.shape[1]:
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=sight.offset, axis=1)
+        memory = jax.tree.map(write, memory, new)
+        return Remembered(memory, memory, sight)
+    # The entries stand for the slots from offset - kept on; those below 0 have a segment like that of padding.
+    seen = jax.tree.map(lambda old, fresh: jnp.concatenate([old, fresh], axis=1), memory, new)
+    segments = jnp.pad(sight.segments_k, ((0, 0), (kept, 0)))
+    segments = jax.lax.dynamic_slice_in_dim(segments, sight.offset, kept + count, axis=1)
+    memory = jax.tree.map(lambda entries: entries[:, count:], seen)
+    return Remembered(seen, memory, sight._replace(segments_k=segments, offset=jnp.asarray(kept, jnp.int32)))

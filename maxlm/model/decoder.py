@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config import ModelConfig, MoeConfig
-from maxlm.model.attention import AttentionOut, GroupedQueryAttention, KeyValues, Sight, memory_shapes
+from maxlm.model.attention import AttentionOut, GroupedQueryAttention, KeyValues, Sight, init_memory
 from maxlm.model.latent import LatentAttention
 from maxlm.model.layers import Embedding, Head, capped_logits, make_norm
 from maxlm.model.mlp import FeedForwardOut, Mlp
 from maxlm.model.param import param_specs, stack
 from maxlm.model.runtime import Runtime
-from maxlm.model.stack import Carried, LayerOut, joined, run_stack
+from maxlm.model.stack import LayerOut, Memories, run_stack
 
 Params = dict[str, Any]
 
@@ -53,10 +53,12 @@ class Cache(NamedTuple):
 
     All rows are written at the same slots, which keeps a decoding step free of scatters: a prompt of n tokens in a
     batch whose longest has m is given m - n padding tokens (of any id) in front, and `padding` says how many. Slot s
-    of row b holds that row's token at position s - padding[b]; slots below padding[b] are seen by no token.
+    of row b holds that row's token at position s - padding[b]; slots below padding[b] are seen by no token. Layers with
+    a window keep only what it reaches.
     """
 
-    memory: KeyValues  # (L, B, C, K, h)
+    memory: tuple[Memories, ...]  # of each stack
+    slots: jax.Array  # (C,) int32: 0, 1, ...
     padding: jax.Array  # (B,) int32
     used: jax.Array  # () int32: slots filled, padding included
 
@@ -73,6 +75,13 @@ class ModelParts(NamedTuple):
 
     graphdef: Any
     specs: dict[str, Any]
+
+
+class _RunOut(NamedTuple):
+    x: jax.Array  # (B, S, D)
+    rms: jax.Array  # (L,)
+    memory: tuple[Memories, ...]
+    aux: dict[str, jax.Array]
 
 
 class _Attention(Protocol):
@@ -170,21 +179,19 @@ class Decoder(nnx.Module):
         than C tokens are written in all; beyond that, the last slots would be overwritten.
         """
         slots = cache.used + jnp.arange(tokens_Bt.shape[1], dtype=jnp.int32)
-        capacity = jnp.arange(cache.memory.keys.shape[2], dtype=jnp.int32)
         padding = cache.padding[:, None]
         real = slots >= padding
         # Slots that are not filled yet come after every query, so that causality hides them.
         sight = Sight(
             positions=jnp.maximum(slots - padding, 0),
             segments_q=real.astype(jnp.int32),
-            segments_k=(capacity >= padding).astype(jnp.int32),
+            segments_k=(cache.slots >= padding).astype(jnp.int32),
             offset=cache.used,
             real=real,
-            longest=jnp.asarray(capacity.size, jnp.int32),
+            longest=jnp.asarray(cache.slots.size, jnp.int32),
         )
         out = self._run(tokens_Bt, sight=sight, runtime=runtime, memory=cache.memory)
-        assert out.memory is not None  # it was given one
-        return DecodeOut(out.x, Cache(out.memory, cache.padding, cache.used + tokens_Bt.shape[1]))
+        return DecodeOut(out.x, cache._replace(memory=out.memory, used=cache.used + tokens_Bt.shape[1]))
 
     def head_matrix(self) -> jax.Array:
         """The output matrix (D, V), float32; the transposed embedding if they are tied."""
@@ -194,35 +201,60 @@ class Decoder(nnx.Module):
         """(B, S, D) -> (B, S, V) float32, soft-capped as the config says."""
         return capped_logits(hidden_BSD, self.head_matrix(), softcap=self.config.logits_softcap)
 
-    def _run(self, tokens: jax.Array, *, sight: Sight, runtime: Runtime, memory: KeyValues | None) -> Carried:
+    def _run(
+        self, tokens: jax.Array, *, sight: Sight, runtime: Runtime, memory: tuple[Memories, ...] | None
+    ) -> _RunOut:
         with jax.named_scope("embed"):
             x = self.embedding(tokens, sight.positions, runtime=runtime)
         with jax.named_scope("layers"):
-            out = self._layers(x, sight=sight, runtime=runtime, memory=memory)
+            rms, memories = [], []
+            aux: dict[str, jax.Array] = {}
+            cycles = stack_windows(self.config)
+            for i, (stacked, windows) in enumerate(zip(self.stacks(), cycles, strict=True)):
+                own = memory[i] if memory else None
+                out = run_stack(stacked, x, sight=sight, windows=windows, runtime=runtime, memory=own)
+                if aux:
+                    raise ValueError(f"layers before the last stack return {sorted(aux)}; only the last stack may")
+                x, aux = out.x, out.aux
+                rms.append(out.rms)
+                memories.append(out.memory)
         with jax.named_scope("final_norm"):
-            return out._replace(x=runtime.constrain(self.final_norm(out.x), ("batch", "seq", None)))
+            x = runtime.constrain(self.final_norm(x), ("batch", "seq", None))
+        return _RunOut(x, jnp.concatenate(rms), tuple(memories), aux)
 
-    def _layers(self, x: jax.Array, *, sight: Sight, runtime: Runtime, memory: KeyValues | None) -> Carried:
-        windows, first = self.config.attention.windows, self.config.moe.dense_layers
-        if self.prefix is None:
-            return run_stack(self.layers, x, sight=sight, windows=windows, runtime=runtime, memory=memory)
-        own = jax.tree.map(lambda kept: kept[:first], memory)
-        before = run_stack(self.prefix, x, sight=sight, windows=windows, runtime=runtime, memory=own)
-        # The cycle of windows is counted from the first layer of all.
-        turned = windows[first % len(windows) :] + windows[: first % len(windows)]
-        own = jax.tree.map(lambda kept: kept[first:], memory)
-        after = run_stack(self.layers, before.x, sight=sight, windows=turned, runtime=runtime, memory=own)
-        return joined(before, after)
+    def stacks(self) -> list[Block]:
+        """The stacks of layers, in their order."""
+        return [self.layers] if self.prefix is None else [self.prefix, self.layers]
+
+
+def stack_windows(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    """The cycle of windows of each stack; it is counted from the first layer of all."""
+    windows, first = config.attention.windows, config.moe.dense_layers
+    if not first:
+        return (windows,)
+    return windows, windows[first % len(windows) :] + windows[: first % len(windows)]
 
 
 def init_cache(
     config: ModelConfig, batch: int, *, capacity: int, dtype: Any, padding: jax.Array | None = None
 ) -> Cache:
-    """An empty cache of `capacity` slots a row; `padding` (B,) int32 as `Cache` says, None: no row is padded."""
-    slots = (config.num_layers, batch, capacity)
-    memory = KeyValues(*(jnp.zeros(slots + shape, dtype) for shape in memory_shapes(config.attention)))
+    """An empty cache for `capacity` tokens a row; `padding` (B,) int32 as `Cache` says, None: no row is padded."""
+    counts = [config.moe.dense_layers, config.num_layers - config.moe.dense_layers]
+    memory = tuple(
+        tuple(
+            init_memory(
+                config.attention,
+                (len(range(i, count, len(cycle))), batch),
+                capacity=capacity,
+                window=window,
+                dtype=dtype,
+            )
+            for i, window in enumerate(cycle[:count])
+        )
+        for count, cycle in zip(filter(None, counts), stack_windows(config), strict=True)
+    )
     pads = jnp.zeros(batch, jnp.int32) if padding is None else jnp.asarray(padding, jnp.int32)
-    return Cache(memory, pads, jnp.zeros((), jnp.int32))
+    return Cache(memory, jnp.arange(capacity, dtype=jnp.int32), pads, jnp.zeros((), jnp.int32))
 
 
 def split_model(config: ModelConfig) -> ModelParts:

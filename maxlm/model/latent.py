@@ -65,8 +65,8 @@ class LatentAttention(nnx.Module):
         rotated = turned(rotated)
         latent = self.latent_norm(einsum("bsd,dc->bsc", x, self.latent[...], dtype=runtime.dtype))
         shared = turned(einsum("bsd,dr->bsr", x, self.shared_key[...], dtype=runtime.dtype)[:, :, None])
-        mask = attention_mask(self.config, sight, window=window)
         if memory is None:
+            mask = attention_mask(self.config, sight, window=window)
             key = on_heads(einsum("bsc,cnu->bsnu", latent, self.key[...], dtype=runtime.dtype))
             key = jnp.concatenate([key, jnp.broadcast_to(shared, (*key.shape[:-1], shared.shape[-1]))], axis=-1)
             value = on_heads(einsum("bsc,cnw->bsnw", latent, self.value[...], dtype=runtime.dtype))
@@ -74,8 +74,9 @@ class LatentAttention(nnx.Module):
             query, key, value = (checkpoint_name(y, "attention_qkv") for y in (query, key, value))
             seen = on_heads(runtime.attend(query, key, value, mask))
         else:
-            memory = remembered(memory, KeyValues(latent, shared[:, :, 0]), sight.offset)
-            kept, turned_keys = (part.astype(runtime.dtype)[:, :, None] for part in memory)
+            entries, memory, sight = remembered(memory, KeyValues(latent, shared[:, :, 0]), sight)
+            kept, turned_keys = (part.astype(runtime.dtype)[:, :, None] for part in entries)
+            mask = attention_mask(self.config, sight, window=window)
             inward = on_heads(einsum("bsnu,cnu->bsnc", plain, self.key[...], dtype=runtime.dtype))
             query = jnp.concatenate([inward, rotated], axis=-1)
             gathered = runtime.attend(query, jnp.concatenate([kept, turned_keys], axis=-1), kept, mask)

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, C cache slots, D embed, K kv heads, h head dim, L l
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,10 @@ from flax import nnx
 
 from maxlm.model.attention import KeyValues, Sight
 from maxlm.model.runtime import Runtime, rematerialised
+
+Memories = tuple[KeyValues, ...] | None
+"""Of a stack's layers: for each window of the cycle, those of its layers stacked, (layers, B, C, ...)."""
+CycleFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class LayerOut(NamedTuple):
@@ -30,11 +35,11 @@ class LayerOut(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """What a stack returns: the stream (B, S, D), its RMS after each layer (L,), caches and `aux` with L in front."""
+    """What a stack returns: the stream (B, S, D), its RMS after each layer (L,), memories, `aux` with L in front."""
 
     x: jax.Array
     rms: jax.Array
-    memory: KeyValues | None
+    memory: Memories
     aux: dict[str, jax.Array]
 
 
@@ -45,7 +50,7 @@ def run_stack(
     sight: Sight,
     windows: tuple[int, ...],
     runtime: Runtime,
-    memory: KeyValues | None,
+    memory: Memories,
 ) -> Carried:
     """Scans over whole cycles of windows; the layers that are left are a suffix.
 
@@ -53,54 +58,66 @@ def run_stack(
       stacked: blocks as `param.stack` makes them, parameters (L, ...).
       x: (B, S, D), the stream before the first of them.
       windows: of the layers in turn, repeated as a cycle.
-      memory: keys and values of earlier tokens, (L, B, C, K, h).
+      memory: of earlier tokens.
     """
     graphdef, state = nnx.split(stacked)
-    layers = (nnx.to_pure_dict(state), memory)
-    count = jax.tree.leaves(layers[0])[0].shape[0]
+    params = nnx.to_pure_dict(state)
+    count = jax.tree.leaves(params)[0].shape[0]
+    cycle = make_cycle(graphdef, sight=sight, windows=windows, runtime=runtime)
 
-    def run(x: jax.Array, layers: Any, *, index: int) -> tuple[jax.Array, Any]:
+    cycles, rest = divmod(count, len(windows))
+    scanned, outs, kept = cycles * len(windows), [], []
+    if cycles:
+        folded = params
+        if len(windows) > 1:
+            folded = jax.tree.map(lambda p: p[:scanned].reshape(cycles, len(windows), *p.shape[1:]), params)
+        x, (rms, memories, aux) = jax.lax.scan(cycle, x, (folded, jax.tree.map(lambda m: m[:cycles], memory)))
+        outs.append(jax.tree.map(lambda y: y.reshape(scanned, *y.shape[2:]), (rms, aux)))
+        kept.append(memories)
+    if rest:
+        last = jax.tree.map(lambda m: m[cycles], memory[:rest]) if memory else None
+        x, (rms, memories, aux) = cycle(x, (jax.tree.map(lambda p: p[scanned:], params), last))
+        outs.append((rms, aux))
+        kept.append(jax.tree.map(lambda m: m[None], memories))
+    rms, aux = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+    return Carried(x, rms, _memories(kept) if memory else None, aux)
+
+
+def make_cycle(graphdef: Any, *, sight: Sight, windows: tuple[int, ...], runtime: Runtime) -> CycleFn:
+    """The layers of one cycle of windows as a function of the stream and of (parameters, memories).
+
+    Parameters have one entry a layer in front, unless the cycle is of one layer; given fewer than there are windows, it
+    runs the first of them. Memories are one a layer, or None. The second result is (rms, memories, aux), where rms and
+    aux have one entry a layer in front.
+    """
+
+    def run(x: jax.Array, layer: Any, *, index: int) -> tuple[jax.Array, Any]:
+        params, memory = layer
         # A layer is cut out of its cycle here, under `rematerialised`, which then keeps no copy of its parameters.
-        params, memory = jax.tree.map(lambda p: p[index], layers) if len(windows) > 1 else layers
-        out = nnx.merge(graphdef, params)(x, sight=sight, window=windows[index], runtime=runtime, memory=memory)
+        own = jax.tree.map(lambda p: p[index], params) if len(windows) > 1 else params
+        out = nnx.merge(graphdef, own)(x, sight=sight, window=windows[index], runtime=runtime, memory=memory)
         return out.out, (_rms(out.out), out.memory, out.aux)
 
     blocks = [rematerialised(functools.partial(run, index=i), runtime) for i in range(len(windows))]
 
-    def cycle(x: jax.Array, layers: Any, count: int = len(windows)) -> tuple[jax.Array, Any]:
-        outs = []
-        for block in blocks[:count]:
-            x, out = block(x, layers)
-            outs.append(out)
-        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
+    def cycle(x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+        params, memories = layers
+        count = jax.tree.leaves(params)[0].shape[0] if len(windows) > 1 else 1
+        outs, kept = [], []
+        for i, block in enumerate(blocks[:count]):
+            x, (rms, memory, aux) = block(x, (params, memories[i] if memories else None))
+            outs.append((rms, aux))
+            kept.append(memory)
+        rms, aux = jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
+        return x, (rms, tuple(kept) if memories else None, aux)
 
-    cycles, rest = divmod(count, len(windows))
-    scanned, outs = cycles * len(windows), []
-    if cycles:
-        folded = layers
-        if len(windows) > 1:
-            folded = jax.tree.map(lambda p: p[:scanned].reshape(cycles, len(windows), *p.shape[1:]), layers)
-        x, out = jax.lax.scan(cycle, x, folded)
-        outs.append(jax.tree.map(lambda y: y.reshape(scanned, *y.shape[2:]), out))
-    if rest:
-        x, out = cycle(x, jax.tree.map(lambda p: p[scanned:], layers), rest)
-        outs.append(out)
-    out = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
-    return Carried(x, *out)
+    return cycle
 
 
-def joined(before: Carried, after: Carried) -> Carried:
-    """Two stacks that ran one after the other as one; `aux` is the second's, as the first has none.
-
-    Raises:
-      ValueError: the first has.
-    """
-    if before.aux:
-        raise ValueError(f"the layers before the last stack return {sorted(before.aux)}; only the last stack may")
-    rms, memory = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts), (before.rms, before.memory), (after.rms, after.memory)
-    )
-    return Carried(after.x, rms, memory, after.aux)
+def _memories(parts: list[tuple[KeyValues, ...]]) -> tuple[KeyValues, ...]:
+    """Those of the whole cycles, and of the layers that are left, as one."""
+    own = [[part[i] for part in parts if i < len(part)] for i in range(max(map(len, parts)))]
+    return tuple(jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *pieces) for pieces in own)
 
 
 def _rms(x: jax.Array) -> jax.Array:

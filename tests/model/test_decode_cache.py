@@ -1,5 +1,7 @@
 """Decoding with a cache gives what the full forward pass gives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ SETTINGS = {
     "grouped": {},
     "multi-query": {"attention": {"kv_heads": 1}},
     "windows": {"attention": {"windows": (3, 0)}},
+    "narrow windows": {"num_layers": 5, "attention": {"windows": (1, 5, 2), "kv_heads": 1}},
     "latent": {"attention": {"kv_heads": 4, "latent": LatentConfig(kv_dim=12, query_dim=10, rope_dim=4, value_dim=6)}},
     "sinks": {"attention": {"sinks": True, "output_bias": True}},
     "learned positions": {"learned_positions": 16, "rope": RopeConfig(fraction=0.0)},
@@ -55,6 +58,21 @@ def test_prefill_and_steps_equal_the_full_pass(tiny, settings):
         np.testing.assert_allclose(got[row, pad:], full[row, : total - pad], rtol=2e-4, atol=2e-4)
 
 
+def test_layers_with_a_window_keep_no_more_than_it_reaches(tiny):
+    """A window of 1 keeps nothing; one that is longer than the row keeps the row."""
+    config = tiny.config(num_layers=5, attention={"windows": (3, 0, 1, 20)})
+    cache = init_cache(config, 2, capacity=13, dtype=jnp.float32)
+    shapes = [memory.keys.shape for memory in cache.memory[0]]
+    assert shapes == [(2, 2, 2, 2, 8), (1, 2, 13, 2, 8), (1, 2, 0, 2, 8), (1, 2, 13, 2, 8)]
+    cache = init_cache(config_with_prefix(config), 2, capacity=13, dtype=jnp.float32)
+    shapes = [[memory.keys.shape[:3] for memory in memories] for memories in cache.memory]
+    assert shapes == [[(1, 2, 2)], [(1, 2, 13), (1, 2, 0), (1, 2, 13), (1, 2, 2)]]
+
+
+def config_with_prefix(config):
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, dense_layers=1))
+
+
 def test_padding_tokens_do_not_matter(tiny):
     built = tiny.build(tiny.config())
     prompt = tiny.tokens(1, 4)
@@ -70,7 +88,7 @@ def test_cache_may_be_narrower_than_the_compute(tiny):
     built = tiny.build(tiny.config())
     cache = init_cache(built.config, 2, capacity=6, dtype=jnp.bfloat16)
     out = built.model.decode(tiny.tokens(2, 5), cache=cache, runtime=Runtime())
-    assert out.cache.memory.keys.dtype == jnp.bfloat16 and out.hidden.dtype == jnp.float32
+    assert out.cache.memory[0][0].keys.dtype == jnp.bfloat16 and out.hidden.dtype == jnp.float32
     expected = tiny.hidden(built.model, tiny.tokens(2, 5)).hidden_BSD
     # Keys and values rounded to eight bits: 2^-8 relative, over three layers.
     np.testing.assert_allclose(out.hidden, expected, atol=0.1)
