@@ -258,6 +258,12 @@ class ParallelConfig:
     context: int = leaf(1, "shards of the sequence", unit="devices", low=-1)
     expert: int = leaf(1, "shards of the experts", unit="devices", low=-1)
     tensor: int = leaf(1, "shards of heads, hidden dims and vocabulary", unit="devices", low=-1)
+    context_method: str = leaf(
+        "auto",
+        "how keys and values reach queries of another shard of the sequence: round a ring, or gathered; auto: gathered "
+        "where all of them take no more bytes than a shard's queries",
+        choices=("auto", "ring", "gather"),
+    )
     across_slices: str = leaf(
         "data",
         "the one axis that crosses from slice to slice or node to node; any: no care is taken",

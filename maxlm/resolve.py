@@ -208,7 +208,7 @@ def _check_mesh(config: Config) -> Iterator[str]:
     if sum(size == -1 for size in sizes.values()) > 1:
         axes = " and ".join(f"parallel.{axis}" for axis, size in sizes.items() if size == -1)
         yield f"{axes} are both -1; only one axis can take the devices that are left"
-    for axis in ("pipeline", "context", "expert"):
+    for axis in ("pipeline", "expert"):
         if sizes[axis] > 1 or sizes[axis] == -1:
             yield f"parallel.{axis} is {sizes[axis]}, which this version does not support; type parallel.{axis}=1"
     dims = {
@@ -225,6 +225,28 @@ def _check_mesh(config: Config) -> Iterator[str]:
             if sizes[axis] > 1 and dim % sizes[axis]:
                 fits = divisors(dim)
                 yield f"parallel.{axis} is {sizes[axis]}, which does not divide {path} {dim}; use one of {fits}"
+
+
+def _check_context(config: Config) -> Iterator[str]:
+    """Every row divides into two chunks a shard of the sequence (see parallel/context.py)."""
+    context = config.parallel.context
+    if context < 2:
+        return
+    if config.parallel.pipeline > 1 and config.parallel.context_method == "ring":
+        yield (
+            f"parallel.context_method is 'ring' with parallel.pipeline {config.parallel.pipeline}, but keys cannot go "
+            "round within the stages of a pipeline; type parallel.context_method=gather"
+        )
+    lengths = {"data.sequence_length": config.data.sequence_length, "eval.sequence_length": config.eval.sequence_length}
+    lengths |= {
+        f"data.phases.{name}.sequence_length": phase.sequence_length for name, phase in config.data.phases.items()
+    }
+    for path, length in lengths.items():
+        if length % (2 * context):
+            yield (
+                f"{path} is {length}, but parallel.context {context} cuts a row into {2 * context} chunks; use a "
+                f"multiple of {2 * context}, or a context that divides {length // 2}"
+            )
 
 
 def _check_batches(config: Config) -> Iterator[str]:
@@ -368,6 +390,7 @@ def _check_devices(config: Config, devices: int | None) -> Iterator[str]:
 _CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_model,
     _check_mesh,
+    _check_context,
     _check_batches,
     _check_schedule,
     _check_data,

@@ -156,7 +156,7 @@ class Sums(NamedTuple):
 def batch_sums(params: Any, batch: Batch, *, graphdef: Any, runtime: Runtime, chunk: int, softcap: float) -> Sums:
     """Nats and tokens of a batch (B, S); over a mesh these are sums over the whole of it, alike in every process."""
     model = merge(graphdef, params)
-    tokens, targets, segments, positions, weights = (jnp.asarray(field) for field in batch)
+    tokens, targets, segments, positions, weights = runtime.arrange(jax.tree.map(jnp.asarray, batch))
     out = model.hidden(tokens, positions_BS=positions, segments_BS=segments, runtime=runtime)
     nll = token_nll(
         out.hidden_BSD,
@@ -165,6 +165,7 @@ def batch_sums(params: Any, batch: Batch, *, graphdef: Any, runtime: Runtime, ch
         chunk=chunk,
         softcap=softcap,
         constrain=runtime.constrain,
+        shards=runtime.sequence_shards,
     )
     return Sums(nll=(nll * weights).sum(), weight=weights.sum())
 

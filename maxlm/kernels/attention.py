@@ -1,5 +1,9 @@
 """The attention back ends behind one declared table, and the choice among them.
 
+What a back end can do it declares, and what it does not declare it refuses: a mask is never dropped. `dispatch` takes
+the first of the table that can do what a call asks for. None is taken for a call in which it would hold more than
+`SCORES_LIMIT` scores of a head at once, so that no length of a row costs memory by its square.
+
 Shapes: B batch, S query positions, T key positions, H query heads, K kv heads, G = H / K queries a kv head, h head dim
 of queries and keys, v head dim of values (h, unless a model says otherwise).
 """
@@ -7,20 +11,36 @@ of queries and keys, v head dim of values (h, unless a model says otherwise).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from maxlm.kernels.heads_loop import heads_loop
+from maxlm.kernels.chunked import chunked
+from maxlm.kernels.heads_loop import BLOCK_ROWS, heads_loop
 from maxlm.kernels.mask import MASKED, Mask, visible
 from maxlm.kernels.matmul import product
 
-__all__ = ["BACKENDS", "FEATURES", "AttentionFn", "Backend", "Mask", "choose", "features", "heads_loop", "plain"]
+__all__ = [
+    "BACKENDS",
+    "FEATURES",
+    "SCORES_LIMIT",
+    "AttentionFn",
+    "Backend",
+    "Mask",
+    "choose",
+    "dispatch",
+    "features",
+    "heads_loop",
+    "plain",
+]
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
-FEATURES = ("windows", "softcap", "segments", "decode", "bidirectional", "sinks", "value_dim")
+FEATURES = ("windows", "softcap", "segments", "decode", "row_offsets", "bidirectional", "sinks", "value_dim")
+# 16 MiB of float32, about a core's share of a large cache: all pairs of 2,048 positions, or 512 queries by 8,192 keys.
+SCORES_LIMIT = 2**22
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
@@ -58,6 +78,7 @@ def features(mask: Mask, *, head_dim: int = 0, value_dim: int = 0) -> frozenset[
         "softcap": bool(mask.softcap),
         "segments": mask.segments_q is not None or mask.segments_k is not None,
         "decode": mask.q_offset is not None,
+        "row_offsets": jnp.ndim(0 if mask.q_offset is None else mask.q_offset) > 0,
         "bidirectional": not mask.causal,
         "sinks": mask.sinks is not None,
         "value_dim": head_dim != value_dim,
@@ -76,8 +97,11 @@ class Backend:
     max_head_dim: int = 0  # 0: any
     head_dim_multiple: int = 1
     features: frozenset[str] = frozenset()
+    scores: Callable[[int, int], int] | None = None  # scores of a head held at once for S and T; None: a block's
 
-    def refusal(self, *, platform: str, dtype: Any, head_dim: int, needs: frozenset[str]) -> str:
+    def refusal(
+        self, *, platform: str, dtype: Any, head_dim: int, needs: frozenset[str], queries: int, keys: int
+    ) -> str:
         """Why this back end cannot serve, in words; empty if it can."""
         dtype = jnp.dtype(dtype).name
         if self.platforms and platform not in self.platforms:
@@ -89,6 +113,9 @@ class Backend:
             return f"takes head dims up to {highest} that {self.head_dim_multiple} divides, not {head_dim}"
         if missing := needs - self.features:
             return f"cannot do {', '.join(sorted(missing))}"
+        held = self.scores(queries, keys) if self.scores else 0
+        if held > SCORES_LIMIT:
+            return f"would hold {held:,} scores of a head at once, more than {SCORES_LIMIT:,}"
         return ""
 
     def function(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
@@ -106,6 +133,8 @@ class Backend:
         return self.kernel(q, k, v, mask)
 
 
+_EVERYTHING = frozenset(FEATURES)
+
 # In order of preference. cuDNN is handed no segments and no soft-cap because it would leave them out silently.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
@@ -121,26 +150,54 @@ BACKENDS: tuple[Backend, ...] = (
         "heads_loop",
         heads_loop,
         platforms=("cpu",),
-        features=frozenset({"windows", "softcap", "segments", "bidirectional", "value_dim"}),
+        features=_EVERYTHING - {"decode", "row_offsets"},
+        scores=lambda queries, keys: min(queries, BLOCK_ROWS[1]) * keys,
     ),
-    Backend("plain", plain, features=frozenset(FEATURES)),
+    Backend("plain", plain, features=_EVERYTHING, scores=lambda queries, keys: queries * keys),
+    Backend(
+        "chunked_loop",
+        functools.partial(chunked, together=False),
+        platforms=("cpu",),
+        features=_EVERYTHING - {"row_offsets"},
+    ),
+    Backend("chunked", functools.partial(chunked, together=True), features=_EVERYTHING - {"row_offsets"}),
 )
 
 
-def choose(*, platform: str, dtype: Any, head_dim: int, needs: frozenset[str]) -> Backend:
+def choose(*, platform: str, dtype: Any, head_dim: int, needs: frozenset[str], queries: int, keys: int) -> Backend:
     """The first back end of the table that can do all that is asked.
 
     Args:
       platform: of the devices, e.g. "cpu", "gpu", "tpu".
       needs: what the masks will ask for, out of `FEATURES`.
+      queries, keys: S and T.
 
     Raises:
       ValueError: no back end can serve; the message says why of each.
     """
     refusals = {}
     for backend in BACKENDS:
-        why = backend.refusal(platform=platform, dtype=dtype, head_dim=head_dim, needs=needs)
+        why = backend.refusal(
+            platform=platform, dtype=dtype, head_dim=head_dim, needs=needs, queries=queries, keys=keys
+        )
         if not why:
             return backend
         refusals[backend.name] = why
     raise ValueError("no attention back end can serve: " + "; ".join(f"{k} {v}" for k, v in refusals.items()))
+
+
+def dispatch(platform: str) -> AttentionFn:
+    """Attention on devices of `platform`, by the back end that `choose` names for each call's mask and shapes."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        backend = choose(
+            platform=platform,
+            dtype=q.dtype,
+            head_dim=q.shape[3],
+            needs=features(mask, head_dim=q.shape[3], value_dim=v.shape[3]),
+            queries=q.shape[1],
+            keys=k.shape[1],
+        )
+        return backend.function(q, k, v, mask)
+
+    return attend

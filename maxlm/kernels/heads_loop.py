@@ -2,7 +2,8 @@
 
 XLA runs batched matrix products several times slower than plain ones on a CPU; here every product is a plain one.
 
-Shapes: B batch, S query positions, T key positions, H query heads, K kv heads, G = H / K queries a kv head, h head dim.
+Shapes: B batch, S query positions, T key positions, H query heads, K kv heads, G = H / K queries a kv head, h head dim,
+v head dim of values.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.kernels.mask import MASKED, Mask, visible
+from maxlm.kernels.mask import MASKED, Mask, static, visible, with_sinks
 from maxlm.kernels.matmul import SAVED_NAME
+from maxlm.kernels.opaque import opaque
 
 # The least and the most query rows of a block, and how many widths of keys there are.
 BLOCK_ROWS = (128, 512)
@@ -60,7 +62,7 @@ def _tiers(mask: Mask, queries: int, keys: int) -> list[_Tier]:
 
 
 class _Head(NamedTuple):
-    """One kv head of one row: q (G, S, h), k and v (T, h), segments (S,) and (T,) or None."""
+    """One kv head of one row: q (G, S, h), k (T, h), v (T, v), segments (S,) and (T,) or None."""
 
     q: jax.Array
     k: jax.Array
@@ -70,7 +72,7 @@ class _Head(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of q (G, S, h), k and v (T, h), in their dtypes."""
+    """Of q (G, S, h), k (T, h) and v (T, v), in their dtypes."""
 
     q: jax.Array
     k: jax.Array
@@ -107,7 +109,7 @@ def _scores(
 
 
 def _head_forward(mask: Mask, head: _Head) -> tuple[jax.Array, jax.Array]:
-    """Attention of one head: out (G, S, h) and the scores' log normalisers (G, S) float32."""
+    """Attention of one head: out (G, S, v) and the scores' log normalisers (G, S) float32."""
     (groups, queries, _), keys = head.q.shape, head.k.shape[0]
 
     def block(tier: _Tier, index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,10 +134,12 @@ def _join_blocks(tiers: Sequence[jax.Array], groups: int) -> jax.Array:
     return jnp.concatenate([x.reshape(groups, -1, *x.shape[3:]) for x in parts], axis=1)
 
 
-def _head_backward(mask: Mask, head: _Head, out: jax.Array, normaliser: jax.Array, g: jax.Array) -> _Gradients:
+def _head_backward(
+    mask: Mask, head: _Head, out: jax.Array, normaliser: jax.Array, g: jax.Array, g_normaliser: jax.Array
+) -> _Gradients:
     """Gradients of one head's q, k and v; scores are formed again (Dao et al. 2022, algorithm 4)."""
     (groups, queries, _), keys, dtype = head.q.shape, head.k.shape[0], head.q.dtype
-    delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), axis=-1)
+    delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), axis=-1) - g_normaliser
 
     def add(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
         part += jax.lax.dynamic_slice_in_dim(total, start, part.shape[0])
@@ -187,29 +191,44 @@ def _heads(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> _Head:
     return _Head(_split_heads(q, kv_heads), k, v, repeat(mask.segments_q), repeat(mask.segments_k))
 
 
-@jax.custom_vjp
 def heads_loop(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """Attention one head at a time, in blocks of queries that leave out the keys none of them sees.
 
     Each product is a plain matrix product, which XLA runs many times faster on a CPU than a batched one, and memory
     grows with S, not with S*T. Same arguments, result and precision as `plain`; S = T, and no `q_offset`.
     """
+    return with_sinks(*_loop(q, k, v, dataclasses.replace(mask, sinks=None)), sinks=mask.sinks)
+
+
+@jax.custom_vjp
+def _loop(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    """The result (B, S, H, v), and the scores' log normalisers (B, S, H) float32."""
     return _loop_forward(q, k, v, mask)[0]
 
 
 def _loop_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> Any:
-    out, normaliser = jax.lax.map(functools.partial(_head_forward, mask), _heads(q, k, v, mask))
+    run = opaque(lambda heads: jax.lax.map(functools.partial(_head_forward, static(mask)), heads))
     # A remat policy that saves products saves these too, and so need not run the loop again.
-    out, normaliser = checkpoint_name(out, SAVED_NAME), checkpoint_name(normaliser, SAVED_NAME)
-    return _join_heads(out, q.shape[0]), (q, k, v, mask, out, normaliser)
+    out, normaliser = checkpoint_name(run(_heads(q, k, v, mask)), SAVED_NAME)
+    batch = q.shape[0]
+    return (_join_heads(out, batch), _join_heads(normaliser[..., None], batch)[..., 0]), (
+        q,
+        k,
+        v,
+        mask,
+        out,
+        normaliser,
+    )
 
 
-def _loop_backward(kept: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
+def _loop_backward(kept: Any, g: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, ...]:
     q, k, v, mask, out, normaliser = kept
-    operands = (_heads(q, k, v, mask), out, normaliser, _split_heads(g, k.shape[2]))
+    kv_heads = k.shape[2]
+    cotangents = _split_heads(g[0], kv_heads), _split_heads(g[1][..., None], kv_heads)[..., 0]
+    operands = (_heads(q, k, v, mask), out, normaliser, *cotangents)
     d = jax.lax.map(lambda x: _head_backward(mask, *x), operands)
     batch = q.shape[0]
     return _join_heads(d.q, batch), _join_heads(d.k[:, None], batch), _join_heads(d.v[:, None], batch), None
 
 
-heads_loop.defvjp(_loop_forward, _loop_backward)
+_loop.defvjp(_loop_forward, _loop_backward)

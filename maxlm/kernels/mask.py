@@ -51,3 +51,19 @@ def visible(mask: Mask, queries: int, keys: int) -> jax.Array:
     if mask.segments_q is not None and mask.segments_k is not None:
         seen &= mask.segments_q[:, :, None] == mask.segments_k[:, None, :]
     return seen
+
+
+def static(mask: Mask) -> Mask:
+    """The mask without its arrays: hashable, and a constant of the program."""
+    return dataclasses.replace(mask, segments_q=None, segments_k=None, q_offset=None, sinks=None)
+
+
+def with_sinks(out: jax.Array, normaliser: jax.Array, *, sinks: jax.Array | None) -> jax.Array:
+    """Attention's result with a logit a head joined to the sum that it was divided by.
+
+    Args: out (B, S, H, v); normaliser (B, S, H) float32, log of the sum of exp(score); sinks (H,) or None.
+    """
+    if sinks is None:
+        return out
+    share = jax.nn.sigmoid(normaliser - sinks.astype(jnp.float32))
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)

@@ -1,6 +1,7 @@
 """Cross entropy over chunks of positions, so that float32 logits of a whole batch never exist at once.
 
-Shapes: B batch, S sequence, D embed, V vocab, n chunks, s positions a chunk and row (n s >= S).
+Shapes: B batch, S sequence, D embed, V vocab, n chunks, s positions a chunk and row (n s >= S; where S is cut into
+shards, of each shard).
 
 Left to itself, automatic differentiation either keeps every chunk's logits or computes them again. Here the forward
 pass of a differentiated call makes each chunk's gradients while its logits are there: three products in all, and
@@ -37,6 +38,7 @@ class _Settings:
     softcap: float
     z_loss: float
     constrain: Constrain
+    shards: int
 
 
 class _Scores(NamedTuple):
@@ -55,6 +57,7 @@ def chunked_cross_entropy(
     softcap: float,
     z_loss: float,
     constrain: Constrain,
+    shards: int = 1,
 ) -> LossOut:
     """Weighted negative log likelihood of the targets, and the z-loss term (Chowdhery et al. 2022, section 5).
 
@@ -70,9 +73,9 @@ def chunked_cross_entropy(
       chunk: positions, over all rows, whose logits exist at once; at least one of each row.
       softcap: logits become c * tanh(logit / c); 0: left alone.
       z_loss: weight of the z term in the gradient.
-      constrain: `Runtime.constrain`.
+      constrain, shards: `Runtime.constrain` and `Runtime.sequence_shards`, which divides S.
     """
-    settings = _Settings(chunk, softcap, z_loss, constrain)
+    settings = _Settings(chunk, softcap, z_loss, constrain, shards)
     with jax.named_scope("loss"):
         nll, z = _loss_sums(settings, hidden_BSD, head_DV, targets_BS, weights_BS)
         return LossOut(nll, z, weights_BS.sum())
@@ -86,36 +89,42 @@ def token_nll(
     chunk: int,
     softcap: float,
     constrain: Constrain,
+    shards: int = 1,
 ) -> jax.Array:
     """-log p(target) of every position in nats: (B, S) float32, for evaluation. Arguments as of the loss."""
-    settings = _Settings(chunk, softcap, 0.0, constrain)
+    settings = _Settings(chunk, softcap, 0.0, constrain, shards)
     with jax.named_scope("loss"):
         head = _gathered(settings, hidden_BSD, head_DV)
         chunks = (_split(settings, hidden_BSD), _split(settings, targets_BS))
         nll = jax.lax.map(lambda part: _scores(settings, part[0], head, part[1]).nll, chunks)
-        return _join(nll, hidden_BSD.shape[1])
+        return _join(settings, nll, hidden_BSD.shape[1])
 
 
 def _layout(settings: _Settings, batch: int, sequence: int) -> tuple[int, int]:
-    """(n, s): as few chunks as the limit allows, and those evenly filled."""
-    count = -(-sequence // max(settings.chunk // batch, 1))
+    """(n, s) of a shard of a row: as few chunks as the limit allows, and those evenly filled."""
+    count = -(-sequence // max(settings.chunk // (batch * settings.shards), 1))
     return count, -(-sequence // count)
 
 
 def _split(settings: _Settings, x: jax.Array) -> jax.Array:
-    """(B, S, ...) -> (n, B, s, ...). Chunk i has positions i, i + n, ..., so that a sharded sequence stays in place."""
-    batch, sequence = x.shape[:2]
+    """(B, S, ...) -> (n, B, s, ...).
+
+    Chunk i has the positions i, i + n, ... of every shard of the sequence, so that these stay where they are.
+    """
+    batch, sequence = x.shape[0], x.shape[1] // settings.shards
     count, size = _layout(settings, batch, sequence)
+    x = x.reshape(batch, settings.shards, sequence, *x.shape[2:])
     if extra := count * size - sequence:
-        x = jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
-    x = jnp.moveaxis(x.reshape(batch, size, count, *x.shape[2:]), 2, 0)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3))
+    x = jnp.moveaxis(x.reshape(batch, settings.shards * size, count, *x.shape[3:]), 2, 0)
     return settings.constrain(x, (None, "batch", "seq") + (None,) * (x.ndim - 3))
 
 
-def _join(x: jax.Array, sequence: int) -> jax.Array:
+def _join(settings: _Settings, x: jax.Array, sequence: int) -> jax.Array:
     """Undoes `_split`."""
     count, batch, size = x.shape[:3]
-    return jnp.moveaxis(x, 0, 2).reshape(batch, size * count, *x.shape[3:])[:, :sequence]
+    x = jnp.moveaxis(x, 0, 2).reshape(batch, settings.shards, size // settings.shards * count, *x.shape[3:])
+    return x[:, :, : sequence // settings.shards].reshape(batch, sequence, *x.shape[3:])
 
 
 def _gathered(settings: _Settings, hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -178,7 +187,7 @@ def _forward(
     # Where there is but one chunk, XLA folds the transposition of a tied head into the product that made the gradient,
     # and its CPU back end has no bfloat16 product of that form ("Unsupported element type for DotThunk").
     d_head = jax.lax.optimization_barrier(d_head)
-    d_hidden = settings.constrain(_join(d_hidden, hidden.shape[1]), ("batch", "seq", None))
+    d_hidden = settings.constrain(_join(settings, d_hidden, hidden.shape[1]), ("batch", "seq", None))
     return sums, (d_hidden, d_head)
 
 

@@ -29,6 +29,10 @@ def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take(table, tokens, axis=0)
 
 
+def _as_it_is(tree: Any) -> Any:
+    return tree
+
+
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """Precision, placement, kernels and memory policy of a forward pass.
@@ -36,6 +40,9 @@ class Runtime:
     dtype: of activations and of the operands of products; parameters, norms, softmax and loss are float32 regardless.
     constrain: pins an activation with these logical axes, e.g. ('batch', 'seq', None), to its devices.
     lookup: (table (V,D), tokens (B,S)) -> (B,S,D), as `take`.
+    arrange: brings a tree of (B, S) arrays into the order of positions that `attend` expects. Whoever calls the model
+      with whole rows hands every array of the batch to it first; nothing else may depend on the order.
+    sequence_shards: into how many parts the positions of a row are cut.
     attend: (q (B,S,H,h), k (B,T,K,h), v (B,T,K,h), Mask) -> (B,S,H,h).
     remat: what the backward pass finds saved: `none` (everything), `full` (block inputs only), `matmuls` (the products
       of `kernels.matmul.einsum` and attention's result besides), `custom` (block inputs and `remat_names`, out of
@@ -45,6 +52,8 @@ class Runtime:
     dtype: Any = jnp.float32
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = _unconstrained
     lookup: LookupFn = take
+    arrange: Callable[[Any], Any] = _as_it_is
+    sequence_shards: int = 1
     attend: AttentionFn = attention.plain
     remat: str = "none"
     remat_names: tuple[str, ...] = ()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +15,11 @@ from jax.sharding import Mesh
 
 from maxlm.config import Config
 from maxlm.data.batch import Batch
-from maxlm.kernels.attention import choose
+from maxlm.kernels.attention import AttentionFn, choose, dispatch
 from maxlm.model.decoder import ModelParts, split_model
 from maxlm.model.runtime import Runtime
 from maxlm.optim.optimizers import Optimizer, make_optimizer
+from maxlm.parallel.context import arrange, choose_method, context_attention
 from maxlm.parallel.islands import sharded_attention, sharded_lookup
 from maxlm.parallel.sharding import constrainer, named_sharding
 from maxlm.train.state import TrainState, abstract_state, state_shardings
@@ -49,35 +52,56 @@ class Setup:
 
 
 def make_runtime(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Runtime, str]:
-    """How the model is run on this mesh, and the name of the attention back end.
+    """How the model is run on this mesh, and the name of its attention back end.
 
     Args:
       segments: whether rows hold several documents that must not see each other.
     """
-    dtype = jnp.dtype(config.train.precision)
-    attention = config.model.attention
-    asked = {
-        "segments": segments,
-        "windows": any(attention.windows),
-        "softcap": bool(attention.softcap),
-        "sinks": attention.sinks,
-        "value_dim": attention.value_dim != attention.head_dim,
-    }
-    backend = choose(
-        platform=mesh.devices.flat[0].platform,
-        dtype=dtype,
-        head_dim=attention.head_dim,
-        needs=frozenset(name for name, wanted in asked.items() if wanted),
-    )
+    attend, name = _make_attention(config, mesh, segments=segments)
+    devices = mesh.shape["context"]
     runtime = Runtime(
-        dtype=dtype,
+        dtype=jnp.dtype(config.train.precision),
         constrain=constrainer(mesh),
         lookup=sharded_lookup(mesh),
-        attend=sharded_attention(backend.kernel, mesh),
+        attend=attend,
+        arrange=functools.partial(arrange, devices=devices),
+        sequence_shards=devices,
         remat=config.train.remat,
         remat_names=config.train.remat_names,
     )
-    return runtime, backend.name
+    return runtime, name
+
+
+def _make_attention(config: Config, mesh: Mesh, *, segments: bool) -> tuple[AttentionFn, str]:
+    """The attention of this mesh, and its name; that of several back ends where layers or phases differ."""
+    attention, platform = config.model.attention, mesh.devices.flat[0].platform
+    devices, method = mesh.shape["context"], config.parallel.context_method
+    if devices > 1:
+        # In a pipeline stages take different branches, in which a permute deadlocks on a CPU (and is risky elsewhere).
+        if config.parallel.pipeline > 1:
+            method = "gather"
+        chosen = choose_method(method, devices=devices, q_heads=attention.q_heads, kv_heads=attention.kv_heads)
+        return context_attention(mesh, method=method, together=platform != "cpu"), f"chunked {chosen}"
+    names: dict[str, None] = {}
+    lengths = [config.data.sequence_length, *(phase.sequence_length for phase in config.data.phases.values())]
+    for windows, length in itertools.product(attention.windows, filter(None, lengths)):
+        asked = {
+            "segments": segments,
+            "windows": bool(windows),
+            "softcap": bool(attention.softcap),
+            "sinks": attention.sinks,
+            "value_dim": attention.value_dim != attention.head_dim,
+        }
+        backend = choose(
+            platform=platform,
+            dtype=jnp.dtype(config.train.precision),
+            head_dim=attention.head_dim,
+            needs=frozenset(name for name, wanted in asked.items() if wanted),
+            queries=length,
+            keys=length,
+        )
+        names[backend.name] = None
+    return sharded_attention(dispatch(platform), mesh), " and ".join(names)
 
 
 def make_setup(config: Config, mesh: Mesh) -> Setup:

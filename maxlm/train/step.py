@@ -52,6 +52,7 @@ def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, run
             softcap=config.model.logits_softcap,
             z_loss=config.train.z_loss,
             constrain=runtime.constrain,
+            shards=runtime.sequence_shards,
         )
         nll, z = sums.nll_sum / denominator, sums.z_sum / denominator
         total = nll + config.train.z_loss * z
@@ -86,7 +87,7 @@ def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, run
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens = batch.weights.sum()
         with jax.named_scope("loss_and_gradients"):
-            terms, grads = gradients(state.params, batch, jnp.maximum(tokens, 1.0), state.scale.scale)
+            terms, grads = gradients(state.params, runtime.arrange(batch), jnp.maximum(tokens, 1.0), state.scale.scale)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / state.scale.scale, grads)
 
         with jax.named_scope("optimizer"):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 
 from maxlm.kernels import attention
+from maxlm.kernels import chunked as chunked_module
 from maxlm.kernels import heads_loop as loop_module
 from maxlm.kernels.attention import Mask, heads_loop, plain
 from maxlm.kernels.matmul import SAVED_NAME
@@ -33,8 +34,11 @@ def segments(batch, length, cuts):
 
 
 def out_and_gradients(attend, q, k, v, g, mask):
-    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
-    return out, *pull(g)
+    def run(q, k, v, sinks):
+        return attend(q, k, v, dataclasses.replace(mask, sinks=sinks))
+
+    out, pull = jax.vjp(run, q, k, v, mask.sinks)
+    return out, *jax.tree.leaves(pull(g))
 
 
 @pytest.fixture
@@ -53,15 +57,18 @@ def small_blocks(monkeypatch):
     softcap=st.sampled_from([0.0, 1.5]),
     cuts=st.sampled_from([None, (3,), (8, 9, 40)]),
     causal=st.booleans(),
+    sink=st.booleans(),
 )
-@example(length=61, kv_heads=2, groups=3, window=7, softcap=1.5, cuts=(8, 9, 40), causal=True)
-@example(length=61, kv_heads=2, groups=1, window=0, softcap=0.0, cuts=None, causal=True)
-def test_loop_equals_plain(small_blocks, length, kv_heads, groups, window, softcap, cuts, causal):
+@example(length=61, kv_heads=2, groups=3, window=7, softcap=1.5, cuts=(8, 9, 40), causal=True, sink=True)
+@example(length=61, kv_heads=2, groups=1, window=0, softcap=0.0, cuts=None, causal=True, sink=True)
+def test_loop_equals_plain(small_blocks, length, kv_heads, groups, window, softcap, cuts, causal, sink):
     q, k, v, g = operands(batch=2, length=length, kv_heads=kv_heads, groups=groups)
     mask = Mask(scale=0.4, window=window, softcap=softcap, causal=causal)
     if cuts is not None:
         row = segments(2, length, cuts)
         mask = dataclasses.replace(mask, segments_q=row, segments_k=row)
+    if sink:
+        mask = dataclasses.replace(mask, sinks=jnp.linspace(-1.0, 1.0, kv_heads * groups))
     # The comparison is of arithmetic, not of the compiler: without its optimisations it is several times faster.
     quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}, static_argnums=0)
     ours = quick(out_and_gradients)(heads_loop, q, k, v, g, mask)
@@ -128,21 +135,65 @@ def test_loop_memory_does_not_grow_with_the_square():
     assert temporaries(16384) < 6 * temporaries(4096)
 
 
-def test_loop_under_remat_runs_its_forward_pass_once():
-    q, k, v, g = operands(batch=1, length=8, kv_heads=1, groups=1)
+def kernel(name):
+    return next(backend.kernel for backend in attention.BACKENDS if backend.name == name)
+
+
+@pytest.mark.parametrize("name", ["heads_loop", "chunked_loop"])
+def test_under_remat_the_forward_pass_runs_once(name):
+    q, k, v, g = operands(batch=1, length=8, kv_heads=2, groups=1)
     policy = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
 
     def loops(remat):
-        loss = lambda q: jnp.sum(heads_loop(jnp.sin(q), k, v, Mask(scale=1.0)) * g)  # noqa: E731
-        text = jax.jit(jax.grad(remat(loss))).lower(q).compile().as_text()
+        loss = lambda q: jnp.sum(kernel(name)(jnp.sin(q), k, v, Mask(scale=1.0)) * g)  # noqa: E731
+        text = jax.jit(jax.value_and_grad(remat(loss))).lower(q).compile().as_text()
         return len(re.findall(r" while\(", text))
 
-    assert loops(lambda f: jax.checkpoint(f, policy=policy)) == loops(lambda f: f)
+    assert loops(lambda f: jax.checkpoint(f, policy=policy)) == loops(lambda f: f) < loops(jax.checkpoint)
+
+
+@pytest.mark.parametrize("name", ["chunked_loop", "chunked"])
+def test_memory_of_layers_under_remat_grows_with_the_length(name):
+    """In a scan over layers JAX would keep the masks of all blocks, and even constants of their shape (`opaque`)."""
+
+    def temporaries(length):
+        def layer(x, weight):
+            q = (x @ weight).reshape(1, length, 1, DIM)
+            mask = Mask(scale=1.0, segments_q=segments(1, length, (99,)), segments_k=segments(1, length, (99,)))
+            return x + kernel(name)(q, q, q, mask).reshape(1, length, DIM), None
+
+        def loss(weights, x):
+            return jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, weights)[0].sum()
+
+        weights, x = jnp.zeros((3, DIM, DIM)), jnp.zeros((1, length, DIM))
+        return jax.jit(jax.grad(loss)).lower(weights, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16384) < 4.5 * temporaries(4096)  # what is a block's does not grow at all
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(
+    "length, window, softcap, cuts, causal, offset",
+    [(61, 0, 0.0, None, True, None), (33, 7, 1.5, (8, 9, 20), True, 5), (32, 20, 0.0, (3,), False, None)],
+)
+def test_chunked_equals_plain(monkeypatch, together, length, window, softcap, cuts, causal, offset):
+    monkeypatch.setattr(chunked_module, "BLOCK", 8)
+    q, k, v, g = operands(batch=2, length=length, kv_heads=2, groups=3)
+    v, g = v[..., :5], g[..., :5]
+    row = None if cuts is None else segments(2, length, cuts)
+    mask = Mask(scale=0.4, window=window, softcap=softcap, causal=causal, segments_q=row, segments_k=row)
+    mask = dataclasses.replace(mask, q_offset=offset, sinks=jnp.linspace(-1.0, 1.0, 6))
+
+    run = jax.jit(out_and_gradients, static_argnums=0)
+    ours = run(functools.partial(chunked_module.chunked, together=together), q, k, v, g, mask)
+    for got, want in zip(ours, run(plain, q, k, v, g, mask), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_choice_by_platform():
-    def name(platform, *needs, dtype="bfloat16", head_dim=64):
-        return attention.choose(platform=platform, dtype=dtype, head_dim=head_dim, needs=frozenset(needs)).name
+    def name(platform, *needs, dtype="bfloat16", head_dim=64, length=512):
+        shapes = dict(head_dim=head_dim, queries=1 if "decode" in needs else length, keys=length)
+        return attention.choose(platform=platform, dtype=dtype, needs=frozenset(needs), **shapes).name
 
     assert name("cpu") == name("cpu", "segments", "windows", "softcap") == "heads_loop"
     assert name("cpu", "decode") == "plain"
@@ -151,11 +202,16 @@ def test_choice_by_platform():
     assert name("gpu", "segments") == name("gpu", "softcap") == "plain"
     assert name("gpu", dtype="float32") == name("gpu", head_dim=100) == "plain"
     assert name("tpu", "segments", "windows", "softcap", "decode") == "plain"
+    # Where all scores of a head at once are too many, blocks are taken, and a decoding step has few at any length.
+    assert name("cpu", length=8192) == "heads_loop" and name("cpu", length=8193) == "chunked_loop"
+    assert name("gpu", "softcap", length=2048) == "plain" and name("gpu", "softcap", length=2049) == "chunked"
+    assert name("gpu", length=1 << 20) == "cudnn"
+    assert name("tpu", "decode", length=1 << 20) == "plain"
 
 
 def test_choice_says_why_nothing_can_serve(monkeypatch):
     monkeypatch.setattr(attention, "BACKENDS", [b for b in attention.BACKENDS if b.name == "cudnn"])
-    asked = dict(platform="gpu", dtype="float16", head_dim=64)
+    asked = dict(platform="gpu", dtype="float16", head_dim=64, queries=64, keys=64)
     assert attention.choose(needs=frozenset(), **asked).name == "cudnn"
     with pytest.raises(ValueError, match="cudnn cannot do softcap"):
         attention.choose(needs=frozenset({"softcap"}), **asked)
@@ -173,13 +229,14 @@ def test_backend_honours_or_refuses(name, feature):
         "softcap": Mask(scale=1.0, softcap=0.5),
         "segments": Mask(scale=1.0, segments_q=row, segments_k=row),
         "decode": Mask(scale=1.0, q_offset=2),
+        "row_offsets": Mask(scale=1.0, q_offset=jnp.array([0, 3])),
         "bidirectional": Mask(scale=1.0, causal=False),
         "sinks": Mask(scale=1.0, sinks=jnp.array([0.5, -1.0])),
         "value_dim": Mask(scale=1.0),
     }[feature]
     v = v[..., : DIM // 2] if feature == "value_dim" else v
     if feature not in backend.features:
-        with pytest.raises(ValueError, match=f"{name}.*cannot do {feature}"):
+        with pytest.raises(ValueError, match=f"{name}.*cannot do .*{feature}"):
             backend.function(q, k, v, mask)
     elif not backend.platforms or "cpu" in backend.platforms:
         got = backend.function(q, k, v, mask)

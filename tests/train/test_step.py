@@ -63,6 +63,7 @@ def test_mesh_and_accumulation_do_not_change_the_losses():
         (ParallelConfig(data=1, fsdp=4, tensor=2), 1),
         (ParallelConfig(data=2, fsdp=2, tensor=2), 2),
         (ParallelConfig(data=4), 2),
+        (ParallelConfig(data=2, context=4), 2),
     ]:
         other = Runner(parallel, train__accumulation=accumulation)
         for path, value in tree.paths(jax.device_get(other.state.params)).items():
