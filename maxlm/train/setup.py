@@ -44,11 +44,15 @@ class Setup:
         """Shapes, dtypes and shardings of the state."""
         return abstract_state(self.config, self.optimizer, self.shardings)
 
-    def compile(self, rows: int, positions: int) -> jax.stages.Compiled:
-        """The compiled step for a global batch (rows, positions); the state it is given is donated."""
+    def lower(self, rows: int, positions: int) -> jax.stages.Lowered:
+        """The step for a global batch (rows, positions), traced and not compiled; the state it is given is donated."""
         replicated = named_sharding(self.mesh, ())
         jitted = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, replicated))
-        return jitted.lower(self.abstract_state(), abstract_batch(self.mesh, rows, positions)).compile()
+        return jitted.lower(self.abstract_state(), abstract_batch(self.mesh, rows, positions))
+
+    def compile(self, rows: int, positions: int) -> jax.stages.Compiled:
+        """The compiled step."""
+        return self.lower(rows, positions).compile()
 
 
 def make_runtime(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Runtime, str]:

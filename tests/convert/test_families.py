@@ -15,7 +15,8 @@ from maxlm.config import ModelConfig
 from maxlm.infer.generate import RunnableModel, generate
 from maxlm.infer.sampling import Sampling
 from maxlm.model.decoder import merge, split_model
-from maxlm.model.family import Family, families, family_of, hf_config, unlike
+from maxlm.model.family import Family, family_of, hf_config
+from maxlm.model.flops import count_matmul_flops, ledger
 from maxlm.model.runtime import Runtime
 from maxlm.model.table import bind, to_ours, to_theirs
 from tests.convert.cases import CASES, SHARED, VOCAB, peer
@@ -143,10 +144,18 @@ def test_the_config_goes_there_and_back(name):
     assert ours.family.from_hf(written) == ours.config
 
 
-def test_presets_are_expressed_by_their_family():
-    for family in families().values():
-        for name, model in family.presets.items():
-            content = hf_config(family, model)
-            assert family_of(content) is family, name
-            bind(family.table(model), split_model(model).specs)
-            assert not unlike(model, family.from_hf(content)), name
+@pytest.mark.parametrize("name", CASES)
+def test_the_ledger_counts_the_products_of_the_traced_program(name):
+    ours, length = converted(name), 16
+
+    def forward(params, tokens):
+        decoder = merge(ours.graphdef, params)
+        positions = jnp.arange(length)[None]
+        out = decoder.hidden(tokens, positions_BS=positions, segments_BS=None, runtime=Runtime())
+        return decoder.logits(out.hidden_BSD)
+
+    traced = count_matmul_flops(jax.make_jaxpr(forward)(ours.params, jnp.zeros((1, length), jnp.int32)))
+    counts = ledger(ours.config, sequence_length=length)
+    assert traced == pytest.approx(length * counts.as_computed, rel=1e-3)
+    # The other column: what causality and windows leave of the scores.
+    assert counts.causal_exact < 3 * counts.as_computed

@@ -61,7 +61,7 @@ FAMILY = Family(
     # The config.json files of zai-org/GLM-4-9B-0414 and GLM-4-32B-0414.
     presets={
         "glm-4-9b-0414": _model(4096, 13_696, 40, 32, 2, bias=True),
-        "glm-4-32b-0414": _model(6144, 23_040, 61, 48, 8, bias=False),
+        "glm-4-32b-0414": _model(6144, 23_040, 61, 48, 2, bias=False),
     },
     from_hf=_from_hf,
     to_hf=_to_hf,
