@@ -24,7 +24,7 @@ USAGE = """usage: maxlm <command> [flags]
   prepare    --config=FILE --workdir=DIR                                    make the tokenizer and the token stores
   tokenizer  --config=FILE --workdir=DIR --out=FILE                         train a tokenizer on a config's sources
   convert    from-hf FOLDER OUT | to-hf CHECKPOINT OUT [--dtype=...]       weights from and to Hugging Face
-  generate   --workdir=DIR --prompt=TEXT [--max_tokens=N ...]               sample from the newest checkpoint
+  generate   --workdir=DIR|--model=PATH --prompt=TEXT [--chat ...]          sample from a run or any weights
 
 `maxlm <command> --help` lists the command's flags."""
 
@@ -190,24 +190,43 @@ def _tokenizer(args: list[str]) -> int:
 
 def _generate(args: list[str]) -> int:
     values = _flags(args, config=False)
-    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of a run", flag_values=values)
+    flags.DEFINE_string("model", None, "Hugging Face folder, converted model or run", flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times", flag_values=values)
+    flags.DEFINE_bool("chat", False, "apply the chat template that came with the weights", flag_values=values)
     flags.DEFINE_integer("max_tokens", 200, "tokens to add at most", flag_values=values, lower_bound=1)
+    flags.DEFINE_multi_string("stop", [], "text that ends a continuation", flag_values=values)
     flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token", flag_values=values, lower_bound=0.0)
     flags.DEFINE_integer("top_k", 0, "sample among the k likeliest; 0: all", flag_values=values, lower_bound=0)
     flags.DEFINE_float("top_p", 1.0, "sample among the likeliest of this mass", flag_values=values, upper_bound=1.0)
     flags.DEFINE_float("min_p", 0.0, "drop tokens below this share of the likeliest", flag_values=values, lower_bound=0)
+    flags.DEFINE_float("repetition_penalty", 1.0, "above 1: tokens of the text are less likely", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the sampling", flag_values=values)
-    _parse(values, args, required=("workdir", "prompt"))
-    from maxlm.infer.from_run import generate_from_run
+    _parse(values, args, required=("prompt",))
+    if bool(values.workdir) == bool(values.model):
+        raise UserError(
+            "give either --workdir (of a run) or --model (a Hugging Face folder, a converted model or a run)"
+        )
+    from maxlm.infer.load import Asked, generate_from
     from maxlm.infer.sampling import Sampling
 
-    generate_from_run(
-        Path(values.workdir).absolute(),
-        values.prompt,
+    asked = Asked(
+        prompts=values.prompt,
         max_tokens=values.max_tokens,
-        sampling=Sampling(temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, min_p=values.min_p),
+        sampling=Sampling(
+            temperature=values.temperature,
+            top_k=values.top_k,
+            top_p=values.top_p,
+            min_p=values.min_p,
+            repetition_penalty=values.repetition_penalty,
+        ),
         seed=values.seed,
+        stop=values.stop,
+        chat=values.chat,
+    )
+    generate_from(
+        Path(values.workdir or values.model).expanduser().absolute(),
+        asked,
         log=lambda line: print(line, file=sys.stderr),
         write=lambda text: print(text, end="", flush=True),
     )

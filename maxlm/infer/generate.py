@@ -19,7 +19,7 @@ import numpy as np
 
 from maxlm.config import ModelConfig
 from maxlm.data.tokenizers import Tokenizer
-from maxlm.infer.sampling import Sampling, sample
+from maxlm.infer.sampling import Sampling, penalised, sample
 from maxlm.model.decoder import Cache, init_cache, merge
 from maxlm.model.runtime import Runtime
 
@@ -39,6 +39,7 @@ class RunnableModel(NamedTuple):
 class _Drawn(NamedTuple):
     tokens: jax.Array  # (B, 1) int32
     cache: Cache
+    seen: jax.Array | None  # (B, V) bool: tokens that a row has; None where no penalty asks for it
 
 
 def generate(
@@ -50,7 +51,7 @@ def generate(
     key: jax.Array,
     stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt.
 
@@ -63,7 +64,7 @@ def generate(
       key: a typed random key; not used at temperature 0.
       stop_ids: a row ends before one of these.
       vocab_size: only ids below this are drawn, for models with more rows than the tokenizer has ids; None: all.
-      on_token: called with (row, token) as tokens are drawn, in order of position.
+      on_token: called with (row, token) as tokens are drawn, in order of position; True ends the row after it.
 
     Returns:
       The new tokens of each row, without the one that ended it.
@@ -97,45 +98,58 @@ def generate(
 
     out: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
-    drawn = advance(jnp.asarray(tokens), cache)
+    penalty = sampling.repetition_penalty != 1.0
+    seen = jnp.zeros((len(prompts), vocab_size or model.config.vocab_size), bool) if penalty else None
+    drawn = advance(jnp.asarray(tokens), cache, seen)
     for left in reversed(range(max_new_tokens)):
-        ahead = advance(drawn.tokens, drawn.cache) if left else drawn
+        ahead = advance(drawn.tokens, drawn.cache, drawn.seen) if left else drawn
         for row, token in enumerate(jax.device_get(drawn.tokens)[:, 0].tolist()):
             if token in stop_ids:
                 running.discard(row)
             if row in running:
                 out[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
+                if on_token is not None and on_token(row, token):
+                    running.discard(row)
         if not running:
             break
         drawn = ahead
     return out
 
 
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Each text, which may be empty, as the beginning of a document."""
+    return [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+
+
 def generate_text(
     model: RunnableModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
     tokenizer: Tokenizer,
     max_new_tokens: int,
     sampling: Sampling,
     key: jax.Array,
+    stop_ids: Collection[int] | None = None,
+    stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """Continues every prompt as a document of its own, until a begin or end token or `max_new_tokens`.
+    """Continues every prompt until a stop or `max_new_tokens`.
 
     Args:
-      prompts: may be empty texts; the begin token is put in front.
-      on_text: called with (row, piece) as soon as a piece ends with a whole character; a row's pieces, joined, are its
-        result.
+      prompts: token ids, as `encode_prompts` makes them.
+      stop_ids: a row ends before one of these; None: the tokenizer's begin and end tokens.
+      stop: a row ends before the first of these texts.
+      on_text: called with (row, piece) as soon as a piece ends with a whole character and cannot be the beginning of a
+        stop; a row's pieces, joined, are its result.
       The rest is as for `generate`.
 
     Returns:
       The continuations, without the prompts.
     """
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    streams = [TextStream(tokenizer, context=row) for row in ids]
+    if stop_ids is None:
+        stop_ids = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None]
+    streams = [TextStream(tokenizer, context=row) for row in prompts]
+    ends = [StopTexts(stop) for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
 
     def tell(row: int, piece: str) -> None:
@@ -144,19 +158,61 @@ def generate_text(
             if on_text is not None:
                 on_text(row, piece)
 
+    def push(row: int, token: int) -> bool:
+        tell(row, ends[row].push(streams[row].push(token)))
+        return ends[row].found
+
     generate(
         model,
-        ids,
+        prompts,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         key=key,
-        stop_ids=[token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None],
-        vocab_size=tokenizer.vocab_size,
-        on_token=lambda row, token: tell(row, streams[row].push(token)),
+        stop_ids=stop_ids,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+        on_token=push,
     )
     for row, stream in enumerate(streams):
-        tell(row, stream.finish())
+        tell(row, ends[row].push(stream.finish()))
+        tell(row, ends[row].finish())
     return ["".join(pieces) for pieces in texts]
+
+
+class StopTexts:
+    """Passes text on up to the first of the stops, and holds back what may be the beginning of one.
+
+    Raises:
+      ValueError: a stop is empty.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        if "" in stops:
+            raise ValueError("a stop is empty, which would end every text at once; leave it out")
+        self._stops = stops
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """What has become certain; nothing once a stop was found."""
+        if self.found:
+            return ""
+        self._held += piece
+        starts = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if starts:
+            self.found = True
+            return self._held[: min(starts)]
+        back = max((self._beginning(stop) for stop in self._stops), default=0)
+        certain = self._held[: len(self._held) - back]
+        self._held = self._held[len(certain) :]
+        return certain
+
+    def finish(self) -> str:
+        """What was held back, where no stop came."""
+        return "" if self.found else self._held
+
+    def _beginning(self, stop: str) -> int:
+        """How many characters at the end of what is held begin this stop."""
+        return next((n for n in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
 class TextStream:
@@ -195,12 +251,13 @@ class TextStream:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "runtime", "sampling", "vocab_size"), donate_argnames=("cache",)
+    jax.jit, static_argnames=("graphdef", "runtime", "sampling", "vocab_size"), donate_argnames=("cache", "seen")
 )
 def _advance(
     params: Any,
     tokens: jax.Array,
     cache: Cache,
+    seen: jax.Array | None,
     *,
     keys: jax.Array,
     graphdef: Any,
@@ -209,12 +266,18 @@ def _advance(
     vocab_size: int,
 ) -> _Drawn:
     """Takes tokens (B, t) into the cache and draws the one that follows; keys (B,) are the rows' own."""
+    if seen is not None:
+        slots = cache.used + jnp.arange(tokens.shape[1])
+        known = jnp.where(slots >= cache.padding[:, None], tokens, seen.shape[1])  # padding is dropped as out of range
+        seen = seen.at[jnp.arange(len(tokens))[:, None], known].set(True, mode="drop")
     model = merge(graphdef, params)
     out = model.decode(tokens, cache=cache, runtime=runtime)
     logits = model.logits(out.hidden[:, -1:])[:, 0, :vocab_size]
+    if seen is not None:
+        logits = penalised(logits, seen, sampling.repetition_penalty)
     position = out.cache.used - out.cache.padding
     drawn = sample(logits, jax.vmap(jax.random.fold_in)(keys, position), settings=sampling)
-    return _Drawn(drawn[:, None], out.cache)
+    return _Drawn(drawn[:, None], out.cache, seen)
 
 
 def _rounded(length: int) -> int:

@@ -1,8 +1,8 @@
 """Choosing the next token from logits.
 
 Every filter is a pure function from float32 logits to float32 logits in which a token that may not be drawn has -inf.
-`sample` applies them in the usual order: temperature, top-k, top-p, min-p. Tokens that tie with the last one kept are
-kept, so that a result never hangs on the order in which a sort leaves equal values.
+The order is the usual one: repetition penalty, and in `sample` temperature, top-k, top-p, min-p. Tokens that tie with
+the last one kept are kept, so that a result never hangs on the order in which a sort leaves equal values.
 
 Shapes: B batch, V vocab.
 """
@@ -26,6 +26,8 @@ class Sampling:
       top_k: only this many of the likeliest tokens are drawn from; 0: all.
       top_p: only the fewest likeliest tokens with at least this probability together (Holtzman et al. 2020); 1: all.
       min_p: only tokens at least this many times as likely as the likeliest (Nguyen et al. 2024); 0: all.
+      repetition_penalty: logits of tokens that a row has already are divided by this where they are positive, and
+        multiplied by it where they are negative (Keskar et al. 2019), at temperature 0, too; 1: none.
 
     Raises:
       UserError: when a value is outside its range.
@@ -35,6 +37,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -45,6 +48,20 @@ class Sampling:
             raise UserError(f"top_p is {self.top_p}, but it has to be above 0 and at most 1 (1: all tokens)")
         if not 0.0 <= self.min_p <= 1.0:
             raise UserError(f"min_p is {self.min_p}, but it has to be between 0 and 1 (0: all tokens)")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise UserError(
+                f"repetition_penalty is {self.repetition_penalty}, but it has to be finite and above 0 (1: none)"
+            )
+
+
+def penalised(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+    """Makes the tokens that a row has already less likely, as `Sampling.repetition_penalty` says.
+
+    Args:
+      logits: (B, V) float32.
+      seen: (B, V) bool.
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: jax.Array, top_k: int) -> jax.Array:

@@ -8,8 +8,8 @@ import jax
 
 from maxlm.data.prepare import heldout_documents
 from maxlm.eval.baselines import Baselines, compression_baselines
-from maxlm.infer.from_run import runnable
-from maxlm.infer.generate import generate_text
+from maxlm.infer.generate import encode_prompts, generate_text
+from maxlm.infer.load import runnable
 from maxlm.infer.sampling import Sampling
 from maxlm.model.flops import ledger as flop_ledger
 from maxlm.train.report import Facts, Sample, write_report
@@ -42,7 +42,7 @@ def draw_samples(run: Run, state: TrainState) -> list[Sample]:
         return []
     texts = generate_text(
         runnable(run.config, state.evaluated()),
-        prompts,
+        encode_prompts(run.data.tokenizer, prompts),
         tokenizer=run.data.tokenizer,
         max_new_tokens=run.config.eval.sample_tokens,
         sampling=Sampling(temperature=run.config.eval.temperature),

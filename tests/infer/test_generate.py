@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import AttentionConfig, MlpConfig, ModelConfig
-from maxlm.infer.generate import RunnableModel, TextStream, generate, generate_text
+from maxlm.infer.generate import RunnableModel, StopTexts, TextStream, encode_prompts, generate, generate_text
 from maxlm.infer.sampling import Sampling
 from maxlm.model.decoder import merge, split_model
 from maxlm.model.runtime import Runtime
@@ -176,7 +176,7 @@ def test_text_is_what_the_tokens_say(model):
     told = [[], []]
     texts = generate_text(
         model,
-        prompts,
+        encode_prompts(tokenizer, prompts),
         tokenizer=tokenizer,
         max_new_tokens=20,
         sampling=WARM,
@@ -185,3 +185,49 @@ def test_text_is_what_the_tokens_say(model):
     )
     ids = run(model, [[BOS, 5, 9], [BOS]], sampling=WARM, seed=3, stop_ids={BOS})
     assert texts == [tokenizer.decode(row) for row in ids] == ["".join(row) for row in told]
+
+
+def test_a_stop_text_ends_a_row_before_it_and_is_never_shown(model):
+    tokenizer = Pieces([bytes([byte]) for byte in range(64)])
+    tokenizer.bos_id, tokenizer.vocab_size = BOS, VOCAB
+    settings = {"tokenizer": tokenizer, "max_new_tokens": 20, "sampling": WARM, "key": jax.random.key(3)}
+    free = generate_text(model, [[BOS, 5, 9], [BOS]], **settings)
+    stop = free[0][6:9]
+    told = [[], []]
+    texts = generate_text(
+        model, [[BOS, 5, 9], [BOS]], stop=[stop], on_text=lambda row, piece: told[row].append(piece), **settings
+    )
+    assert texts == [text.split(stop)[0] for text in free] == ["".join(row) for row in told]
+    assert len(texts[0]) < len(free[0])
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3), st.data())
+def test_stop_texts_pass_on_all_that_comes_before(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    ends, told = StopTexts(stops), ""
+    for piece in pieces:
+        told += ends.push(piece)
+        assert not any(stop in told for stop in stops)
+    told += ends.finish()
+    # Text is passed on as it comes: of two stops, the one that is whole first counts.
+    whole = [min((i for i in range(len(text) + 1) if text[:i].endswith(stop)), default=None) for stop in stops]
+    assert ends.found == any(end is not None for end in whole)
+    assert text.startswith(told) and (ends.found or told == text)
+    if ends.found:
+        assert any(text[len(told) :].startswith(stop) for stop in stops)
+
+
+def test_a_repetition_penalty_counts_the_prompt_and_what_was_drawn(model, naive_logits):
+    penalty = 1.7
+    settings = Sampling(temperature=0.0, repetition_penalty=penalty)
+    plain = run(model, PROMPTS)
+    for prompt, new, without in zip(PROMPTS, run(model, PROMPTS, sampling=settings), plain, strict=True):
+        ids = list(prompt)
+        for _ in range(20):
+            logits = naive_logits(ids).copy()
+            for token in set(ids):
+                logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            ids.append(int(logits.argmax()))
+        assert new == ids[len(prompt) :]
+        assert len(set(new)) > len(set(without))

@@ -1,0 +1,151 @@
+"""Models to sample from: a run's newest checkpoint, a converted model or a Hugging Face folder, on all devices here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from maxlm import tree
+from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
+from maxlm.config import Config, ModelConfig, ParallelConfig
+from maxlm.convert.errors import ConversionError
+from maxlm.convert.stored import carried_files, model_config
+from maxlm.convert.weights import open_weights
+from maxlm.data.prepare import prepare_data
+from maxlm.errors import UserError
+from maxlm.infer.generate import RunnableModel, encode_prompts, generate_text
+from maxlm.infer.pretrained import PretrainedText
+from maxlm.infer.sampling import Sampling
+from maxlm.kernels.attention import plain
+from maxlm.model.decoder import split_model
+from maxlm.model.runtime import Runtime
+from maxlm.parallel.mesh import make_mesh
+from maxlm.parallel.sharding import RULES, constrainer, named_sharding
+from maxlm.resolve import resolve
+
+Log = Callable[[str], None]
+_RUN = "config.json"
+
+
+class Asked(NamedTuple):
+    """What to continue, and how.
+
+    chat: each prompt is a message of a conversation of its own, and the model's chat template is applied.
+    stop: texts that end a continuation.
+    """
+
+    prompts: Sequence[str]
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    stop: Sequence[str] = ()
+    chat: bool = False
+
+
+def runnable(config: Config, params: Any) -> RunnableModel:
+    """The model of a config with these parameters, brought to one device of this process."""
+    device = jax.local_devices()[0]
+    return RunnableModel(
+        config=config.model,
+        graphdef=split_model(config.model).graphdef,
+        params=jax.device_put(params, device),
+        runtime=Runtime(dtype=jnp.dtype(config.train.precision), attend=plain),
+    )
+
+
+def generation_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """As many of the devices as divide the model's dims: `tensor` first, which cuts each product, then `fsdp`."""
+    specs = tree.paths(split_model(model).specs).values()
+
+    def largest(axis: str, limit: int) -> int:
+        dims = {n for s in specs for n, logical in zip(s.shape, s.logical, strict=True) if axis in RULES[logical]}
+        return max(n for n in range(1, limit + 1) if limit % n == 0 and all(dim % n == 0 for dim in dims))
+
+    tensor = largest("tensor", len(devices))
+    fsdp = largest("fsdp", len(devices) // tensor)
+    return make_mesh(ParallelConfig(data=1, fsdp=fsdp, tensor=tensor), list(devices)[: fsdp * tensor])
+
+
+def generation_runtime(mesh: Mesh, dtype: Any) -> Runtime:
+    """Every device works on all rows, which are few, and on its part of the weights: those never travel."""
+    place = constrainer(mesh)
+
+    def constrain(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
+        return place(x, tuple(None if name in ("batch", "seq", "residual") else name for name in logical))
+
+    return Runtime(dtype=dtype, constrain=constrain, attend=plain)
+
+
+def load_model(path: Path, *, dtype: str, log: Log, devices: Sequence[jax.Device] | None = None) -> RunnableModel:
+    """The model at `path`, spread over the devices (all local ones by default).
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    model = model_config(path)
+    mesh = generation_mesh(model, devices or jax.local_devices())
+    parts = split_model(model)
+    shardings = tree.map_paths(lambda _, spec: named_sharding(mesh, spec.logical), parts.specs)
+    params = open_weights(path, model, log=log)(shardings)
+    return RunnableModel(model, parts.graphdef, params, generation_runtime(mesh, jnp.dtype(dtype)))
+
+
+def generate_from(path: Path, asked: Asked, *, log: Log, write: Callable[[str], None]) -> None:
+    """Continues the prompts with the model at `path`; a single prompt is streamed as it comes.
+
+    Raises:
+      UserError: there is no model, or no tokenizer or chat template for what is asked.
+    """
+    give_virtual_devices_threads()
+    carried, run = carried_files(path), _run_config(path)
+    text: Any  # both have `encode`, `decode` and `vocab_size`
+    if run is not None and not asked.chat:
+        use_compilation_cache(run.train.compilation_cache)
+        text = prepare_data(run, path, build=False).tokenizer
+        ids, stop_ids = encode_prompts(text, asked.prompts), None
+    elif carried is None:
+        raise UserError(f"{path} has no tokenizer and no chat template that came with its weights; leave out --chat")
+    else:
+        text = PretrainedText(carried)
+        chats = [[{"role": "user", "content": prompt}] for prompt in asked.prompts]
+        ids = [text.encode_chat(chat) for chat in chats] if asked.chat else [text.encode(p) for p in asked.prompts]
+        stop_ids = text.stop_ids
+    usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # CPUs without units for it are slow at it
+    model = load_model(path, dtype=run.train.precision if run else usual, log=log)
+    streamed = len(asked.prompts) == 1
+    if streamed and not asked.chat:
+        write(asked.prompts[0])
+    texts = generate_text(
+        model,
+        ids,
+        tokenizer=text,
+        max_new_tokens=asked.max_tokens,
+        sampling=asked.sampling,
+        key=jax.random.key(asked.seed),
+        stop_ids=stop_ids,
+        stop=asked.stop,
+        on_text=(lambda _, piece: write(piece)) if streamed else None,
+    )
+    if streamed:
+        write("\n")
+        return
+    for prompt, continuation in zip(asked.prompts, texts, strict=True):
+        write(f"--- {json.dumps(prompt)}\n{'' if asked.chat else prompt}{continuation}\n")
+
+
+def _run_config(path: Path) -> Config | None:
+    """The config of a run; None where `path` is no run's workdir."""
+    if not (path / "checkpoints").exists():
+        if carried_files(path) is None:
+            raise ConversionError(
+                f"{path} holds no model: give a Hugging Face folder, a converted model, or the workdir of a run that "
+                "has saved a checkpoint"
+            )
+        return None
+    return resolve(json.loads((path / _RUN).read_text())) if (path / _RUN).exists() else None

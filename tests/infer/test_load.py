@@ -1,0 +1,129 @@
+"""Models from folders and checkpoints, over eight devices and one; tokenizers and chat templates that come along."""
+
+import json
+
+import jax
+import pytest
+
+from maxlm.convert import model_config
+from maxlm.convert.engine import from_hf
+from maxlm.data.tokenizers import TokenizerError, train_sentencepiece
+from maxlm.errors import UserError
+from maxlm.infer.generate import generate
+from maxlm.infer.load import Asked, generate_from, generation_mesh, load_model
+from maxlm.infer.pretrained import PretrainedText
+from maxlm.infer.sampling import Sampling
+from tests.convert.folders import CONFIG, write_folder
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def quiet(_line):
+    pass
+
+
+def tokenizer_json():
+    """Words of one letter, four special tokens, and a begin token that is put in front of every text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    specials = ["<s>", "</s>", "<user>", "<assistant>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, "?", *"abcdefghijklmnopqrstuvwxyz "])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("load")
+    write_folder(path / "hf", config=CONFIG | {"vocab_size": 84})
+    (path / "hf" / "tokenizer.json").write_text(tokenizer_json())
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
+    (path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "hf" / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
+    from_hf(path / "hf", path / "ours", log=quiet)
+    return path
+
+
+def test_eight_devices_generate_what_one_does(place):
+    mesh = generation_mesh(model_config(place / "hf"), jax.devices())
+    assert (mesh.shape["tensor"], mesh.shape["fsdp"]) == (2, 4)  # two kv heads; 24 dims
+    prompts = [[1, 5, 9], [1], [1, *range(30)]]
+
+    def run(source, devices, **sampling):
+        model = load_model(place / source, dtype="float32", log=quiet, devices=devices)
+        cut = {len(x.sharding.device_set) for x in jax.tree.leaves(model.params)}
+        assert cut == {len(devices)}
+        return generate(model, prompts, max_new_tokens=12, sampling=Sampling(**sampling), key=jax.random.key(0))
+
+    one = run("hf", jax.devices()[:1], temperature=0.0)
+    assert run("ours", jax.devices(), temperature=0.0) == one
+    assert len(set(one[0])) > 3
+    many = run("hf", jax.devices(), temperature=1.0, top_k=5)
+    assert run("ours", jax.devices()[:1], temperature=1.0, top_k=5) == many
+
+
+@pytest.mark.parametrize("source", ["hf", "ours"])
+def test_prompts_and_chats_are_continued_as_the_files_say(place, source):
+    text = PretrainedText(place / "hf")
+    assert text.encode("ab") == [0, 5, 6] and text.stop_ids == [1, 3]
+    chat = text.encode_chat([{"role": "user", "content": "hi"}])
+    assert chat == [0, 2, *(5 + ord(c) - ord("a") for c in "hi"), 3]
+    told = []
+    asked = Asked(["hi"], max_tokens=8, sampling=Sampling(temperature=0.0), seed=0, chat=True)
+    generate_from(place / source, asked, log=quiet, write=told.append)
+    model = load_model(place / source, dtype="float32", log=quiet)
+    ids = generate(
+        model, [chat], max_new_tokens=8, sampling=asked.sampling, key=jax.random.key(0), stop_ids=[1, 3],
+        vocab_size=text.vocab_size,
+    )  # fmt: skip
+    assert "".join(told) == text.decode(ids[0]) + "\n"
+    told.clear()
+    generate_from(place / source, asked._replace(chat=False, prompts=["hi", "a"]), log=quiet, write=told.append)
+    assert told[0].startswith('--- "hi"\nhi') and told[1].startswith('--- "a"\na')
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
+        ("{{ messages.append(1) }}", "not safe|unsafe"),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{% for %}", "fails"),
+        ("{{ messages[0].role + 1 }}", "fails"),
+        (None, "no chat template"),
+    ],
+)
+def test_a_template_reaches_nothing_but_the_messages(place, tmp_path, template, message):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(TokenizerError, match=message):
+        PretrainedText(tmp_path).encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_sentencepiece_model_is_read_as_well(tmp_path):
+    words = ["the", "cat", "sees", "a", "dog", "and", "the", "dog", "takes", "a", "house"]
+    lines = [" ".join(words[i % 10 :] + words[: i % 7]) for i in range(300)]
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(lines, 300))
+    added = {"300": {"content": "<turn>"}}
+    settings = {"chat_template": "{{ bos_token }}<turn>{{ messages[0].content }}", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": added}))
+    text = PretrainedText(tmp_path)
+    ids = text.encode("the dog")
+    assert ids[0] == 1 and text.decode(ids) == "the dog" and text.vocab_size == 301
+    assert text.encode_chat([{"role": "user", "content": "the dog"}]) == [1, 300, *ids[1:]]
+
+
+def test_what_is_missing_is_said(place, tmp_path):
+    asked = Asked(["hi"], max_tokens=1, sampling=Sampling(temperature=0.0), seed=0)
+    with pytest.raises(UserError, match="holds no model"):
+        generate_from(tmp_path, asked, log=quiet, write=quiet)
+    write_folder(tmp_path / "hf")
+    with pytest.raises(TokenizerError, match="has no tokenizer.json"):
+        generate_from(tmp_path / "hf", asked, log=quiet, write=quiet)
