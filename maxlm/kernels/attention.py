@@ -71,6 +71,20 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     )
 
 
+def triton(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    """`kernels/triton.py`, imported where it is used: Pallas takes a while to load."""
+    from maxlm.kernels import triton
+
+    return triton.triton(q, k, v, mask)
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    """`kernels/splash.py`, imported where it is used: Pallas takes a while to load."""
+    from maxlm.kernels import splash
+
+    return splash.splash(q, k, v, mask)
+
+
 def features(mask: Mask, *, head_dim: int = 0, value_dim: int = 0) -> frozenset[str]:
     """The features, out of `FEATURES`, that a back end must have to honour `mask` with heads of these dims."""
     asked = {
@@ -96,6 +110,7 @@ class Backend:
     dtypes: tuple[str, ...] = ()  # empty: any
     max_head_dim: int = 0  # 0: any
     head_dim_multiple: int = 1
+    length_multiple: int = 1  # of S and T
     features: frozenset[str] = frozenset()
     scores: Callable[[int, int], int] | None = None  # scores of a head held at once for S and T; None: a block's
 
@@ -111,6 +126,8 @@ class Backend:
         highest = self.max_head_dim or head_dim
         if head_dim % self.head_dim_multiple or head_dim > highest:
             return f"takes head dims up to {highest} that {self.head_dim_multiple} divides, not {head_dim}"
+        if queries % self.length_multiple or keys % self.length_multiple:
+            return f"takes rows that {self.length_multiple} divides, not of {queries} and {keys}"
         if missing := needs - self.features:
             return f"cannot do {', '.join(sorted(missing))}"
         held = self.scores(queries, keys) if self.scores else 0
@@ -145,6 +162,23 @@ BACKENDS: tuple[Backend, ...] = (
         max_head_dim=128,
         head_dim_multiple=8,
         features=frozenset({"windows"}),
+    ),
+    Backend(
+        "triton",
+        triton,
+        platforms=("gpu", "cuda"),
+        dtypes=("bfloat16", "float16"),
+        max_head_dim=128,
+        head_dim_multiple=8,
+        length_multiple=64,
+        features=frozenset({"segments", "bidirectional"}),
+    ),
+    Backend(
+        "splash",
+        splash,
+        platforms=("tpu",),
+        length_multiple=128,
+        features=_EVERYTHING - {"decode", "row_offsets"},
     ),
     Backend(
         "heads_loop",

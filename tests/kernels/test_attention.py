@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from maxlm.kernels import attention
 from maxlm.kernels import chunked as chunked_module
 from maxlm.kernels import heads_loop as loop_module
+from maxlm.kernels import splash as splash_module
+from maxlm.kernels import triton as triton_module
 from maxlm.kernels.attention import Mask, heads_loop, plain
 from maxlm.kernels.matmul import SAVED_NAME
 
@@ -190,6 +192,28 @@ def test_chunked_equals_plain(monkeypatch, together, length, window, softcap, cu
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
+PALLAS = {
+    "all": Mask(scale=0.4, window=45, softcap=1.5, sinks=jnp.array([0.5, -1.0])),
+    "bidirectional": Mask(scale=0.4, causal=False),
+    "documents": Mask(scale=0.4),
+}
+
+
+@pytest.mark.parametrize("name, case", [("splash", "all"), ("splash", "bidirectional"), ("triton", "documents")])
+def test_interpreted_kernels_equal_plain(name, case):
+    """The kernels of TPUs and GPUs, step by step on a CPU; what is declared of them is what is tried here."""
+    module = {"splash": splash_module.splash, "triton": triton_module.triton}[name]
+    q, k, v, g = operands(batch=2, length=128, kv_heads=1, groups=2)
+    if name == "splash":
+        v, g = v[..., :4], g[..., :4]
+    row = segments(2, 128, (30, 64, 100))
+    mask = dataclasses.replace(PALLAS[case], segments_q=row, segments_k=row)
+    run = jax.jit(out_and_gradients, static_argnums=0)
+    ours = run(functools.partial(module, interpret=True), q, k, v, g, mask)
+    for got, want in zip(ours, run(plain, q, k, v, g, mask), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
 def test_choice_by_platform():
     def name(platform, *needs, dtype="bfloat16", head_dim=64, length=512):
         shapes = dict(head_dim=head_dim, queries=1 if "decode" in needs else length, keys=length)
@@ -199,7 +223,10 @@ def test_choice_by_platform():
     assert name("cpu", "decode") == "plain"
     assert name("gpu") == name("gpu", "windows") == "cudnn"
     # cuDNN would silently attend across documents and drop soft-caps; float32 it cannot do at all.
-    assert name("gpu", "segments") == name("gpu", "softcap") == "plain"
+    assert name("gpu", "segments") == name("gpu", "segments", length=1 << 20) == "triton"
+    assert name("gpu", "softcap") == name("gpu", "segments", "windows") == "plain"
+    assert name("tpu", "segments", "windows", "softcap", "sinks", "value_dim", dtype="float32") == "splash"
+    assert name("tpu", length=500) == "plain" and name("tpu", length=5000) == "chunked"
     assert name("gpu", dtype="float32") == name("gpu", head_dim=100) == "plain"
     assert name("tpu", "segments", "windows", "softcap", "decode") == "plain"
     # Where all scores of a head at once are too many, blocks are taken, and a decoding step has few at any length.
