@@ -264,6 +264,12 @@ class ParallelConfig:
         "where all of them take no more bytes than a shard's queries",
         choices=("auto", "ring", "gather"),
     )
+    pipeline_schedule: str = leaf(
+        "1f1b",
+        "order in which stages run their microbatches, of which there are train.accumulation (docs/parallelism.md)",
+        choices=("gpipe", "1f1b", "interleaved", "zero_bubble"),
+    )
+    virtual_stages: int = leaf(1, "parts of the model on each stage, 2 or more for interleaved, else 1", low=1)
     across_slices: str = leaf(
         "data",
         "the one axis that crosses from slice to slice or node to node; any: no care is taken",

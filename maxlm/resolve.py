@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from maxlm import config as schema
 from maxlm.checks.model import check_model
+from maxlm.checks.pipeline import check_pipeline
 from maxlm.checks.words import divisors
 from maxlm.config import Config, ModelConfig, ParallelConfig
 from maxlm.errors import UserError
@@ -208,7 +209,7 @@ def _check_mesh(config: Config) -> Iterator[str]:
     if sum(size == -1 for size in sizes.values()) > 1:
         axes = " and ".join(f"parallel.{axis}" for axis, size in sizes.items() if size == -1)
         yield f"{axes} are both -1; only one axis can take the devices that are left"
-    for axis in ("pipeline", "expert"):
+    for axis in ("expert",):
         if sizes[axis] > 1 or sizes[axis] == -1:
             yield f"parallel.{axis} is {sizes[axis]}, which this version does not support; type parallel.{axis}=1"
     dims = {
@@ -390,6 +391,7 @@ def _check_devices(config: Config, devices: int | None) -> Iterator[str]:
 _CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_model,
     _check_mesh,
+    check_pipeline,
     _check_context,
     _check_batches,
     _check_schedule,

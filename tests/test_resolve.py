@@ -80,7 +80,13 @@ def test_config_dict_is_locked_and_typed():
         ("optim__warmup_steps", 1000, "the warm-up would never end; use at most 999"),
         ("parallel__tensor", 3, "parallel.tensor is 3, which does not divide model.attention.q_heads"),
         ("parallel__tensor", 16, "does not divide 8 devices"),
-        ("parallel__pipeline", 2, "parallel.pipeline is 2, which this version does not support"),
+        (
+            "parallel__pipeline",
+            8,
+            "layers do not divide into parallel.pipeline 8 x parallel.virtual_stages 1 parts; use two"
+            " whose product is one of 1, 2, 4",
+        ),
+        ("parallel__virtual_stages", 2, "parallel.virtual_stages is 2, but parallel.pipeline is 1"),
         ("data__batch_size", 12, "use a multiple of 8"),
         ("data__mixture", (("pile", 1.0),), "names 'pile', which is not in data.stores (stdlib)"),
         ("data__mixture", (("stdlib", 1.0, 2),), "entries are (str, float)"),
@@ -111,6 +117,31 @@ def test_mesh_that_does_not_fit_the_devices():
     assert "the mesh data=2 x fsdp=2 has 4 devices, but there are 8" in found
     found = problems(changed(parallel__fsdp=-1))
     assert "parallel.data and parallel.fsdp are both -1" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "expected"),
+    [
+        ({"parallel__pipeline_schedule": "interleaved"}, "interleaved takes 2 or more, every other schedule 1"),
+        ({"parallel__virtual_stages": 2}, "virtual_stages is 2 with parallel.pipeline_schedule '1f1b'"),
+        (
+            {"train__accumulation": 3, "parallel__pipeline_schedule": "interleaved", "parallel__virtual_stages": 2},
+            "train.accumulation is 3, but interleaved takes microbatches in groups of parallel.pipeline 2",
+        ),
+        (
+            {"model__num_layers": 6, "model__attention__windows": (8, 0)},
+            "3 cycles of model.attention.windows do not divide into parallel.pipeline 2 x parallel.virtual_stages 1 "
+            "parts; use two whose product is one of 1, 3",
+        ),
+        (
+            {"model__num_layers": 5, "model__attention__windows": (8, 0)},
+            "which 2 entries of model.attention.windows do",
+        ),
+    ],
+)
+def test_pipeline_that_does_not_come_out_even(leaves, expected):
+    found = problems(changed(parallel__pipeline=2, **leaves))
+    assert any(expected in problem for problem in found), found
 
 
 def test_phases_by_name():

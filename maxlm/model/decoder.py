@@ -204,8 +204,7 @@ class Decoder(nnx.Module):
     def _run(
         self, tokens: jax.Array, *, sight: Sight, runtime: Runtime, memory: tuple[Memories, ...] | None
     ) -> _RunOut:
-        with jax.named_scope("embed"):
-            x = self.embedding(tokens, sight.positions, runtime=runtime)
+        x = self.embed(tokens, sight.positions, runtime=runtime)
         with jax.named_scope("layers"):
             rms, memories = [], []
             aux: dict[str, jax.Array] = {}
@@ -218,9 +217,17 @@ class Decoder(nnx.Module):
                 x, aux = out.x, out.aux
                 rms.append(out.rms)
                 memories.append(out.memory)
+        return _RunOut(self.finish(x, runtime=runtime), jnp.concatenate(rms), tuple(memories), aux)
+
+    def embed(self, tokens_BS: jax.Array, positions_BS: jax.Array, *, runtime: Runtime) -> jax.Array:
+        """(B, S) int32 -> (B, S, D) in the compute dtype: the stream before the first layer."""
+        with jax.named_scope("embed"):
+            return self.embedding(tokens_BS, positions_BS, runtime=runtime)
+
+    def finish(self, x_BSD: jax.Array, *, runtime: Runtime) -> jax.Array:
+        """(B, S, D) -> (B, S, D): the stream after the last layer, normed for the head."""
         with jax.named_scope("final_norm"):
-            x = runtime.constrain(self.final_norm(x), ("batch", "seq", None))
-        return _RunOut(x, jnp.concatenate(rms), tuple(memories), aux)
+            return runtime.constrain(self.final_norm(x_BSD), ("batch", "seq", None))
 
     def stacks(self) -> list[Block]:
         """The stacks of layers, in their order."""

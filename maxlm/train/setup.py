@@ -22,6 +22,7 @@ from maxlm.optim.optimizers import Optimizer, make_optimizer
 from maxlm.parallel.context import arrange, choose_method, context_attention
 from maxlm.parallel.islands import sharded_attention, sharded_lookup
 from maxlm.parallel.sharding import constrainer, named_sharding
+from maxlm.train.pipeline import make_pipeline
 from maxlm.train.state import TrainState, abstract_state, state_shardings
 from maxlm.train.step import TrainStep, make_train_step, separates_documents
 
@@ -123,7 +124,9 @@ def make_setup(config: Config, mesh: Mesh) -> Setup:
         eval_runtime=eval_runtime,
         attention=backend,
         shardings=state_shardings(config, parts, optimizer, mesh),
-        train_step=make_train_step(config, parts, optimizer, runtime),
+        train_step=make_train_step(
+            config, parts, optimizer, runtime, pipeline=make_pipeline(config, parts, runtime, mesh)
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from maxlm import tree
 from maxlm.checkpoint.digest import digest_array
 from maxlm.config import Config, DataConfig
 from maxlm.data.batch import Batch
-from maxlm.model.decoder import STACKS, ModelParts, merge
+from maxlm.model.decoder import STACKS, Decoder, ModelParts, merge
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.runtime import Runtime
 from maxlm.optim import average, guard, scaling
@@ -25,14 +25,19 @@ from maxlm.train.state import TrainState
 
 Metrics = dict[str, Any]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+PipelineFn = Callable[[dict, Batch, jax.Array, jax.Array], tuple[Metrics, dict]]
+"""(params, batch (A, B/A, S), denominator, scale) -> what `gradients` gives."""
 
 
-def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, runtime: Runtime) -> TrainStep:
+def make_train_step(
+    config: Config, parts: ModelParts, optimizer: Optimizer, runtime: Runtime, *, pipeline: PipelineFn | None = None
+) -> TrainStep:
     """The function `(state, batch) -> (state, metrics)`; jit it with the state donated.
 
     The batch is the global one: int32 and float32 arrays (B, S) over the whole mesh. The loss is the mean over all
     loss-bearing positions of the global batch, so that neither accumulation nor the mesh changes it. Metrics are
-    scalars, and `norms`, a dict of per-layer float32 arrays that is filled every `norms_every` steps.
+    scalars, and `norms`, a dict of per-layer float32 arrays that is filled every `norms_every` steps. `pipeline` takes
+    the place of accumulation where layers are spread over stages.
     """
     schedule = make_schedule(config.optim, config.train.steps)
     separate = separates_documents(config.data)
@@ -43,26 +48,14 @@ def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, run
         model = merge(parts.graphdef, params)
         segments = batch.segments if separate else None
         out = model.hidden(batch.tokens, positions_BS=batch.positions, segments_BS=segments, runtime=runtime)
-        sums = chunked_cross_entropy(
-            out.hidden_BSD,
-            model.head_matrix(),
-            batch.targets,
-            batch.weights,
-            chunk=config.train.loss_chunk,
-            softcap=config.model.logits_softcap,
-            z_loss=config.train.z_loss,
-            constrain=runtime.constrain,
-            shards=runtime.sequence_shards,
-        )
-        nll, z = sums.nll_sum / denominator, sums.z_sum / denominator
-        total = nll + config.train.z_loss * z
-        return total * scale, {"loss": nll, "z_loss": z, "activations": out.norms}
+        total, terms = head_loss(config, model, out.hidden_BSD, batch, denominator=denominator, runtime=runtime)
+        return total * scale, terms | {"activations": out.norms}
 
     def gradients(params: dict, batch: Batch, denominator: jax.Array, scale: jax.Array) -> tuple[Metrics, dict]:
         """Loss terms and float32 gradients of the whole batch, a microbatch at a time."""
         count = config.train.accumulation
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        if count == 1:
+        if count == 1 and pipeline is None:
             (_, terms), grads = value_and_grad(params, batch, denominator, scale)
             return terms, grads
 
@@ -76,6 +69,8 @@ def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, run
             return jax.tree.map(jnp.add, total, (terms, grads)), None
 
         micros = jax.tree.map(split, batch)
+        if pipeline is not None:
+            return pipeline(params, micros, denominator, scale)
         shapes = jax.eval_shape(
             lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), denominator, scale)
         )
@@ -139,6 +134,25 @@ def make_train_step(config: Config, parts: ModelParts, optimizer: Optimizer, run
         return new, metrics
 
     return train_step
+
+
+def head_loss(
+    config: Config, model: Decoder, hidden: jax.Array, batch: Batch, *, denominator: jax.Array, runtime: Runtime
+) -> tuple[jax.Array, Metrics]:
+    """Loss of normed hidden states (B, S, D): () float32, and the terms that it is made of."""
+    sums = chunked_cross_entropy(
+        hidden,
+        model.head_matrix(),
+        batch.targets,
+        batch.weights,
+        chunk=config.train.loss_chunk,
+        softcap=config.model.logits_softcap,
+        z_loss=config.train.z_loss,
+        constrain=runtime.constrain,
+        shards=runtime.sequence_shards,
+    )
+    nll, z = sums.nll_sum / denominator, sums.z_sum / denominator
+    return nll + config.train.z_loss * z, {"loss": nll, "z_loss": z}
 
 
 def separates_documents(data: DataConfig) -> bool:

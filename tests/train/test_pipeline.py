@@ -1,0 +1,297 @@
+"""The pipeline against the plain step on one device: loss, every gradient, what was executed, FLOPs, memory, size."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm import tree
+from maxlm.config import Config, ParallelConfig
+from maxlm.data.batch import Batch
+from maxlm.model.decoder import init_params, merge, split_model
+from maxlm.model.flops import count_matmul_flops
+from maxlm.model.runtime import Runtime
+from maxlm.parallel.mesh import make_mesh
+from maxlm.parallel.pipeline.executor import PipelineOut
+from maxlm.parallel.pipeline.schedule import Unit
+from maxlm.parallel.sharding import named_sharding
+from maxlm.resolve import resolve
+from maxlm.train.pipeline import make_pipeline, plan
+from maxlm.train.setup import make_runtime
+from maxlm.train.step import head_loss
+from tests.tiny import tiny_config
+
+MICROBATCHES, ROWS, POSITIONS, LAYERS = 4, 2, 32, 4
+SCALE = 8.0  # a loss scale, which has to reach every gradient once
+
+
+def config_of(parallel: ParallelConfig, **leaves) -> Config:
+    leaves = {"train__accumulation": MICROBATCHES, "model__num_layers": LAYERS, **leaves}
+    config = tiny_config("unused", parallel=parallel, **leaves)
+    rows = config.train.accumulation * ROWS
+    return resolve(dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows)))
+
+
+def micros_of(count: int = MICROBATCHES) -> Batch:
+    """Microbatches (A, B, S) of rows of two documents, which differ in how many positions bear loss."""
+    rng = np.random.default_rng(0)
+    shape = (count, ROWS, POSITIONS)
+    tokens = rng.integers(1, 264, (*shape[:2], POSITIONS + 1), dtype=np.int32)
+    places, cut = np.arange(POSITIONS), rng.integers(3, POSITIONS - 3, (*shape[:2], 1))
+    after = places >= cut
+    return Batch(
+        tokens[..., :-1],
+        tokens[..., 1:],
+        1 + after.astype(np.int32),
+        np.where(after, places - cut, places).astype(np.int32),
+        (rng.random(shape) < 0.8).astype(np.float32),
+    )
+
+
+def plain(config: Config, params: dict, micros: Batch):
+    """The sum over microbatches with nothing but `jax.value_and_grad`, on one device."""
+    runtime, graphdef = Runtime(remat=config.train.remat), split_model(config.model).graphdef
+    denominator = micros.weights.sum()
+
+    def loss(params, micro):
+        model = merge(graphdef, params)
+        out = model.hidden(micro.tokens, positions_BS=micro.positions, segments_BS=micro.segments, runtime=runtime)
+        total, terms = head_loss(config, model, out.hidden_BSD, micro, denominator=denominator, runtime=runtime)
+        return total * SCALE, terms | {"activations": out.norms}
+
+    def add(total, micro):
+        (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, micro)
+        return jax.tree.map(jnp.add, total, (terms, grads)), None
+
+    shapes = jax.eval_shape(
+        lambda: jax.value_and_grad(loss, has_aux=True)(params, jax.tree.map(lambda x: x[0], micros))
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+@functools.cache
+def expected(**leaves):
+    config = config_of(ParallelConfig(data=1), **{"train__accumulation": MICROBATCHES, **leaves})
+    params = init_params(config.model, jax.random.key(1))
+    device = jax.devices()[0]
+    with jax.default_device(device):
+        return jax.device_get(jax.jit(functools.partial(plain, config))(params, micros_of()))
+
+
+class Piped:
+    """A config's pipeline, traced and compiled on its mesh."""
+
+    def __init__(self, parallel: ParallelConfig, **leaves):
+        self.config = config_of(parallel, **leaves)
+        self.mesh = make_mesh(self.config.parallel)
+        self.plan = plan(self.config)
+        parts = split_model(self.config.model)
+        runtime, _ = make_runtime(self.config, self.mesh, segments=True)
+        pipeline = make_pipeline(self.config, parts, runtime, self.mesh)
+        assert pipeline is not None
+        self.shardings = tree.map_paths(lambda _, spec: named_sharding(self.mesh, spec.logical), parts.specs)
+        self.batch_sharding = named_sharding(self.mesh, (None, "batch", "seq"))
+
+        def run(params, micros, rows):
+            # As the step does with the whole batch: the order of positions that the context axis asks for.
+            flat = jax.tree.map(lambda x: x.reshape(-1, POSITIONS), micros)
+            micros = jax.tree.map(lambda x, y: y.reshape(x.shape), micros, runtime.arrange(flat))
+            return pipeline.run(params, micros, micros.weights.sum(), jnp.float32(SCALE), rows)
+
+        self.run = run
+        self.specs = parts.specs
+
+    def abstract(self):
+        def place(spec, sharding):
+            return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+        micros = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding),
+            micros_of(self.config.train.accumulation),
+        )
+        params = tree.map_paths(lambda _, spec, sharding: place(spec, sharding), self.specs, self.shardings)
+        return params, micros, jax.tree.map(jnp.asarray, self.plan.slots.rows)
+
+    @functools.cached_property
+    def compiled(self):
+        grads = PipelineOut(None, None, *self._places(), None)
+        return jax.jit(self.run, out_shardings=grads).lower(*self.abstract()).compile()
+
+    def _places(self):
+        outer = {name: value for name, value in self.shardings.items() if name != "layers"}
+        return outer, self.shardings["layers"]
+
+    def __call__(self, rows=None) -> PipelineOut:
+        params = jax.device_put(init_params(self.config.model, jax.random.key(1)), self.shardings)
+        micros = jax.device_put(micros_of(self.config.train.accumulation), self.batch_sharding)
+        rows = jax.tree.map(jnp.asarray, self.plan.slots.rows if rows is None else rows)
+        return jax.device_get(self.compiled(params, micros, rows))
+
+
+def worst(found: PipelineOut, wanted: dict) -> float:
+    """Largest ||difference|| over what is allowed: 1e-4 ||g|| + 1e-7 ||all g||, as some true gradients are zero."""
+    grads, wanted = tree.paths(found.outer | {"layers": found.layers}), tree.paths(wanted)
+    assert grads.keys() == wanted.keys()
+    total = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in wanted.values()))
+    return max(
+        np.linalg.norm((grads[path] - g).ravel()) / (1e-4 * np.linalg.norm(g.ravel()) + 1e-7 * total)
+        for path, g in wanted.items()
+    )
+
+
+CASES = {
+    "gpipe": (dict(pipeline=4, fsdp=2, pipeline_schedule="gpipe"), {}),
+    "1f1b": (
+        dict(pipeline=2, fsdp=2, tensor=2, pipeline_schedule="1f1b"),
+        {"model__tie_embeddings": True, "model__attention__windows": (7, 0)},
+    ),
+    "interleaved": (
+        dict(pipeline=2, fsdp=2, tensor=2, pipeline_schedule="interleaved", virtual_stages=2),
+        {"train__remat": "full"},
+    ),
+    "zero_bubble": (dict(pipeline=4, tensor=2, pipeline_schedule="zero_bubble"), {}),
+}
+MORE = {
+    "context": (dict(pipeline=2, context=2, tensor=2, pipeline_schedule="1f1b"), {}),
+    "gpipe of 2": (dict(pipeline=2, tensor=4, pipeline_schedule="gpipe"), {"model__attention__kv_heads": 4}),
+    "1f1b of 4": (dict(pipeline=4, fsdp=2, pipeline_schedule="1f1b"), {"train__remat": "matmuls"}),
+    "interleaved of 4": (
+        dict(pipeline=4, tensor=2, pipeline_schedule="interleaved", virtual_stages=2),
+        {"model__num_layers": 8},
+    ),
+    "zero_bubble of 2": (dict(pipeline=2, fsdp=2, tensor=2, pipeline_schedule="zero_bubble"), {"train__remat": "full"}),
+}
+RUN = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+
+
+@functools.cache
+def piped(name: str) -> Piped:
+    parallel, leaves = (CASES | MORE)[name]
+    return Piped(ParallelConfig(data=1, **parallel), **leaves)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_loss_gradients_and_norms_equal_one_devices(name):
+    found = piped(name)()
+    model = {path: value for path, value in (CASES | MORE)[name][1].items() if path.startswith("model")}
+    terms, grads = expected(**model)
+    np.testing.assert_allclose(found.terms["loss"], terms["loss"], rtol=1e-5)
+    assert worst(found, grads) < 1
+    np.testing.assert_allclose(found.watched.reshape(-1), terms["activations"]["residual"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_what_was_executed_is_what_the_table_says(name):
+    """The first column is written by the unit that ran, inside its branch of the conditional."""
+    schedule, executed = piped(name).plan.schedule, piped(name)().executed
+    table = np.zeros_like(executed)
+    for tick, stage, cell in schedule.cells():
+        table[tick, stage] = cell
+    assert np.array_equal(executed[..., 0], table[..., 0])
+    ran = executed[..., 0] != Unit.IDLE
+    assert np.array_equal(executed[ran], table[ran])
+    assert ((~ran).sum(axis=0) == [column.count(None) for column in zip(*schedule.ticks, strict=True)]).all()
+
+
+def test_planted_bugs_are_caught():
+    """A weight's part that is dropped, and activations of another microbatch, each break many gradients."""
+    one = piped("zero_bubble")
+    _, grads = expected()
+    rows = one.plan.slots.rows
+    dropped = rows.unit.copy()
+    tick, stage = np.argwhere(dropped == Unit.WEIGHT)[5]
+    dropped[tick, stage] = Unit.IDLE
+    found = one(rows._replace(unit=dropped))
+    assert worst(found, grads) > 100
+    assert found.executed[tick, stage, 0] == Unit.IDLE
+    assert worst(one(rows._replace(kept=np.zeros_like(rows.kept))), grads) > 100
+    assert worst(one(rows._replace(pair=np.zeros_like(rows.pair))), grads) > 100
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zero_bubble"])
+def test_executed_products_are_those_of_the_plain_step(name, remat):
+    """FLOPs of every unit's branch, times how often the table has it; head and loss on the last chunk alone."""
+    one = Piped(ParallelConfig(data=1, **CASES[name][0]), train__remat=remat)
+    params, micros, rows = one.abstract()
+    traced = jax.make_jaxpr(one.run)(params, micros, rows)
+    (island,) = [e for e in equations(traced.jaxpr) if e.primitive.name == "shard_map" and "pipeline" in str(e.params)]
+    ticks = next(
+        e for e in island.params["jaxpr"].eqns if e.primitive.name == "scan" and e.params["length"] == len(rows.unit)
+    )
+    branches = [e.params["branches"][1] for e in ticks.params["jaxpr"].jaxpr.eqns if e.primitive.name == "cond"]
+    schedule = one.plan.schedule
+    used = sorted({cell.unit for _, _, cell in schedule.cells()})
+    total = 0
+    for unit, branch in zip(used, branches, strict=True):
+        often = sum(cell.unit == unit for _, _, cell in schedule.cells())
+        ends = sum(count_matmul_flops(b) for e in branch.jaxpr.eqns if e.primitive.name == "cond"
+                   for b in e.params["branches"])  # fmt: skip
+        total += often * (count_matmul_flops(branch) - ends) + MICROBATCHES * ends
+    wanted = count_matmul_flops(jax.make_jaxpr(functools.partial(plain, one.config))(params, micros))
+    # The plain step runs `attention.plain`, whose scores are products of the same size as the CPU kernel's.
+    assert total == pytest.approx(wanted, rel=0.05)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns") and equation.primitive.name != "shard_map":
+                yield from equations(inner)
+
+
+def compiled(name: str, *, microbatches: int, layers: int = 8):
+    parallel = ParallelConfig(data=1, fsdp=2, pipeline=4, pipeline_schedule=name)
+    return Piped(parallel, train__accumulation=microbatches, model__num_layers=layers).compiled
+
+
+def test_memory_and_size_of_the_compiled_program():
+    """1F1B holds as many microbatches as there are stages, however many there are; depth costs no instructions."""
+    few, many, gpipe = (
+        compiled("1f1b", microbatches=16),
+        compiled("1f1b", microbatches=64),
+        compiled("gpipe", microbatches=16),
+    )
+    held, longer, all_of_them = (c.memory_analysis().temp_size_in_bytes for c in (few, many, gpipe))
+    assert held < 0.40 * all_of_them
+    assert longer < 1.05 * held
+    shallow, deep = (instructions(c.as_text()) for c in (few, compiled("1f1b", microbatches=16, layers=64)))
+    assert abs(deep - shallow) <= 0.02 * shallow
+
+
+def instructions(text: str) -> int:
+    return len(re.findall(r"^\s+(?:ROOT )?%?\S+ = ", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_no_permute_stands_in_a_branch(name):
+    """A permute waits for every device, and in a tick stages do different things."""
+    assert not permutes_in_branches(piped(name).compiled.as_text())
+
+
+def permutes_in_branches(text: str) -> list[str]:
+    """The collective-permutes of all computations that a conditional may or may not run."""
+    bodies = {m[1]: m[2] for m in re.finditer(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)}
+    called = r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    todo, seen, found = [], set(), []
+    for body in bodies.values():
+        for line in body.splitlines():
+            if " conditional(" in line:
+                todo += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+                todo += re.findall(r"[\w.\-]+", "".join(re.findall(r"branch_computations=\{([^}]*)\}", line)))
+    assert todo, "the program has no conditional"
+    while todo:
+        name = todo.pop()
+        if name in bodies and name not in seen:
+            seen.add(name)
+            found += [line for line in bodies[name].splitlines() if " collective-permute" in line]
+            todo += re.findall(called, bodies[name])
+            todo += re.findall(r"[\w.\-]+", "".join(re.findall(r"branch_computations=\{([^}]*)\}", bodies[name])))
+    return found
