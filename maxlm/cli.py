@@ -109,12 +109,21 @@ def _train(args: list[str]) -> int:
     flags.DEFINE_string("coordinator", None, "host:port of process 0, for a run of several", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("process", None, "number of this one, from 0 on", flag_values=values, lower_bound=0)
+    flags.DEFINE_float("join_seconds", 300.0, "how long to wait for the others", flag_values=values, lower_bound=1.0)
     _parse(values, args, required=("config", "workdir"))
     config = resolve(values.config)
     from maxlm.cluster import join
+    from maxlm.rollcall import run_facts
     from maxlm.train.loop import train  # JAX starts here, after the config is known to be sound
 
-    if found := join(coordinator=values.coordinator, processes=values.processes, process=values.process):
+    found = join(
+        run_facts(config),
+        coordinator=values.coordinator,
+        processes=values.processes,
+        process=values.process,
+        timeout=values.join_seconds,
+    )
+    if found:
         _log(found)
     return train(config, Path(values.workdir).absolute(), log=_log)
 

@@ -1,4 +1,4 @@
-"""Several processes as one program: finding the others, and agreeing on when to stop.
+"""Several processes as one program: finding the others, reading the same data, and agreeing on when to stop.
 
 A process that gets a signal must not leave by itself: the others would wait for it in the next collective for ever.
 With each step goes a flag of every device, and a process leaves when the sum that all of them read says so.
@@ -7,15 +7,24 @@ With each step goes a flag of every device, and a process leaves when the sum th
 from __future__ import annotations
 
 import os
+import socket
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import cloud_tpu_init, clusters
+from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.errors import UserError
+from maxlm.rollcall import Place, roll_call
+
+JOIN_SECONDS = 300  # how long a process waits for the others to come, unless it is told otherwise
+_LINE = 1024  # bytes that each process contributes to `agree_on`
 
 
 class Cluster(NamedTuple):
@@ -32,9 +41,17 @@ class Cluster(NamedTuple):
 
 
 def detect(
-    environment: Mapping[str, str], *, coordinator: str | None, processes: int | None, process: int | None
+    environment: Mapping[str, str],
+    *,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    tpu_vm_hosts: int = 0,
 ) -> Cluster | None:
     """The cluster that was asked for, or else the one whose scheduler started this process; None: a lone process.
+
+    Args:
+      tpu_vm_hosts: how many hosts the metadata of this TPU VM names; 0 on any other machine.
 
     Raises:
       UserError: only a part of the three was given, or they contradict each other.
@@ -44,7 +61,7 @@ def detect(
         if missing := [name for name, value in given.items() if value is None]:
             raise UserError(f"{' and '.join(missing)} is missing; --coordinator, --processes and --process go together")
         assert coordinator is not None and processes is not None and process is not None
-        if ":" not in coordinator:
+        if not coordinator.rpartition(":")[2].isdecimal() or ":" not in coordinator:
             raise UserError(f"--coordinator is {coordinator!r}; give host:port of process 0, as in 10.0.0.1:1234")
         if not 0 <= process < processes:
             raise UserError(f"--process is {process} of --processes={processes}; number them from 0 to {processes - 1}")
@@ -57,34 +74,118 @@ def detect(
         # A shell on a node of an allocation has the size but no step of its own; only srun and mpirun set both.
         if rank in environment and int(environment.get(size, "1")) > 1:
             return Cluster(f"process {environment[rank]} of {environment[size]}, as {name} says ({rank}, {size})")
+    # TPU pods come before other pods of a JobSet: libtpu numbers its hosts itself, and JAX has to number them alike.
     hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
-    if len(hosts) > 1:
-        return Cluster(f"one of {len(hosts)} TPU hosts (TPU_WORKER_HOSTNAMES)")
+    slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+    if len(hosts) * slices > 1:
+        of_slices = f" in each of {slices} slices" if slices > 1 else ""
+        return Cluster(f"one of {len(hosts)} TPU hosts{of_slices} (TPU_WORKER_HOSTNAMES)")
+    if "JOBSET_COORDINATOR" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return _of_jobset(environment)
+    if tpu_vm_hosts > 1:
+        return Cluster(f"one of {tpu_vm_hosts} TPU VM hosts (metadata of this machine)")
     return None
 
 
+def _of_jobset(environment: Mapping[str, str]) -> Cluster | None:
+    """The place of an indexed pod, from the variables that launch/gke.py puts into its manifest."""
+    names = ("JOBSET_PROCESSES", "JOBSET_HOSTS_PER_JOB", "JOBSET_JOB_INDEX", "JOB_COMPLETION_INDEX")
+    try:
+        processes, hosts, job, index = (int(environment[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"JOBSET_COORDINATOR is set, but not all of {', '.join(names)} are numbers ({error}); "
+            "make the manifest with launch/gke.py"
+        ) from error
+    if processes == 1:
+        return None
+    number = job * hosts + index
+    why = f"process {number} of {processes}, pod {index} of job {job}, as the JobSet says"
+    return Cluster(why, environment["JOBSET_COORDINATOR"], processes, number)
+
+
+def _tpu_vm_hosts() -> int:
+    """How many hosts of all slices the metadata of this TPU VM names; 0 elsewhere, without asking the network."""
+    if not cloud_tpu_init.running_in_cloud_tpu_vm or not GceTpuCluster.is_env_present():
+        return 0
+    return GceTpuCluster.get_process_count()
+
+
 def join(
-    *, coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int = 300
+    facts: Mapping[str, str],
+    *,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    timeout: float = JOIN_SECONDS,
 ) -> str:
     """Connects this process to the others, if there are any, and says in a line what was found and why.
 
-    Call it before anything asks JAX for its devices.
+    Call it before anything asks JAX for its devices. JAX_COORDINATOR_BIND_ADDRESS says where process 0 listens.
+
+    Args:
+      facts: What every process has to have in common, by name (`rollcall.run_facts`).
+      timeout: Seconds to wait for the others.
 
     Raises:
-      UserError: as of `detect`, or the others did not come within `timeout` seconds.
+      UserError: as of `detect`; or the others did not come within `timeout` seconds, or run something else.
     """
-    found = detect(os.environ, coordinator=coordinator, processes=processes, process=process)
+    found = detect(
+        os.environ, coordinator=coordinator, processes=processes, process=process, tpu_vm_hosts=_tpu_vm_hosts()
+    )
     if found is None:
         return ""
-    try:
-        jax.distributed.initialize(found.coordinator, found.processes, found.process, initialization_timeout=timeout)
-    except RuntimeError as error:
-        where = found.coordinator or "the scheduler's first process"
+    where, size, number, devices = found.coordinator, found.processes, found.process, None
+    if where is None:
+        where, size, number, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(timeout)
+        )
+    if where is None or size is None or number is None:
         raise UserError(
-            f"{found.why}: not all processes met at {where} within {timeout} s ({str(error).splitlines()[0]}); see "
-            "that every one was started and that the address can be reached from all hosts"
-        ) from error
-    return f"{found.why}; this is process {jax.process_index()} of {jax.process_count()}"
+            f"{found.why}, but JAX does not find its place in it; give --coordinator, --processes, --process"
+        )
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    roll_call(Place(where, size, number, bind), facts, timeout=timeout)
+    jax.distributed.initialize(
+        where, size, number, devices, cluster_detection_method="deactivate", initialization_timeout=JOIN_SECONDS
+    )
+    return f"{found.why}; this is process {number} of {size}, process 0 is at {where}"
+
+
+def agree_on(what: str, mine: str | UserError) -> None:
+    """Compares a short text of every process, in a collective that each of them has to enter.
+
+    Args:
+      what: Name of the thing, for the message.
+      mine: What this process has, or the error that kept it from having it.
+
+    Raises:
+      UserError: on every process: one had an error, or another text than most; with its number and host.
+    """
+    if jax.process_count() == 1:
+        if isinstance(mine, UserError):
+            raise mine
+        return
+    failed = isinstance(mine, UserError)
+    line = np.zeros((_LINE,), np.uint8)
+    text = f"{int(failed)}\0{socket.gethostname()}\0{mine}".encode()[:_LINE]
+    line[: len(text)] = np.frombuffer(text, np.uint8)
+    lines = multihost_utils.process_allgather(line)
+    if isinstance(mine, UserError):
+        raise mine
+    entries = [bytes(row).rstrip(b"\0").decode(errors="replace").split("\0", 2) for row in lines]
+    problems = [
+        f"process {number} on {host} has none: {text}" for number, (bad, host, text) in enumerate(entries) if bad == "1"
+    ]
+    if not problems:
+        expected = Counter(text for _, _, text in entries).most_common(1)[0][0]
+        problems = [
+            f"process {number} on {host} has {text}, the others {expected}"
+            for number, (_, host, text) in enumerate(entries)
+            if text != expected
+        ]
+    if problems:
+        raise UserError(f"the processes do not have the same {what}: {'; '.join(problems[:8])}")
 
 
 class Agreement:

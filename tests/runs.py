@@ -53,13 +53,17 @@ class Runs:
         with open(self.folder / f"{name}.log", "a") as log:
             return subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, stdout=log, stderr=log)
 
-    def start_together(self, name: str, *, processes: int, **kwargs) -> list[subprocess.Popen]:
-        """A run of several processes on this machine, process 0 first."""
+    @staticmethod
+    def place(processes: int) -> list[str]:
+        """Flags that say where processes on this machine meet: coordinator first."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        given = kwargs.pop("overrides", ())
-        place = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
+        return [f"--coordinator=localhost:{port}", f"--processes={processes}"]
+
+    def start_together(self, name: str, *, processes: int, **kwargs) -> list[subprocess.Popen]:
+        """A run of several processes on this machine, process 0 first."""
+        given, place = kwargs.pop("overrides", ()), self.place(processes)
         return [
             self.start(name, overrides=(*given, *place, f"--process={number}"), **kwargs) for number in range(processes)
         ]

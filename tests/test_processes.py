@@ -1,6 +1,10 @@
 """Several processes as one run: the same losses, one step to stop at, checkpoints for any number of them."""
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 from maxlm import cluster
 from maxlm.errors import UserError
 from maxlm.train.signals import EXIT_PREEMPTED
-from tests.runs import Runs
+from tests.runs import ROOT, Runs
 
 STEPS = 40
 MESH = ("--config.parallel.data=1", "--config.parallel.fsdp=2", "--config.parallel.tensor=2")
@@ -60,6 +64,15 @@ def test_four_processes_save_and_two_and_one_go_on(tmp_path):
     np.testing.assert_allclose([record["loss"] for record in run], [record["loss"] for record in whole], rtol=1e-4)
 
 
+JOBSET = {
+    "JOBSET_COORDINATOR": "run-workers-0-0.run:1234",
+    "JOBSET_PROCESSES": "8",
+    "JOBSET_HOSTS_PER_JOB": "2",
+    "JOBSET_JOB_INDEX": "2",
+    "JOB_COMPLETION_INDEX": "1",
+}
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -70,6 +83,10 @@ def test_four_processes_save_and_two_and_one_go_on(tmp_path):
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "process 0 of 2, as Open MPI says"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "one of 2 TPU hosts"),
         ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "one of 1 TPU hosts in each of 2 slices"),
+        (JOBSET, "process 5 of 8, pod 1 of job 2, as the JobSet says"),
+        (JOBSET | {"JOBSET_PROCESSES": "1"}, None),
+        (JOBSET | {"TPU_WORKER_HOSTNAMES": "a,b"}, "one of 2 TPU hosts"),
     ],
 )
 def test_what_started_the_process_is_seen(environment, expected):
@@ -93,3 +110,68 @@ def test_an_address_that_cannot_be_is_refused(given, message):
 def test_flags_come_before_the_environment():
     found = cluster.detect({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, coordinator="a:1", processes=2, process=1)
     assert found == cluster.Cluster("process 1 of 2, as the flags say", "a:1", 2, 1)
+
+
+def test_a_tpu_vm_is_seen_by_its_metadata():
+    found = cluster.detect({}, coordinator=None, processes=None, process=None, tpu_vm_hosts=4)
+    assert found is not None and found.why == "one of 4 TPU VM hosts (metadata of this machine)"
+
+
+def test_a_jobset_that_says_too_little_is_refused():
+    with pytest.raises(UserError, match="launch/gke.py"):
+        cluster.detect({**JOBSET, "JOBSET_JOB_INDEX": ""}, coordinator=None, processes=None, process=None)
+
+
+def test_a_process_of_another_config_is_named_before_anything_is_compiled(tmp_path):
+    runs = Runs(tmp_path, steps=STEPS)
+    place = runs.place(2)
+    together = [
+        runs.start(
+            f"run{number}",
+            overrides=(*place, f"--process={number}", f"--config.optim.warmup_steps={2 + number}", "--join_seconds=60"),
+        )
+        for number in range(2)
+    ]
+    for number, process in enumerate(together):
+        assert process.wait(timeout=100) == 1
+        assert "has config optim.warmup_steps 3, the others 2" in runs.log(f"run{number}")
+        assert not (tmp_path / f"run{number}").exists()
+
+
+AGREE = """
+import sys
+from maxlm.cluster import agree_on, join
+from maxlm.errors import UserError
+where, number = sys.argv[1], int(sys.argv[2])
+print(join({}, coordinator=where, processes=2, process=number))
+for mine in ("same", f"data {number}", UserError("no such file") if number else "mine"):
+    try:
+        agree_on("data", mine)
+        print("go")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_data_that_differs_or_is_missing_on_a_host_is_told_to_all(tmp_path):
+    where = Runs.place(2)[0].partition("=")[2]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    command = [sys.executable, "-c", AGREE, where]
+    both = [
+        subprocess.Popen([*command, str(number)], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        for number in range(2)
+    ]
+    told = [
+        [line for line in process.communicate(timeout=100)[0].splitlines() if not line.startswith("[Gloo]")]
+        for process in both
+    ]
+    host = socket.gethostname()
+    for number, lines in enumerate(told):
+        assert (
+            lines[0]
+            == f"process {number} of 2, as the flags say; this is process {number} of 2, process 0 is at {where}"
+        )
+        assert lines[1] == "go"
+        assert f"the processes do not have the same data: process 1 on {host} has data 1, the others data 0" == lines[2]
+    assert f"process 1 on {host} has none: no such file" in told[0][3]
+    assert told[1][3] == "no such file"

@@ -56,6 +56,11 @@ class Prepared(NamedTuple):
     stores: dict[str, TokenStore]
     reports: dict[str, StoreReport]
 
+    def fingerprint(self) -> str:
+        """A short digest of all that the run reads: the tokenizer's and the stores' fingerprints."""
+        parts = [self.tokenizer.fingerprint, *(f"{name}={store.fingerprint}" for name, store in self.stores.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
 
 def prepare_data(config: Config, workdir: str | Path, *, build: bool = True) -> Prepared:
     """Makes, or finds made, the tokenizer and the stores of a run.

@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 import maxlm
 from maxlm import configfile
 from maxlm.checkpoint.manager import Checkpointer
-from maxlm.cluster import Agreement
+from maxlm.cluster import Agreement, agree_on
 from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
 from maxlm.config import Config
 from maxlm.convert.folder import carry
@@ -128,12 +127,26 @@ def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> d
 
 
 def prepare_together(config: Config, workdir: Path) -> Prepared:
-    """The data of a run: the first process makes what is missing, the others wait for it."""
+    """The data of a run: the first process makes what is missing, the others wait for it, and all have the same.
+
+    Raises:
+      UserError: on every process, if one of them could not prepare or read the data, or reads other data.
+    """
     if jax.process_count() == 1:
         return prepare_data(config, workdir)
-    prepared = prepare_data(config, workdir) if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("data is prepared")
-    return prepared or prepare_data(config, workdir, build=False)
+    prepared: Prepared | None = None
+    for turn in (0, 1):  # the first process builds, then the others read what it has made
+        found: str | UserError = "nothing yet"
+        try:
+            if (jax.process_index() == 0) == (turn == 0):
+                prepared = prepare_data(config, workdir, build=turn == 0)
+        except UserError as error:
+            found = error
+        if prepared and turn == 1:
+            found = prepared.fingerprint()
+        agree_on("data", found)
+    assert prepared is not None
+    return prepared
 
 
 @dataclasses.dataclass

@@ -1,0 +1,203 @@
+"""A roll call of all processes before JAX joins them: who has not come, and who runs something else.
+
+Processes of different configs, code or packages compile different programs, and hang in the first collective without
+a word; and JAX itself ends the process from C++ when another does not come, without saying which. So process 0 first
+listens at the coordinator's own address. Each process sends it one line with its number, its host and what it is about
+to run; process 0 answers all of them with the same line: go, or the names of the missing and the odd ones.
+The address is as open as JAX's coordinator is right after: keep it inside the cluster's network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import socket
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import maxlm
+from maxlm.config import Config
+from maxlm.errors import UserError
+from maxlm.resolve import leaves
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint")
+_LINE = 1 << 20  # bytes of a line at most
+_MARGIN = 15.0  # seconds by which process 0 may have started later than one that waits for its answer
+_SHOWN = 8  # processes or differences that a message lists
+
+
+class Place(NamedTuple):
+    """Where the processes meet: host:port of process 0, how many they are and which this one is.
+
+    bind: host:port at which process 0 listens; None: all addresses of its host.
+    """
+
+    coordinator: str
+    processes: int
+    process: int
+    bind: str | None = None
+
+
+def run_facts(config: Config) -> dict[str, str]:
+    """What has to be the same on every host for the programs to be the same: settings, code, packages."""
+    facts = {f"config {path}": repr(value) for path, _, value in leaves(config)}
+    facts["code of maxlm"] = code_digest(Path(maxlm.__file__).parent)
+    facts["python"] = platform.python_version()
+    for name in PACKAGES:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    return facts
+
+
+def code_digest(folder: Path) -> str:
+    """A short digest of all Python files below `folder`: the version of the code that really runs."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def roll_call(place: Place, facts: Mapping[str, str], *, timeout: float) -> None:
+    """Returns on every process when all have come within `timeout` seconds and agree on all facts.
+
+    Raises:
+      UserError: on every process alike: some did not come, two claim one number, or a fact differs; the message names
+        them by number and, where they have been heard of, by host.
+    """
+    mine = {"process": place.process, "host": socket.gethostname(), "processes": place.processes, "facts": dict(facts)}
+    verdict = asyncio.run(_hear(place, mine, timeout)) if place.process == 0 else _ask(place, mine, timeout)
+    if verdict:
+        raise UserError(verdict)
+
+
+def judge(cards: list[dict[str, Any]], processes: int, *, timeout: float, coordinator: str) -> str:
+    """What is wrong with the processes that have come, in words; an empty string: nothing."""
+    hosts: dict[int, list[str]] = {}
+    for card in cards:
+        hosts.setdefault(card["process"], []).append(card["host"])
+    for number, names in sorted(hosts.items()):
+        if len(names) > 1:
+            return (
+                f"process {number} was started more than once: on {', '.join(sorted(names))}; give each its own number"
+            )
+    if missing := [number for number in range(processes) if number not in hosts]:
+        beside = [
+            f"{number} (its neighbour {number - 1} is on {hosts[number - 1][0]})"
+            if number - 1 in hosts
+            else f"{number}"
+            for number in missing
+        ]
+        return (
+            f"{len(missing)} of {processes} processes did not come to {coordinator} within {timeout:g} s: "
+            f"{_some(beside)}. See that they were started, and that the address can be reached from their hosts"
+        )
+    odd = []
+    for fact in dict.fromkeys(name for card in cards for name in card["facts"]):
+        values = [card["facts"].get(fact, "absent") for card in cards]
+        # The most common value is taken for what was meant; between equals that of process 0, which comes first.
+        expected = Counter(values).most_common(1)[0][0]
+        odd += [
+            f"process {card['process']} on {card['host']} has {fact} {value}, the others {expected}"
+            for card, value in zip(cards, values, strict=True)
+            if value != expected
+        ]
+    if odd:
+        return f"the processes do not run the same: {_some(odd, '; ')}. Give all hosts one version and one config"
+    return ""
+
+
+def _some(items: list[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return separator.join(items[:_SHOWN]) + more
+
+
+async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> str:
+    """Process 0's side: hears all, judges and answers."""
+    cards, writers, complete = [mine], [], asyncio.Event()
+    if place.processes == 1:
+        complete.set()
+
+    async def heard(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            card = _card(await reader.readline())
+        except (ValueError, OSError):  # not one of ours, or it went away: the roll goes on without it
+            writer.close()
+            return
+        cards.append(card)
+        writers.append(writer)
+        if {card["process"] for card in cards} >= set(range(place.processes)):
+            complete.set()
+
+    host, port = (place.bind or f":{_port(place.coordinator)}").rsplit(":", 1)
+    try:
+        server = await asyncio.start_server(heard, host.strip("[]") or None, int(port), limit=_LINE, reuse_address=True)
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen at {place.bind or place.coordinator} ({error.strerror or error}); an earlier run "
+            "may still be there, or the address is not this host's"
+        ) from error
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(complete.wait(), timeout)
+    server.close()
+    cards.sort(key=lambda card: card["process"])
+    verdict = judge(cards, place.processes, timeout=timeout, coordinator=place.coordinator)
+    for writer in writers:
+        try:
+            writer.write(json.dumps({"verdict": verdict}).encode() + b"\n")
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+        except OSError:  # it has gone; JAX's own connection will notice
+            continue
+    return verdict
+
+
+def _card(line: bytes) -> dict[str, Any]:
+    """A line that was heard, as a card. Raises ValueError for anything else."""
+    card = json.loads(line)
+    if not isinstance(card, dict) or set(card) != {"process", "host", "processes", "facts"}:
+        raise ValueError("not a card")
+    if not isinstance(card["process"], int) or not isinstance(card["facts"], dict):
+        raise ValueError("not a card")
+    return card
+
+
+def _ask(place: Place, mine: dict[str, Any], timeout: float) -> str:
+    """The others' side: says who this is and waits for the answer."""
+    deadline, seen = time.monotonic() + timeout, "nothing listens there"
+    host, port = place.coordinator.rsplit(":", 1)
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as connection:
+                connection.sendall(json.dumps(mine).encode() + b"\n")
+                # Process 0 may have begun to count after this one.
+                connection.settimeout(timeout + _MARGIN)
+                with connection.makefile("rb") as answers:
+                    answer = json.loads(answers.readline(_LINE))
+                return str(answer["verdict"])
+        except TimeoutError:
+            seen = "it does not answer"
+        except OSError as error:
+            seen = error.strerror or str(error)
+        except (ValueError, TypeError, KeyError):
+            seen = "something else answers there, perhaps an earlier run"
+        time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
+    return (
+        f"this is process {place.process} of {place.processes} on {mine['host']}: process 0 was not found at "
+        f"{place.coordinator} within {timeout:g} s ({seen}); see that it was started and that the address can be "
+        "reached from here"
+    )
+
+
+def _port(address: str) -> int:
+    return int(address.rsplit(":", 1)[1])

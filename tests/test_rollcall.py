@@ -1,0 +1,116 @@
+"""The roll call: all have come and run the same, or every process says who did not."""
+
+import re
+import socket
+import threading
+import time
+
+import pytest
+
+from maxlm import rollcall
+from maxlm.errors import UserError
+from maxlm.rollcall import Place, judge, roll_call
+from tests.tiny import tiny_config
+
+FACTS = {"code of maxlm": "aa", "config train.steps": "3"}
+
+
+def address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def call(numbers, *, processes, facts=None, timeout=1.0, before=lambda where: None):
+    """What each of the processes was told; None: go."""
+    where, told, facts = address(), {}, facts or {}
+
+    def one(index, number):
+        try:
+            roll_call(Place(where, processes, number), facts.get(number, FACTS), timeout=timeout)
+            told[index] = None
+        except UserError as error:
+            told[index] = str(error)
+
+    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(numbers)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        if number == 0:
+            before(where)
+    for thread in threads:
+        thread.join()
+    return told
+
+
+def test_all_come_and_go():
+    assert call([2, 0, 1], processes=3, timeout=10) == {0: None, 1: None, 2: None}
+
+
+def test_who_does_not_come_is_named_to_those_who_did_within_the_time():
+    began = time.monotonic()
+    told = call([0, 2], processes=4, timeout=1.5)
+    assert time.monotonic() - began < 3
+    host = socket.gethostname()
+    for message in told.values():
+        assert "2 of 4 processes did not come" in message and "within 1.5 s" in message
+        assert f"1 (its neighbour 0 is on {host})" in message and f"3 (its neighbour 2 is on {host})" in message
+
+
+def test_without_process_0_each_says_who_it_is():
+    (message,) = call([1], processes=2, timeout=0.3).values()
+    assert re.search(
+        r"process 1 of 2 on .*: process 0 was not found at localhost:\d+ within 0.3 s \(Connection", message
+    )
+
+
+def test_the_odd_one_out_is_named_on_every_host():
+    told = call([0, 1, 2], processes=3, facts={0: FACTS | {"config train.steps": "4"}}, timeout=10)
+    host = socket.gethostname()
+    for message in told.values():
+        assert f"process 0 on {host} has config train.steps 4, the others 3" in message and "code" not in message
+
+
+def test_one_number_twice_is_said():
+    told = call([0, 1, 1], processes=3, timeout=1)
+    assert all("process 1 was started more than once" in message for message in told.values())
+
+
+def test_strangers_at_the_door_do_not_stop_the_roll():
+    def strangers(where):
+        host, port = where.split(":")
+        for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n', b"[1]\n"):
+            while True:
+                try:
+                    with socket.create_connection((host, int(port)), timeout=5) as connection:
+                        connection.sendall(greeting)
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.01)
+
+    assert call([0, 1], processes=2, timeout=10, before=strangers) == {0: None, 1: None}
+
+
+def test_an_earlier_run_at_the_address_is_suspected():
+    where = address()
+    with socket.create_server(("localhost", int(where.split(":")[1]))), pytest.raises(UserError, match="earlier run"):
+        roll_call(Place(where, 2, 0, where), FACTS, timeout=1)
+
+
+def test_a_thousand_odd_hosts_are_counted_not_listed():
+    cards = [
+        {"process": number, "host": f"h{number}", "processes": 999, "facts": {"jax": "1" if number % 3 else "2"}}
+        for number in range(999)
+    ]
+    message = judge(cards, 999, timeout=1, coordinator="a:1")
+    assert "process 0 on h0 has jax 2, the others 1" in message and "and 325 more" in message
+
+
+def test_facts_tell_settings_code_and_packages_apart(tmp_path):
+    config = tiny_config(tmp_path)
+    before, after = rollcall.run_facts(config), rollcall.run_facts(tiny_config(tmp_path, train__steps=21))
+    assert [name for name in before if before[name] != after[name]] == ["config train.steps"]
+    assert before["jax"][0].isdigit() and before["python"].startswith("3.")
+    (tmp_path / "a.py").write_text("x = 1\n")
+    digest = rollcall.code_digest(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert rollcall.code_digest(tmp_path) != digest
