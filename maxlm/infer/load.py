@@ -22,7 +22,7 @@ from maxlm.errors import UserError
 from maxlm.infer.generate import RunnableModel, encode_prompts, generate_text
 from maxlm.infer.pretrained import PretrainedText
 from maxlm.infer.sampling import Sampling
-from maxlm.kernels.attention import plain
+from maxlm.kernels.attention import dispatch
 from maxlm.model.decoder import split_model
 from maxlm.model.runtime import Runtime
 from maxlm.parallel.mesh import make_mesh
@@ -55,7 +55,7 @@ def runnable(config: Config, params: Any) -> RunnableModel:
         config=config.model,
         graphdef=split_model(config.model).graphdef,
         params=jax.device_put(params, device),
-        runtime=Runtime(dtype=jnp.dtype(config.train.precision), attend=plain),
+        runtime=Runtime(dtype=jnp.dtype(config.train.precision), attend=dispatch(device.platform)),
     )
 
 
@@ -79,7 +79,7 @@ def generation_runtime(mesh: Mesh, dtype: Any) -> Runtime:
     def constrain(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
         return place(x, tuple(None if name in ("batch", "seq", "residual") else name for name in logical))
 
-    return Runtime(dtype=dtype, constrain=constrain, attend=plain)
+    return Runtime(dtype=dtype, constrain=constrain, attend=dispatch(mesh.devices.flat[0].platform))
 
 
 def load_model(path: Path, *, dtype: str, log: Log, devices: Sequence[jax.Device] | None = None) -> RunnableModel:

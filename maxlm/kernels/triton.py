@@ -1,6 +1,7 @@
 """Attention on NVIDIA GPUs for rows of several documents: JAX's Pallas kernel through Triton.
 
-cuDNN as JAX calls it takes no segments. This kernel does; it knows neither windows, soft-caps nor sinks.
+cuDNN as JAX calls it takes no segments. This kernel does; it knows neither windows, soft-caps nor sinks. JAX 0.11 still
+has it, and warns that it is to move to tokamax.
 
 Shapes: B batch, S positions, H query heads, K kv heads, h head dim.
 """

@@ -234,6 +234,8 @@ def test_choice_by_platform():
     assert name("gpu", "softcap", length=2048) == "plain" and name("gpu", "softcap", length=2049) == "chunked"
     assert name("gpu", length=1 << 20) == "cudnn"
     assert name("tpu", "decode", length=1 << 20) == "plain"
+    prompt = dict(dtype="float32", head_dim=64, needs=frozenset({"decode"}), queries=4096, keys=4096)
+    assert attention.choose(platform="cpu", **prompt).name == "chunked_loop"
 
 
 def test_choice_says_why_nothing_can_serve(monkeypatch):
