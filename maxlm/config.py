@@ -109,8 +109,26 @@ class MlpConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-    """Experts in place of the feed-forward half of the blocks."""
+    """A mixture of experts in place of the feed-forward half of the blocks; kind and biases are `mlp`'s."""
 
+    experts: int = leaf(0, "routed experts E of a layer; 0: a dense model", unit="experts", low=0)
+    active: int = leaf(2, "experts k that a token is sent to", unit="experts", low=1)
+    dim: int = leaf(0, "hidden dim of a routed expert; 0: model.mlp.dim / active", unit="dims", low=0)
+    shared_dim: int = leaf(0, "hidden dim of the shared experts, all together; 0: none", unit="dims", low=0)
+    shared_gate: bool = leaf(False, "multiply the shared experts' output by a sigmoid of the input (Qwen2-MoE)")
+    router: str = leaf("softmax", "how logits become scores", choices=("softmax", "sigmoid"))
+    normalise: bool = leaf(True, "scale the scores of the chosen experts so that they add up to 1")
+    weight_scale: float = leaf(1.0, "multiplies the weights of the routed experts", low=0.0)
+    groups: int = leaf(1, "groups of experts, of which a token uses some; 1: no groups", unit="groups", low=1)
+    top_groups: int = leaf(1, "groups that a token uses", unit="groups", low=1)
+    group_score: str = leaf("max", "a group's score: of its best, or of its two best together", choices=("max", "top2"))
+    balance_loss: float = leaf(0.01, "weight of each layer's balance loss, 1 where load is even; 0: none", low=0.0)
+    router_z_loss: float = leaf(0.0, "weight of the squared log normaliser of the router (Zoph et al. 2022)", low=0.0)
+    selection_bias: bool = leaf(False, "choose experts by score plus a bias that every step moves towards even load")
+    bias_rate: float = leaf(0.001, "what the selection bias moves by in a step; 0: it stays", low=0.0)
+    capacity_factor: float = leaf(
+        0.0, "tokens of a row that an expert takes in training, over an even share; 0: all (dropless)", low=0.0
+    )
     dense_layers: int = leaf(0, "first layers that stay dense", unit="layers", low=0)
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from maxlm import config as schema
 from maxlm.checks.model import check_model
+from maxlm.checks.moe import check_moe
 from maxlm.checks.pipeline import check_pipeline
 from maxlm.checks.words import divisors
 from maxlm.config import Config, ModelConfig, ParallelConfig
@@ -170,7 +171,7 @@ def _out_of_range(path: str, value: Any, field: dataclasses.Field) -> Iterator[s
 
 def _filled_model(model: ModelConfig) -> ModelConfig:
     """Fills the dims that follow from others."""
-    attention, mlp = model.attention, model.mlp
+    attention, mlp, moe = model.attention, model.mlp, model.moe
     mlp_dim = mlp.dim
     if not mlp_dim:
         mlp_dim = -(-8 * model.embed_dim // 3 // 64) * 64 if mlp.kind.endswith("glu") else 4 * model.embed_dim
@@ -182,6 +183,7 @@ def _filled_model(model: ModelConfig) -> ModelConfig:
             head_dim=attention.head_dim or model.embed_dim // attention.q_heads,
         ),
         mlp=dataclasses.replace(mlp, dim=mlp_dim),
+        moe=dataclasses.replace(moe, dim=moe.dim or mlp_dim // moe.active) if moe.experts else moe,
     )
 
 
@@ -209,9 +211,6 @@ def _check_mesh(config: Config) -> Iterator[str]:
     if sum(size == -1 for size in sizes.values()) > 1:
         axes = " and ".join(f"parallel.{axis}" for axis, size in sizes.items() if size == -1)
         yield f"{axes} are both -1; only one axis can take the devices that are left"
-    for axis in ("expert",):
-        if sizes[axis] > 1 or sizes[axis] == -1:
-            yield f"parallel.{axis} is {sizes[axis]}, which this version does not support; type parallel.{axis}=1"
     dims = {
         "tensor": (
             ("model.attention.q_heads", config.model.attention.q_heads),
@@ -251,19 +250,20 @@ def _check_context(config: Config) -> Iterator[str]:
 
 
 def _check_batches(config: Config) -> Iterator[str]:
-    rows, shards = config.train.accumulation, max(config.parallel.data, 1) * max(config.parallel.fsdp, 1)
+    rows, parallel = config.train.accumulation, config.parallel
+    shards = max(parallel.data, 1) * max(parallel.fsdp, 1) * max(parallel.expert, 1)
     batches = [("data.batch_size", config.data.batch_size)]
     batches += [(f"data.phases.{n}.batch_size", p.batch_size) for n, p in config.data.phases.items() if p.batch_size]
     for path, size in batches:
         if size % (rows * shards):
             yield (
                 f"{path} is {size}, which does not divide into {rows} microbatches (train.accumulation) over {shards} "
-                f"shards (parallel.data x parallel.fsdp); use a multiple of {rows * shards}"
+                f"shards (parallel.data x fsdp x expert); use a multiple of {rows * shards}"
             )
     if config.eval.batch_size % shards:
         yield (
             f"eval.batch_size is {config.eval.batch_size}, which does not divide over {shards} shards "
-            f"(parallel.data x parallel.fsdp); use a multiple of {shards}"
+            f"(parallel.data x fsdp x expert); use a multiple of {shards}"
         )
 
 
@@ -390,6 +390,7 @@ def _check_devices(config: Config, devices: int | None) -> Iterator[str]:
 
 _CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_model,
+    check_moe,
     _check_mesh,
     check_pipeline,
     _check_context,

@@ -24,7 +24,7 @@ def test_check_prints_what_differs_and_what_follows(capsys, tmp_path):
     assert "model.num_layers" in out and "FLOPs" in out
     found = json.loads(figures.read_text())
     assert found["parameters"]["total"] == sum(
-        value for name, value in found["parameters"].items() if name not in ("total", "besides embeddings")
+        value for name, value in found["parameters"].items() if name not in ("total", "besides embeddings", "active")
     )
     assert found["bytes of state"]["parameters"] == 4 * found["parameters"]["total"]
     assert found["training FLOPs"]["a token, causal-exact"] > found["training FLOPs"]["a token, 6N"]

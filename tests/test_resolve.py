@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from maxlm import config as schema
-from maxlm.config import AttentionConfig, Config, DataConfig, ModelConfig, OptimConfig, PhaseConfig, StoreConfig
+from maxlm.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimConfig,
+    ParallelConfig,
+    PhaseConfig,
+    StoreConfig,
+)
 from maxlm.configfile import record, source
 from maxlm.resolve import ConfigError, as_config_dict, differences, leaves, resolve
 
@@ -87,6 +97,8 @@ def test_config_dict_is_locked_and_typed():
             " whose product is one of 1, 2, 4",
         ),
         ("parallel__virtual_stages", 2, "parallel.virtual_stages is 2, but parallel.pipeline is 1"),
+        ("parallel__expert", 2, "the model has no experts to spread; type parallel.expert=1"),
+        ("model__moe__dense_layers", 1, "every layer of a model without experts is dense"),
         ("data__batch_size", 12, "use a multiple of 8"),
         ("data__mixture", (("pile", 1.0),), "names 'pile', which is not in data.stores (stdlib)"),
         ("data__mixture", (("stdlib", 1.0, 2),), "entries are (str, float)"),
@@ -103,6 +115,43 @@ def test_each_problem_is_one_clear_sentence(path, value, expected):
     found = problems(changed(**{path: value}), devices=8)
     assert any(expected in problem for problem in found), found
     assert all("\n" not in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("moe", "expected"),
+    [
+        ({"experts": 6}, "parallel.expert is 4, which does not divide model.moe.experts 6; use one of 1, 2, 3, 6"),
+        ({"experts": 4, "active": 5}, "model.moe.active is 5, but there are 4 experts"),
+        ({"experts": 4, "dense_layers": 4}, "leaves none of 4 layers to the experts; use at most 3"),
+        ({"experts": 4, "dim": 33}, "which does not divide model.moe.dim 33"),
+        ({"experts": 4, "shared_gate": True}, "there are no shared experts; set model.moe.shared_dim"),
+        ({"experts": 4, "capacity_factor": 1.5}, "in the order of positions, which context parallelism changes"),
+        ({"experts": 4}, "the stages of a pipeline have no experts in this version; type parallel.pipeline=1"),
+        ({"experts": 8, "groups": 3}, "model.moe.groups is 3, which does not divide model.moe.experts 8"),
+        ({"experts": 8, "groups": 2, "top_groups": 3}, "model.moe.top_groups is 3, but model.moe.groups is 2"),
+        ({"experts": 8, "groups": 4, "active": 3}, "of 2 experts have only 2; raise top_groups"),
+        ({"experts": 8, "groups": 8, "active": 1, "group_score": "top2"}, "groups have one expert each"),
+    ],
+)
+def test_problems_of_experts(moe, expected):
+    sizes = {"parallel__expert": 4, "parallel__tensor": 2, "parallel__context": 2, "parallel__pipeline": 2}
+    found = problems(changed(**{f"model__moe__{name}": value for name, value in moe.items()}, **sizes), devices=32)
+    assert any(expected in problem for problem in found), found
+
+
+def test_a_mixture_fills_its_dim():
+    moe = MoeConfig(experts=8, active=4)
+    resolved = resolve(config(model=ModelConfig(moe=moe), parallel=ParallelConfig(expert=4)), devices=8)
+    assert resolved.model.moe.dim == 176 and resolved.parallel.data == 2  # 704 / 4
+    with pytest.raises(ConfigError, match="use a multiple of 8"):  # rows are spread over expert too
+        resolve(
+            config(
+                data=DataConfig(stores=STORES, batch_size=12),
+                model=ModelConfig(moe=moe),
+                parallel=ParallelConfig(expert=4),
+            ),
+            devices=8,
+        )
 
 
 def test_all_problems_are_reported_at_once():

@@ -26,11 +26,6 @@ def check_model(config: Config) -> Iterator[str]:
             f"model.attention.windows has {len(attention.windows)} entries for {model.num_layers} layers; "
             "give between one and as many as there are layers"
         )
-    if model.moe.dense_layers:
-        yield (
-            f"model.moe.dense_layers is {model.moe.dense_layers}, but every layer of a model without experts is dense; "
-            "type model.moe.dense_layers=0"
-        )
     if attention.qk_norm_joint and not attention.qk_norm:
         yield "model.attention.qk_norm_joint says how qk_norm is done, which is off; type model.attention.qk_norm=True"
     if model.normed_head and model.tie_embeddings:

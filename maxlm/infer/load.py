@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +23,12 @@ from maxlm.errors import UserError
 from maxlm.infer.generate import RunnableModel, encode_prompts, generate_text
 from maxlm.infer.pretrained import PretrainedText
 from maxlm.infer.sampling import Sampling
+from maxlm.kernels import grouped
 from maxlm.kernels.attention import dispatch
+from maxlm.kernels.experts import local_experts
 from maxlm.model.decoder import split_model
 from maxlm.model.runtime import Runtime
+from maxlm.parallel.experts import sharded_experts
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import RULES, constrainer, named_sharding
 from maxlm.resolve import resolve
@@ -55,7 +59,11 @@ def runnable(config: Config, params: Any) -> RunnableModel:
         config=config.model,
         graphdef=split_model(config.model).graphdef,
         params=jax.device_put(params, device),
-        runtime=Runtime(dtype=jnp.dtype(config.train.precision), attend=dispatch(device.platform)),
+        runtime=Runtime(
+            dtype=jnp.dtype(config.train.precision),
+            attend=dispatch(device.platform),
+            experts=functools.partial(local_experts, backend=grouped.choose(device.platform)),
+        ),
     )
 
 
@@ -73,13 +81,16 @@ def generation_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> Mesh:
 
 
 def generation_runtime(mesh: Mesh, dtype: Any) -> Runtime:
-    """Every device works on all rows, which are few, and on its part of the weights: those never travel."""
+    """Every device works on all rows, which are few, and on its part of the weights: those never travel, but for
+    experts' from `fsdp`."""
     place = constrainer(mesh)
 
     def constrain(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
         return place(x, tuple(None if name in ("batch", "seq", "residual") else name for name in logical))
 
-    return Runtime(dtype=dtype, constrain=constrain, attend=dispatch(mesh.devices.flat[0].platform))
+    platform = mesh.devices.flat[0].platform
+    experts = sharded_experts(grouped.choose(platform), mesh, rows=None)
+    return Runtime(dtype=dtype, constrain=constrain, attend=dispatch(platform), experts=experts)
 
 
 def load_model(path: Path, *, dtype: str, log: Log, devices: Sequence[jax.Device] | None = None) -> RunnableModel:

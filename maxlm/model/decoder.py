@@ -25,6 +25,7 @@ from maxlm.model.attention import AttentionOut, GroupedQueryAttention, KeyValues
 from maxlm.model.latent import LatentAttention
 from maxlm.model.layers import Embedding, Head, capped_logits, make_norm
 from maxlm.model.mlp import FeedForwardOut, Mlp
+from maxlm.model.moe import MoeMlp
 from maxlm.model.param import param_specs, stack
 from maxlm.model.runtime import Runtime
 from maxlm.model.stack import LayerOut, Memories, run_stack
@@ -123,12 +124,13 @@ class Block(nnx.Module):
 
 
 def make_block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
-    """A block of grouped-query or latent attention and a dense feed-forward half."""
+    """A block of grouped-query or latent attention, and a dense feed-forward half or experts."""
     attention = LatentAttention if config.attention.latent.kv_dim else GroupedQueryAttention
+    feed_forward = MoeMlp if config.moe.experts else Mlp
     return Block(
         config,
         attention=attention(config, rngs=rngs),
-        mlp=Mlp(config, rngs=rngs),
+        mlp=feed_forward(config, rngs=rngs),
         rngs=rngs,
     )
 

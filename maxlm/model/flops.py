@@ -15,6 +15,7 @@ from jax.extend import core
 
 from maxlm import tree
 from maxlm.config import ModelConfig
+from maxlm.kernels import grouped
 from maxlm.model.decoder import STACKS, split_model
 from maxlm.model.param import ParamSpec
 
@@ -26,13 +27,15 @@ class Ledger:
     """Counts for a model and a sequence length. FLOPs are a token's, averaged over the positions of a row.
 
     params_by_component: embedding, attention, mlp, norms, head (absent if tied).
+    params_active: parameters that a token meets: all but those of the routed experts that it is not sent to.
     forward: FLOPs of the forward pass by component: attention (projections), scores (both products of attention, over
       the positions that causality and windows leave), mlp, head. Documents that end within a row see less still.
     scores_as_computed: what `scores` is where all S positions are multiplied and masked afterwards.
-    six_n: 6 N, N being all parameters but the tables that are only looked up (Kaplan et al. 2020).
+    six_n: 6 N, N being the active parameters without the tables that are only looked up (Kaplan et al. 2020).
     """
 
     params_by_component: Mapping[str, int]
+    params_active: int
     forward: Mapping[str, float]
     scores_as_computed: float
     six_n: float
@@ -62,12 +65,17 @@ def ledger(config: ModelConfig, *, sequence_length: int) -> Ledger:
     """The counts of a resolved model config over rows of `sequence_length` positions."""
     specs: dict[str, ParamSpec] = tree.paths(split_model(config).specs)
     params: dict[str, int] = {}
+    active = 0
     forward: dict[str, float] = {}
     for path, spec in specs.items():
         component = _component(path)
         params[component] = params.get(component, 0) + spec.size
+        met = spec.size
+        if "expert" in spec.logical:
+            met = spec.size // config.moe.experts * config.moe.active
+        active += met
         if spec.contract:
-            forward[component] = forward.get(component, 0.0) + 2.0 * spec.size
+            forward[component] = forward.get(component, 0.0) + 2.0 * met
     if config.tie_embeddings:
         forward["head"] = 2.0 * specs["embedding/table"].size
     looked_up = params["embedding"] - (specs["embedding/table"].size if config.tie_embeddings else 0)
@@ -77,9 +85,10 @@ def ledger(config: ModelConfig, *, sequence_length: int) -> Ledger:
     positions = [_positions_seen(windows[i % len(windows)], sequence_length) for i in range(config.num_layers)]
     return Ledger(
         params_by_component=params,
+        params_active=active,
         forward=forward | {"scores": seen * sum(positions)},
         scores_as_computed=seen * sequence_length * config.num_layers,
-        six_n=6.0 * (sum(params.values()) - looked_up),
+        six_n=6.0 * (active - looked_up),
     )
 
 
@@ -99,7 +108,8 @@ def _positions_seen(window: int, sequence: int) -> float:
 def count_matmul_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
     """FLOPs of all `dot_general`s that a run of the program performs.
 
-    A scan's body counts once a trip, a `cond` as its dearest branch, a `shard_map` for all of its devices.
+    A scan's body counts once a trip, a `cond` as its dearest branch, a `shard_map` for all of its devices, a grouped
+    product (`kernels.grouped`) as each row by one matrix.
 
     Raises:
       ValueError: a `while` with products in it, whose trips are not known before it runs.
@@ -113,6 +123,8 @@ def _equation_flops(equation: Any) -> int:
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    if name in ("jit", "pjit") and params["name"] in grouped.NAMES:
+        return _grouped_flops(equation)
     inner = [count_matmul_flops(sub) for sub in _subprograms(params)]
     if name == "cond":
         return max(inner)
@@ -127,6 +139,17 @@ def _equation_flops(equation: Any) -> int:
         axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
         trips = math.prod(params["mesh"].shape[axis] for axis in axes)
     return trips * sum(inner)
+
+
+def _grouped_flops(equation: Any) -> int:
+    """Of each row by one of the (E, D, F) matrices, or into one of them.
+
+    What a scan has hoisted out of its body has the same name, but neither matrices nor rows.
+    """
+    shapes = [variable.aval.shape for variable in (*equation.invars, *equation.outvars)]
+    matrices = [shape[1:] for shape in shapes if len(shape) == 3]
+    rows = [shape[0] for shape in shapes if len(shape) == 2]
+    return 2 * rows[0] * math.prod(matrices[0]) if rows and matrices else 0
 
 
 def _subprograms(params: Mapping[str, Any]) -> Iterator[core.Jaxpr | core.ClosedJaxpr]:

@@ -63,9 +63,10 @@ class FeedForwardOut(NamedTuple):
 class Mlp(nnx.Module):
     """act(x up) down, or with a gate act(x gate, x up) down; GELU in its tanh form."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dim: int = 0):
+        """With `dim` hidden dims, or those of the config."""
         self.kind = config.mlp.kind
-        embed, mlp = {"embed": config.embed_dim}, {"mlp": config.mlp.dim}
+        embed, mlp = {"embed": config.embed_dim}, {"mlp": dim or config.mlp.dim}
         inner, zero = fan_in_normal(1.0), constant(0.0)
         self.gate = parameter(rngs, embed | mlp, contract=("embed",), init=inner) if self.gated else None
         self.up = parameter(rngs, embed | mlp, contract=("embed",), init=inner)

@@ -29,12 +29,14 @@ class ParamSpec:
 
     logical: one logical axis a dim; stacked parameters have `layers` first.
     contract: the logical axes that its product sums over; () for tables, scales and biases.
+    trained: False for what the step sets by a rule of its own, and no optimizer touches.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     logical: tuple[str, ...]
     contract: tuple[str, ...]
+    trained: bool = True
 
     @property
     def size(self) -> int:
@@ -56,12 +58,14 @@ def parameter(
     contract: tuple[str, ...] = (),
     init: Initializer,
     dtype: Any = jnp.float32,
+    trained: bool = True,
 ) -> nnx.Param:
     """Declares and draws one parameter.
 
     Args:
       dims: logical axis -> size, in the order of the array's dims.
       contract: the axes of `dims` that the parameter's product sums over.
+      trained: as of `ParamSpec`.
 
     Raises:
       ValueError: a size is below 1, or a contracted axis is not among the dims.
@@ -74,7 +78,7 @@ def parameter(
         raise ValueError(f"parameter with dims {dict(dims)}: contract names {sorted(stray)}; name axes of dims only")
     fan_in = math.prod(dims[axis] for axis in contract)
     value = init(rngs.params(), tuple(dims.values()), fan_in, dtype)
-    return nnx.Param(value, logical=tuple(dims), contract=contract)
+    return nnx.Param(value, logical=tuple(dims), contract=contract, trained=trained)
 
 
 def normal(std: float) -> Initializer:
@@ -112,6 +116,6 @@ def param_specs(model: nnx.Module) -> dict[str, Any]:
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value, metadata = param.get_value(), param.get_metadata()
         specs["/".join(map(str, path))] = ParamSpec(
-            tuple(value.shape), value.dtype, metadata["logical"], metadata["contract"]
+            tuple(value.shape), value.dtype, metadata["logical"], metadata["contract"], metadata["trained"]
         )
     return tree.from_paths(specs)

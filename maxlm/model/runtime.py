@@ -11,10 +11,12 @@ import jax.numpy as jnp
 
 from maxlm.config import ACTIVATION_NAMES
 from maxlm.kernels import attention
+from maxlm.kernels.experts import local_experts
 from maxlm.kernels.matmul import SAVED_NAME
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, attention.Mask], jax.Array]
 LookupFn = Callable[[jax.Array, jax.Array], jax.Array]
+ExpertsFn = Callable[..., jax.Array]
 BlockFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 ArrayFn = Callable[..., jax.Array]
 
@@ -44,6 +46,8 @@ class Runtime:
       with whole rows hands every array of the batch to it first; nothing else may depend on the order.
     sequence_shards: into how many parts the positions of a row are cut.
     attend: (q (B,S,H,h), k (B,T,K,h), v (B,T,K,h), Mask) -> (B,S,H,h).
+    experts: as `kernels.experts.local_experts`, which it is on one device.
+    experts_limited: whether experts refuse tokens beyond `model.moe.capacity_factor`: in training they do.
     remat: what the backward pass finds saved: `none` (everything), `full` (block inputs only), `matmuls` (the products
       of `kernels.matmul.einsum` and attention's result besides), `custom` (block inputs and `remat_names`, out of
       config.ACTIVATION_NAMES).
@@ -55,6 +59,8 @@ class Runtime:
     arrange: Callable[[Any], Any] = _as_it_is
     sequence_shards: int = 1
     attend: AttentionFn = attention.plain
+    experts: ExpertsFn = local_experts
+    experts_limited: bool = False
     remat: str = "none"
     remat_names: tuple[str, ...] = ()
 

@@ -84,6 +84,8 @@ class Optimizer:
             directions.update(tree.paths(direction))
 
         def step(path: str, p: jax.Array) -> jax.Array:
+            if path not in self.assignments:
+                return jnp.zeros_like(p)
             _, multiplier, decay = self.assignments[path]
             direction = directions[path] + decay * p if decay else directions[path]
             return -(lr * multiplier) * direction
@@ -108,18 +110,20 @@ class Optimizer:
 
     def _members(self, params: dict[str, Any], rule: str) -> dict[str, Any]:
         """The part of a parameter tree that a rule is responsible for."""
-        return tree.from_paths({p: leaf for p, leaf in tree.paths(params).items() if self.assignments[p].rule == rule})
+        own = {path for path, assignment in self.assignments.items() if assignment.rule == rule}
+        return tree.from_paths({path: leaf for path, leaf in tree.paths(params).items() if path in own})
 
 
 def assign(optim: OptimConfig, specs: dict[str, Any]) -> dict[str, Assignment]:
     """What each parameter gets, by path, from a nested dict of ParamSpec.
 
-    With muon, the hidden matrices (role `matrix`) are Muon's and the rest, embedding and head included, AdamW's.
+    Parameters that are not trained get nothing. With muon, the hidden matrices (role `matrix`) are Muon's and the rest,
+    embedding and head included, AdamW's.
 
     Raises:
       RuleError: if decay_rules or lr_rules leave a parameter out, or hold a rule that decides nothing.
     """
-    declared = tree.paths(specs)
+    declared = {path: spec for path, spec in tree.paths(specs).items() if spec.trained}
     rates = match_rules(optim.lr_rules, declared, setting="optim.lr_rules")
     decays = match_rules(optim.decay_rules, declared, setting="optim.decay_rules")
 
@@ -141,7 +145,7 @@ def make_optimizer(optim: OptimConfig, specs: dict[str, Any]) -> Optimizer:
     declared, assignments = tree.paths(specs), assign(optim, specs)
     rules = sorted({assignment.rule for assignment in assignments.values()})
     _check_moments(optim, rules)
-    own = {rule: {p: spec for p, spec in declared.items() if assignments[p].rule == rule} for rule in rules}
+    own = {rule: {p: declared[p] for p in assignments if assignments[p].rule == rule} for rule in rules}
     return Optimizer(declared, assignments, {rule: RULES[rule](optim, own[rule]) for rule in rules})
 
 

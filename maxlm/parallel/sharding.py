@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "seq": ("context",),
     "residual": ("context", "tensor"),
     "embed": ("fsdp",),
@@ -30,6 +30,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "positions": (),
     "mlp": ("tensor",),
     "expert": ("expert",),
+    "router": (),
     "layers": ("pipeline",),
 }
 

@@ -41,6 +41,7 @@ def outlook(config: Config) -> Figures:
         "parameters": {
             **dict(counts.params_by_component),
             "total": counts.params_total,
+            "active": counts.params_active,
             "besides embeddings": counts.params_nonembedding,
         },
         "tokens": {

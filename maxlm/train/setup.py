@@ -15,11 +15,13 @@ from jax.sharding import Mesh
 
 from maxlm.config import Config
 from maxlm.data.batch import Batch
+from maxlm.kernels import grouped
 from maxlm.kernels.attention import AttentionFn, choose, dispatch
 from maxlm.model.decoder import ModelParts, split_model
 from maxlm.model.runtime import Runtime
 from maxlm.optim.optimizers import Optimizer, make_optimizer
 from maxlm.parallel.context import arrange, choose_method, context_attention
+from maxlm.parallel.experts import sharded_experts
 from maxlm.parallel.islands import sharded_attention, sharded_lookup
 from maxlm.parallel.sharding import constrainer, named_sharding
 from maxlm.train.pipeline import make_pipeline
@@ -56,11 +58,12 @@ class Setup:
         return self.lower(rows, positions).compile()
 
 
-def make_runtime(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Runtime, str]:
+def make_runtime(config: Config, mesh: Mesh, *, segments: bool, experts_limited: bool = False) -> tuple[Runtime, str]:
     """How the model is run on this mesh, and the name of its attention back end.
 
     Args:
       segments: whether rows hold several documents that must not see each other.
+      experts_limited: as of `Runtime`.
     """
     attend, name = _make_attention(config, mesh, segments=segments)
     devices = mesh.shape["context"]
@@ -71,6 +74,8 @@ def make_runtime(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Runtime
         attend=attend,
         arrange=functools.partial(arrange, devices=devices),
         sequence_shards=devices,
+        experts=sharded_experts(grouped.choose(mesh.devices.flat[0].platform), mesh),
+        experts_limited=experts_limited,
         remat=config.train.remat,
         remat_names=config.train.remat_names,
     )
@@ -113,7 +118,9 @@ def make_setup(config: Config, mesh: Mesh) -> Setup:
     """The setup of a resolved config on a mesh."""
     parts = split_model(config.model)
     optimizer = make_optimizer(config.optim, parts.specs)
-    runtime, backend = make_runtime(config, mesh, segments=separates_documents(config.data))
+    runtime, backend = make_runtime(
+        config, mesh, segments=separates_documents(config.data), experts_limited=bool(config.model.moe.capacity_factor)
+    )
     eval_runtime, _ = make_runtime(config, mesh, segments=True)  # several windows share a row
     return Setup(
         config=config,

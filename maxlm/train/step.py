@@ -15,6 +15,7 @@ from maxlm import tree
 from maxlm.checkpoint.digest import digest_array
 from maxlm.config import Config, DataConfig
 from maxlm.data.batch import Batch
+from maxlm.model import moe
 from maxlm.model.decoder import STACKS, Decoder, ModelParts, merge
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.runtime import Runtime
@@ -36,8 +37,8 @@ def make_train_step(
 
     The batch is the global one: int32 and float32 arrays (B, S) over the whole mesh. The loss is the mean over all
     loss-bearing positions of the global batch, so that neither accumulation nor the mesh changes it. Metrics are
-    scalars, and `norms`, a dict of per-layer float32 arrays that is filled every `norms_every` steps. `pipeline` takes
-    the place of accumulation where layers are spread over stages.
+    scalars (of the experts' load the mean over layers), and `norms`, a dict of per-layer float32 arrays that is filled
+    every `norms_every` steps. `pipeline` takes the place of accumulation where layers are spread over stages.
     """
     schedule = make_schedule(config.optim, config.train.steps)
     separate = separates_documents(config.data)
@@ -47,9 +48,17 @@ def make_train_step(
         """A microbatch's share of the loss, times the loss scale."""
         model = merge(parts.graphdef, params)
         segments = batch.segments if separate else None
-        out = model.hidden(batch.tokens, positions_BS=batch.positions, segments_BS=segments, runtime=runtime)
+        out = model.hidden(
+            batch.tokens,
+            positions_BS=batch.positions,
+            segments_BS=segments,
+            real_BS=batch.segments > 0,
+            runtime=runtime,
+        )
         total, terms = head_loss(config, model, out.hidden_BSD, batch, denominator=denominator, runtime=runtime)
-        return total * scale, terms | {"activations": out.norms}
+        # Of the rows of the whole batch, as the denominator is of its positions.
+        aux = moe.auxiliary_losses(config.model.moe, out.aux, rows=batch.tokens.shape[0] * config.train.accumulation)
+        return (total + aux.total) * scale, terms | {"experts": aux.terms, "activations": out.norms}
 
     def gradients(params: dict, batch: Batch, denominator: jax.Array, scale: jax.Array) -> tuple[Metrics, dict]:
         """Loss terms and float32 gradients of the whole batch, a microbatch at a time."""
@@ -90,6 +99,8 @@ def make_train_step(
             lr = schedule(state.step)
             updates, opt_state = optimizer.update(clipped.grads, state.opt_state, state.params, lr=lr)
             params = jax.tree.map(jnp.add, state.params, updates)
+            if config.model.moe.selection_bias:
+                params = moe.moved_biases(params, terms["experts"]["load"], rate=config.model.moe.bias_rate)
 
         with jax.named_scope("guard"):
             overflow = scaling.overflowed(state.scale, clipped.norm)
@@ -112,15 +123,19 @@ def make_train_step(
             )
 
         with jax.named_scope("metrics"):
-            norms = {
+            norms: dict[str, Callable[[], Any]] = {
                 "weights": lambda: layer_rms(state.params),
                 "gradients": lambda: layer_rms(grads),
                 "updates": lambda: layer_rms(updates),
                 "activations": lambda: terms["activations"],
             }
+            experts = terms.get("experts", {})  # of a pipeline there are none
+            if experts:
+                norms["experts"] = lambda: moe.layer_loads(experts)
             metrics = {
                 "loss": terms["loss"],
                 "z_loss": terms["z_loss"],
+                **moe.scalars(experts),
                 "grad_norm": clipped.norm,
                 "lr": lr,
                 "tokens": tokens,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from maxlm import tree
-from maxlm.config import LatentConfig, RopeConfig
+from maxlm.config import LatentConfig, MoeConfig, RopeConfig
 from maxlm.model.decoder import init_params, merge, split_model
 from maxlm.model.flops import count_matmul_flops, ledger
 from maxlm.model.loss import chunked_cross_entropy
@@ -16,6 +16,9 @@ VARIANTS = {
     "tied, plain mlp": {"tie_embeddings": True, "mlp": {"kind": "gelu"}},
     "latent": {"attention": {"kv_heads": 4, "latent": LatentConfig(kv_dim=12, query_dim=10, rope_dim=4, value_dim=6)}},
     "learned positions": {"learned_positions": 12, "rope": RopeConfig(fraction=0.0), "tie_embeddings": True},
+    "experts, shared ones, a dense prefix": {
+        "moe": MoeConfig(experts=6, active=2, dim=16, shared_dim=8, shared_gate=True, dense_layers=1)
+    },
     "windows and a suffix": {"attention": {"windows": (3, 0), "kv_heads": 1, "qk_norm": True, "bias": True}},
 }
 
@@ -91,6 +94,16 @@ def test_counts_by_hand(tiny):
     seen = (34 + 55 + 55) / 10
     assert counts.forward["scores"] == pytest.approx(4 * heads * h * seen)
     assert counts.causal_exact == pytest.approx(6 * (attention + mlp + d * v) + 12 * heads * h * seen)
+
+
+def test_experts_count_as_far_as_a_token_meets_them(tiny):
+    config = tiny.config(moe=MoeConfig(experts=6, active=2, dim=16, shared_dim=8, dense_layers=1))
+    counts = ledger(config, sequence_length=10)
+    expert, others = 3 * 24 * 16, 1 * 3 * 24 * 40 + 2 * (24 * 6 + 3 * 24 * 8)
+    assert counts.params_by_component["mlp"] == others + 2 * 6 * expert
+    assert counts.params_total - counts.params_active == 2 * 4 * expert
+    assert counts.forward["mlp"] == 2 * (others + 2 * 2 * expert)
+    assert counts.six_n == 6 * (counts.params_active - counts.params_by_component["embedding"])
 
 
 def test_counter_multiplies_through_control_flow():

@@ -12,7 +12,7 @@ from maxlm.resolve import resolve
 
 def test_rows_of_the_table():
     assert partition(("layers", "embed", "q_heads", "head_dim")) == P("pipeline", "fsdp", "tensor", None)
-    assert partition(("batch", "seq", None)) == P(("data", "fsdp"), "context", None)
+    assert partition(("batch", "seq", None)) == P(("data", "fsdp", "expert"), "context", None)
     assert partition(()) == P()
 
 

@@ -12,23 +12,9 @@ from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
 from maxlm.train.setup import make_setup, place_batch
 from maxlm.train.state import TrainState, make_state
-from tests.tiny import tiny_config
+from tests.tiny import random_batch, tiny_config
 
 ROWS, POSITIONS = 8, 64
-
-
-def random_batch(seed: int) -> Batch:
-    """Rows of two documents each, the last row half padding, so that rows differ in how many positions bear loss."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(1, 264, (ROWS, POSITIONS + 1), dtype=np.int32)
-    cut = rng.integers(5, POSITIONS - 5, ROWS)
-    places = np.arange(POSITIONS)
-    segments = 1 + (places >= cut[:, None]).astype(np.int32)
-    positions = np.where(places >= cut[:, None], places - cut[:, None], places).astype(np.int32)
-    weights = (places != cut[:, None] - 1).astype(np.float32)
-    segments[-1, 32:] = 0
-    weights[-1, 31:] = 0
-    return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, weights)
 
 
 class Runner:

@@ -1,0 +1,253 @@
+"""Products of rows by the matrix of their group, behind one table of back ends: the experts' matrix products.
+
+Shapes: N rows, D in, F out, E groups. Rows are sorted by group: the first sizes[0] belong to group 0, and so on; rows
+after the last group belong to none.
+
+None of the back ends but `plain` spends FLOPs or memory on the number of groups, beyond the matrices themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LARGEST_BLOCK = 128
+MEGABLOX_TILES = (512, 1024, 1024)  # rows, contracted, out; smaller where a dim is
+
+RowsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation. Operands come in the compute dtype; sums and results are float32.
+
+    rows: (x (N, D), w (E, D, F), sizes (E,)) -> (N, F); rows of no group come out undefined.
+    rows_transposed: (g (N, F), w (E, D, F), sizes) -> (N, D), likewise.
+    outer: (x (N, D), g (N, F), sizes) -> (E, D, F), the sums over each group's rows; zero for an empty group.
+    platforms: of jax.Device.platform; empty: any.
+    """
+
+    name: str
+    rows: RowsFn
+    rows_transposed: RowsFn
+    outer: RowsFn
+    platforms: tuple[str, ...] = ()
+
+
+def grouped_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, backend: Backend, dtype: Any) -> jax.Array:
+    """(N, D) by (E, D, F) -> (N, F) in `dtype`, each row by its group's matrix; rows of no group come out undefined.
+
+    Operands are cast to `dtype` and sums are float32, in the gradients as well, which come back in the dtypes in which
+    x and w came: a float32 master weight gets a gradient that was never rounded.
+    """
+    return _product(backend, jnp.dtype(dtype), x.astype(dtype), w, sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(backend: Backend, dtype: Any, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    return grouped_rows(x, w.astype(dtype), sizes, backend=backend, transposed=False).astype(dtype)
+
+
+def _forward(backend: Backend, dtype: Any, x: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
+    return _product(backend, dtype, x, w, sizes), (x, w, sizes)
+
+
+def _backward(backend: Backend, dtype: Any, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, w, sizes = kept
+    g = g.astype(dtype)
+    dx = grouped_rows(g, w.astype(dtype), sizes, backend=backend, transposed=True)
+    dw = grouped_outer(x, g, sizes, backend=backend)
+    return dx.astype(x.dtype), dw.astype(w.dtype), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def row_groups(sizes: jax.Array, rows: int) -> jax.Array:
+    """(N,) the group of every row; E for those of none."""
+    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
+
+
+# Programs of their own in the trace, by whose names `model.flops` knows them: the trips of a loop over groups depend on
+# the data, and a hand-written kernel cannot be looked into.
+NAMES = ("grouped_rows", "grouped_outer")
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "transposed"))
+def grouped_rows(x: jax.Array, w: jax.Array, sizes: jax.Array, *, backend: Backend, transposed: bool) -> jax.Array:
+    """Every row by its group's matrix, or by its transpose; 2 N D F FLOPs."""
+    return (backend.rows_transposed if transposed else backend.rows)(x, w, sizes)
+
+
+@functools.partial(jax.jit, static_argnames=("backend",))
+def grouped_outer(x: jax.Array, g: jax.Array, sizes: jax.Array, *, backend: Backend) -> jax.Array:
+    """Every group's sum of outer products of its rows; 2 N D F FLOPs."""
+    return backend.outer(x, g, sizes)
+
+
+# --- plain: one copy of a matrix a row -------------------------------------------------------------------------------
+
+
+def _plain_rows(spec: str, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    own = jnp.take(w, row_groups(sizes, x.shape[0]), axis=0, mode="clip")
+    return jnp.einsum(spec, x, own, preferred_element_type=jnp.float32)
+
+
+def _plain_outer(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+    products = jnp.einsum("nd,nf->ndf", x, g, preferred_element_type=jnp.float32)
+    zeros = jnp.zeros((sizes.shape[0], *products.shape[1:]), jnp.float32)
+    return zeros.at[row_groups(sizes, x.shape[0])].add(products, mode="drop")
+
+
+# --- blocked: a loop over groups, and over blocks of a group's rows --------------------------------------------------
+
+
+def block_rows(rows: int, groups: int) -> int:
+    """Rows that are multiplied at once: a power of two, and small enough that the last, partly empty blocks of all
+    groups together add an eighth to the FLOPs at the very most."""
+    return min(LARGEST_BLOCK, 2 ** max((rows // (8 * groups)).bit_length() - 1, 0))
+
+
+def blocks(sizes: jax.Array, block: int) -> jax.Array:
+    """(E,) how many blocks of rows each group takes."""
+    return -(-sizes // block)
+
+
+def _padded(x: jax.Array, block: int) -> jax.Array:
+    """With room for a last block that goes beyond the end."""
+    return jnp.pad(x, ((0, block), (0, 0)))
+
+
+def _blocked_rows(contract: int, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Contracts x (N, ·) with dim `contract` of each (D, F).
+
+    A group's last block goes on into the rows of the groups after it, which are written again when their turn comes.
+    """
+    rows, block = x.shape[0], block_rows(x.shape[0], w.shape[0])
+    x = _padded(x, block)
+
+    def group(out: jax.Array, this: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        w, first, count = this
+
+        def one(index: jax.Array, out: jax.Array) -> jax.Array:
+            start = first + index * block
+            part = lax.dynamic_slice_in_dim(x, start, block)
+            y = lax.dot_general(part, w, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32)
+            return lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
+
+        return lax.fori_loop(0, count, one, out), None
+
+    out = jnp.zeros((rows + block, w.shape[2 - contract]), jnp.float32)
+    out, _ = lax.scan(group, out, (w, jnp.cumsum(sizes) - sizes, blocks(sizes, block)))
+    return out[:rows]
+
+
+def _blocked_outer(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+    block = block_rows(x.shape[0], sizes.shape[0])
+    x, g = _padded(x, block), _padded(g, block)
+
+    def group(_: None, this: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        first, size, count = this
+
+        def one(index: jax.Array, total: jax.Array) -> jax.Array:
+            start = first + index * block
+            own = (index * block + jnp.arange(block) < size)[:, None]
+            parts = (lax.dynamic_slice_in_dim(y, start, block) for y in (x, g))
+            left, right = (jnp.where(own, part, 0) for part in parts)
+            return total + lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+        return None, lax.fori_loop(0, count, one, jnp.zeros((x.shape[1], g.shape[1]), jnp.float32))
+
+    return lax.scan(group, None, (jnp.cumsum(sizes) - sizes, sizes, blocks(sizes, block)))[1]
+
+
+# --- what others have written ----------------------------------------------------------------------------------------
+
+
+def _ragged_rows(contract: int, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    return lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=jnp.float32)
+
+
+def _ragged_outer(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    return lax.ragged_dot_general(x, g, sizes, numbers, preferred_element_type=jnp.float32)
+
+
+def _megablox(x: jax.Array, contracted: int, out: int) -> tuple[jax.Array, tuple[int, int, int]]:
+    """The rows filled up to whole tiles, and the tiles: multiples of the lanes' 128, no larger than the dims need."""
+    limits = zip(MEGABLOX_TILES, (x.shape[0], contracted, out), strict=True)
+    rows, inner, outer = (min(limit, -(-size // 128) * 128) for limit, size in limits)
+    return jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0))), (rows, inner, outer)
+
+
+def _megablox_rows(
+    x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool = False, interpret: bool = False
+) -> jax.Array:
+    """Megablox (Gale et al. 2023) as Pallas kernels, which visit the tiles of groups that have rows."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    filled, tiles = _megablox(x, x.shape[1], w.shape[1 if transposed else 2])
+    out = gmm(filled, w, sizes, jnp.float32, tiles, transpose_rhs=transposed, interpret=interpret)
+    return out[: x.shape[0]]
+
+
+def _megablox_outer(x: jax.Array, g: jax.Array, sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    (x, tiles), (g, _) = _megablox(x, x.shape[1], g.shape[1]), _megablox(g, x.shape[1], g.shape[1])
+    out = tgmm(x.T, g, sizes, jnp.float32, tiles, interpret=interpret)
+    return jnp.where((sizes > 0)[:, None, None], out, 0.0)  # of an empty group it writes nothing
+
+
+def megablox(*, interpret: bool = False) -> Backend:
+    """The kernels for TPU; interpreted on any platform for tests."""
+    return Backend(
+        "megablox",
+        rows=functools.partial(_megablox_rows, interpret=interpret),
+        rows_transposed=functools.partial(_megablox_rows, transposed=True, interpret=interpret),
+        outer=functools.partial(_megablox_outer, interpret=interpret),
+        platforms=("tpu",),
+    )
+
+
+PLAIN = Backend(
+    "plain",
+    rows=functools.partial(_plain_rows, "nd,ndf->nf"),
+    rows_transposed=functools.partial(_plain_rows, "nf,ndf->nd"),
+    outer=_plain_outer,
+)
+
+# In order of preference. `lax.ragged_dot` is right everywhere, but on CPU it computes every group's product of all
+# rows, and so does its weight gradient on TPU.
+BACKENDS: tuple[Backend, ...] = (
+    megablox(),
+    Backend(
+        "blocked",
+        rows=functools.partial(_blocked_rows, 0),
+        rows_transposed=functools.partial(_blocked_rows, 1),
+        outer=_blocked_outer,
+        platforms=("cpu",),
+    ),
+    Backend(
+        "ragged",
+        rows=functools.partial(_ragged_rows, 1),
+        rows_transposed=functools.partial(_ragged_rows, 2),
+        outer=_ragged_outer,
+    ),
+)
+
+
+def choose(platform: str) -> Backend:
+    """The first back end of the table for devices of this platform, e.g. "cpu", "gpu", "tpu"."""
+    return next(backend for backend in BACKENDS if not backend.platforms or platform in backend.platforms)

@@ -1,0 +1,154 @@
+"""Experts over a mesh: tokens travel to the devices that hold their experts, and back.
+
+Shapes: B batch, S sequence, T tokens of a device, k experts of a token, D embed, F mlp, E experts of all, p devices
+along the mesh axis `expert`, C rows of the region that a device keeps for each sender.
+
+Outside of the experts, `expert` spreads the batch as `data` does. Inside, every device holds E / p experts, of whose
+hidden dims it has a part where `tensor` is above one, and whose weights it gathers from `fsdp` for the while.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from maxlm.kernels.experts import (
+    Experts,
+    Hidden,
+    Linear,
+    Routes,
+    from_rows,
+    local_experts,
+    order,
+    through_experts,
+    to_rows,
+    weighted,
+)
+from maxlm.kernels.grouped import Backend
+from maxlm.parallel.islands import island
+from maxlm.parallel.sharding import partition, shards
+
+RAGGED_PLATFORMS = ("tpu", "gpu", "cuda")
+"""Those on which XLA has an all-to-all that sends only the rows there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    devices: int  # p
+    ragged: bool
+    scattered: bool
+    hidden: Hidden
+    capacity: int
+    dtype: Any
+    backend: Backend
+
+
+def sharded_experts(backend: Backend, mesh: Mesh, *, rows: str | None = "batch") -> Callable[..., jax.Array]:
+    """`kernels.experts.local_experts` over a mesh, with the same arguments and result.
+
+    Each pair of devices exchanges up to C rows, which is enough for whatever is asked of it: T min(k, E / p), or with
+    a capacity what that lets through, if it is less. Nothing is dropped here. On TPU and GPU only the rows that there
+    are cross the network; the CPU's XLA has no such collective, and whole regions are sent.
+
+    Args:
+      rows: the logical axis of the batch; None: every device has all rows.
+    """
+    tokens = partition((rows, "seq", None))
+    ragged = mesh.devices.flat[0].platform in RAGGED_PLATFORMS
+
+    def run(
+        x: jax.Array, routes: Routes, experts: Experts, *, hidden: Hidden, capacity: int = 0, dtype: Any
+    ) -> jax.Array:
+        # The sum over `tensor` leaves each of its devices a part of the positions, as the stream has them.
+        scattered = x.shape[1] % shards(mesh, "residual") == 0
+        settings = _Settings(mesh.shape["expert"], ragged, scattered, hidden, capacity, dtype, backend)
+        place: Any = Routes
+        specs = (
+            tokens,
+            place(tokens, tokens),
+            jax.tree.map(lambda _, axes: partition(axes), experts, _logical(experts)),
+        )
+        out = partition((rows, "residual" if scattered else "seq", None))
+        function = functools.partial(_on_device, settings)
+        return island(function, mesh, in_specs=specs, out_specs=out)(x.astype(dtype), routes, experts)
+
+    return run
+
+
+def _logical(experts: Experts) -> Any:
+    """The logical axes of every array, in its place."""
+
+    def axes(linear: Linear | None, inner: str, outer: str) -> Any:
+        if linear is None:
+            return None
+        place: Any = Linear
+        return place(("expert", inner, outer), None if linear.bias is None else ("expert", outer))
+
+    place: Any = Experts
+    return place(
+        axes(experts.gate, "embed", "mlp"), axes(experts.up, "embed", "mlp"), axes(experts.down, "mlp", "embed")
+    )
+
+
+def _whole(w: jax.Array, logical: tuple[str, ...]) -> jax.Array:
+    """The part of a projection that a device computes with: all of `embed`, which `fsdp` spreads."""
+    return lax.all_gather(w, "fsdp", axis=logical.index("embed"), tiled=True) if "embed" in logical else w
+
+
+def _on_device(settings: _Settings, x: jax.Array, routes: Routes, experts: Experts) -> jax.Array:
+    """(B, S, D) of this device -> the same, float32, or the device's part of its positions."""
+    experts = jax.tree.map(_whole, experts, _logical(experts))
+    if experts.down.bias is not None:  # is added by one of those whose parts are summed
+        first = lax.axis_index("tensor") == 0
+        experts = experts._replace(down=experts.down._replace(bias=jnp.where(first, experts.down.bias, 0.0)))
+    if settings.devices == 1:
+        y = local_experts(x, routes, experts, hidden=settings.hidden, dtype=settings.dtype, backend=settings.backend)
+    else:
+        y = _travelling(settings, x, routes, experts)
+    if settings.scattered:
+        return lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)
+    return lax.psum(y, "tensor")
+
+
+def _travelling(settings: _Settings, x: jax.Array, routes: Routes, experts: Experts) -> jax.Array:
+    tokens, chosen = x.reshape(-1, x.shape[-1]), routes.experts.reshape(-1)
+    held, choices = experts.up.kernel.shape[0], routes.experts.shape[-1]
+    region = tokens.shape[0] * min(choices, held)
+    if settings.capacity:
+        region = min(region, x.shape[0] * held * settings.capacity)
+
+    # Experts are numbered device by device; the number E, nowhere, becomes device p, which is none.
+    outbound = order(chosen // held, settings.devices, region=region)
+    wanted = jnp.take(chosen % held, outbound.entries, mode="fill", fill_value=held)
+    arrived = lax.all_to_all(outbound.sizes, "expert", 0, 0, tiled=True)
+    wanted = lax.all_to_all(wanted, "expert", 0, 0, tiled=True)
+    rows = _exchanged(settings, to_rows(tokens, outbound), outbound.sizes, arrived)
+
+    place = order(wanted, held)
+    sorted_rows = to_rows(rows, place)
+    y = through_experts(
+        sorted_rows, place.sizes, experts, hidden=settings.hidden, dtype=settings.dtype, backend=settings.backend
+    )
+    y = _exchanged(settings, from_rows(y, place), arrived, outbound.sizes)
+    return weighted(from_rows(y, outbound), routes.weights.reshape(-1, choices)).reshape(x.shape)
+
+
+def _exchanged(settings: _Settings, rows: jax.Array, sent: jax.Array, received: jax.Array) -> jax.Array:
+    """Region j of each device's rows (p C, D) goes to device j, which has it as the region of its sender.
+
+    Args:
+      sent, received: (p,) int32: rows in use at the beginning of each region, before and after.
+    """
+    if not settings.ragged:
+        return lax.all_to_all(rows, "expert", 0, 0, tiled=True)
+    region = rows.shape[0] // settings.devices
+    begins = (jnp.arange(settings.devices) * region).astype(jnp.int32)
+    own = jnp.full(settings.devices, lax.axis_index("expert") * region, jnp.int32)
+    return lax.ragged_all_to_all(rows, jnp.zeros_like(rows), begins, sent, own, received, axis_name="expert")

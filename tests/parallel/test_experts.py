@@ -1,0 +1,193 @@
+"""Experts over a mesh: one step's loss and every gradient are those of one device, and planted bugs are noticed."""
+
+import dataclasses
+import functools
+import math
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from maxlm import tree
+from maxlm.config import MoeConfig, ParallelConfig
+from maxlm.model import moe
+from maxlm.model.attention import Sight
+from maxlm.model.decoder import merge, split_model
+from maxlm.parallel import experts
+from maxlm.parallel.mesh import make_mesh
+from maxlm.resolve import resolve
+from maxlm.train.setup import make_setup
+from tests.tiny import MODEL, differences, loss_and_gradients, random_batch, tiny_config
+
+ROWS, LENGTH = 8, 32
+BATCH = random_batch(0, ROWS, LENGTH)
+EXPERTS = MoeConfig(experts=8, active=2, dim=32, shared_dim=16, balance_loss=0.05, router_z_loss=0.01)
+DROPLESS = dataclasses.replace(EXPERTS, selection_bias=True, router="sigmoid", bias_rate=0.01)
+LIMITED = dataclasses.replace(EXPERTS, capacity_factor=1.0)
+
+MESHES = {
+    "expert 4, fsdp 2": (DROPLESS, dict(data=1, fsdp=2, expert=4), {}),
+    "data 2, expert 2, tensor 2": (DROPLESS, dict(data=2, expert=2, tensor=2), {}),
+    "fsdp 2, expert 2, tensor 2, accumulation 2, remat": (
+        DROPLESS,
+        dict(data=1, fsdp=2, expert=2, tensor=2),
+        {"train__accumulation": 2, "train__remat": "full"},
+    ),
+    "fsdp 2, tensor 2, accumulation 4": (DROPLESS, dict(data=1, fsdp=2, tensor=2), {"train__accumulation": 4}),
+    "context 2, expert 2, tensor 2": (DROPLESS, dict(data=1, context=2, expert=2, tensor=2), {}),
+    "capacity, expert 8": (LIMITED, dict(data=1, expert=8), {}),
+    "capacity, data 2, expert 2, accumulation 2": (LIMITED, dict(data=2, expert=2), {"train__accumulation": 2}),
+}
+
+
+DEFAULT = ("capacity, expert 8", "fsdp 2, expert 2, tensor 2, accumulation 2, remat")
+
+
+def config_of(settings, parallel=None, **leaves):
+    model = dataclasses.replace(MODEL, num_layers=2, moe=settings)
+    return tiny_config(
+        "unused",
+        model=model,
+        data__sequence_length=LENGTH,
+        parallel=ParallelConfig(**(parallel or {"data": 1})),
+        **{"train__norms_every": 0, **leaves},
+    )
+
+
+@functools.cache
+def params_of(settings):
+    """Drawn parameters whose biases, where there are any, are not all alike."""
+    draws = np.random.default_rng(2)
+
+    def draw(path, spec):
+        normal = draws.standard_normal(spec.shape, np.float32)
+        if spec.role == "vector":
+            return 0.1 * normal + (0.0 if path.endswith("bias") else 1.0)
+        fan_in = math.prod(size for size, axis in zip(spec.shape, spec.logical, strict=True) if axis in spec.contract)
+        return normal / math.sqrt(fan_in)
+
+    return tree.map_paths(draw, split_model(resolve(config_of(settings)).model).specs)
+
+
+@functools.cache
+def reference(settings):
+    return loss_and_gradients(config_of(settings), BATCH, params=params_of(settings))
+
+
+def computed(name):
+    settings, parallel, leaves = MESHES[name]
+    return loss_and_gradients(config_of(settings, parallel, **leaves), BATCH, params=params_of(settings))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in DEFAULT else [pytest.mark.slow]) for n in MESHES])
+def test_a_mesh_computes_what_one_device_does(name):
+    expected, got = reference(MESHES[name][0]), computed(name)
+    assert differences(got, expected) == []
+    for metric in ("load_max_over_mean", "dropped"):
+        np.testing.assert_allclose(got.metrics[metric], expected.metrics[metric], rtol=1e-6)
+    assert (expected.metrics["dropped"] > 0) == bool(MESHES[name][0].capacity_factor)
+    path = "layers/mlp/selection_bias"
+    if path in expected.params:  # the step has moved it, by the counts of the whole batch
+        np.testing.assert_array_equal(got.params[path], expected.params[path])
+        moved = expected.params[path] - tree.paths(params_of(DROPLESS))[path]
+        np.testing.assert_allclose(np.abs(moved)[moved != 0], DROPLESS.bias_rate, rtol=1e-4)
+        assert np.mean(moved != 0) > 0.9
+        assert not expected.gradients[path].any()
+    if name == "capacity, expert 8":  # tokens travel a region at a time, and nothing brings all rows together
+        assert re.search(r" all-to-all\(", got.program)
+        assert not re.search(rf"\[{ROWS},{LENGTH}[,\]][^=]* all-gather\(", got.program)
+
+
+def routes(settings, parallel):
+    """The experts of every layer's tokens, and by how much the last of them beat the best one left out."""
+    config = resolve(config_of(settings, parallel), devices=int(np.prod(list(parallel.values()))))
+    setup = make_setup(config, make_mesh(config.parallel, jax.devices()[: int(np.prod(list(parallel.values())))]))
+    found = []
+
+    def recorded(logits, bias, moe_config):
+        routed = route(logits, bias, moe_config)
+        scores = jax.nn.softmax(logits) if moe_config.router == "softmax" else jax.nn.sigmoid(logits)
+        best = jax.lax.top_k(scores if bias is None else scores + bias, moe_config.active + 1)[0]
+        found.append((routed.experts, best[..., -2] - best[..., -1]))
+        return routed
+
+    @jax.jit
+    def run(params):
+        model = merge(setup.parts.graphdef, params)
+        sight = Sight(BATCH.positions, BATCH.segments, BATCH.segments, real=BATCH.segments > 0)
+        x = model.embedding(jnp.asarray(BATCH.tokens), sight.positions, runtime=setup.runtime)
+        graphdef, state = nnx.split(model.layers)
+        for layer in range(config.model.num_layers):
+            block = nnx.merge(graphdef, jax.tree.map(lambda p, i=layer: p[i], nnx.to_pure_dict(state)))
+            x = block(x, sight=sight, window=0, runtime=setup.runtime).out
+        return found
+
+    route = moe.route
+    with mock.patch("maxlm.model.moe.route", recorded):
+        return jax.device_get(run(jax.device_put(params_of(settings), setup.shardings.params)))
+
+
+def test_choices_are_clear_and_alike():
+    """What the comparison of gradients rests on: no tie that another order of float32 sums could break."""
+    real = BATCH.segments > 0
+    for settings in (DROPLESS, LIMITED):
+        one, mesh = routes(settings, {"data": 1}), routes(settings, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
+        assert len(one) == len(mesh) == 2
+        for (chosen, margin), (other, _) in zip(one, mesh, strict=True):
+            assert margin[real].min() > 1e-4, margin[real].min()
+            np.testing.assert_array_equal(chosen[real], other[real])
+
+
+def test_experts_are_really_sharded():
+    settings, parallel = DROPLESS, dict(data=1, fsdp=2, expert=2, tensor=2)
+    config = resolve(config_of(settings, parallel), devices=8)
+    shardings = make_setup(config, make_mesh(config.parallel)).shardings
+    up = shardings.params["layers"]["mlp"]["up"]
+    assert up.shard_shape((2, 8, 32, 32)) == (2, 4, 16, 16)
+
+
+# --- planted bugs, which the same comparison has to notice -----------------------------------------------------------
+
+
+def test_a_doubled_auxiliary_loss_is_noticed():
+    """Accumulation that adds each microbatch's mean, instead of its share of the whole batch's."""
+    right = moe.auxiliary_losses
+
+    def doubled(config, aux, *, rows):
+        return right(config, aux, rows=rows // 2)
+
+    with mock.patch("maxlm.model.moe.auxiliary_losses", doubled):
+        config = config_of(LIMITED, train__accumulation=2)
+        found = differences(loss_and_gradients(config, BATCH, params=params_of(LIMITED)), reference(LIMITED))
+    assert any(problem.startswith("balance_loss") for problem in found)
+    assert any("gradient of layers/mlp/router" in problem for problem in found)
+
+
+def test_a_missing_reduction_of_gradients_is_noticed():
+    """The gradient of gathered weights without the sum over the devices that gathered them."""
+
+    def unreduced(w, logical):
+        if "embed" not in logical:
+            return w
+        axis, size = logical.index("embed"), w.shape[logical.index("embed")]
+
+        @jax.custom_vjp
+        def gather(w):
+            return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+
+        def back(_, g):
+            start = jax.lax.axis_index("fsdp") * size
+            return (jax.lax.dynamic_slice_in_dim(g, start, size, axis=axis),)
+
+        gather.defvjp(lambda w: (gather(w), None), back)
+        return gather(w)
+
+    with mock.patch.object(experts, "_whole", unreduced):
+        found = differences(computed("fsdp 2, expert 2, tensor 2, accumulation 2, remat"), reference(DROPLESS))
+    assert {problem.split()[3] for problem in found if "gradient" in problem} >= {
+        f"layers/mlp/{name}" for name in ("gate", "up", "down")
+    }
