@@ -126,7 +126,7 @@ def test_each_problem_is_one_clear_sentence(path, value, expected):
         ({"experts": 4, "dim": 33}, "which does not divide model.moe.dim 33"),
         ({"experts": 4, "shared_gate": True}, "there are no shared experts; set model.moe.shared_dim"),
         ({"experts": 4, "capacity_factor": 1.5}, "in the order of positions, which context parallelism changes"),
-        ({"experts": 4}, "the stages of a pipeline have no experts in this version; type parallel.pipeline=1"),
+        ({"experts": 4, "dense_layers": 2}, "a pipeline spreads layers of one structure; type parallel.pipeline=1"),
         ({"experts": 8, "groups": 3}, "model.moe.groups is 3, which does not divide model.moe.experts 8"),
         ({"experts": 8, "groups": 2, "top_groups": 3}, "model.moe.top_groups is 3, but model.moe.groups is 2"),
         ({"experts": 8, "groups": 4, "active": 3}, "of 2 experts have only 2; raise top_groups"),

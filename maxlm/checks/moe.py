@@ -28,12 +28,6 @@ def check_moe(config: Config) -> Iterator[str]:
             f"model.moe.dense_layers is {moe.dense_layers}, which leaves none of {config.model.num_layers} layers to "
             f"the experts; use at most {config.model.num_layers - 1}, or model.moe.experts=0"
         )
-    if config.parallel.pipeline not in (0, 1):
-        yield (
-            f"parallel.pipeline is {config.parallel.pipeline} with model.moe.experts {moe.experts}, but the stages of "
-            "a pipeline have no experts in this version; type parallel.pipeline=1, and give the devices to "
-            "parallel.expert"
-        )
     if moe.active > moe.experts:
         yield f"model.moe.active is {moe.active}, but there are {moe.experts} experts; use at most that"
     if sharded > 1 and moe.experts % sharded:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from maxlm import tree
 from maxlm.config import Config
 from maxlm.data.batch import Batch
+from maxlm.model import moe
 from maxlm.model.attention import Sight
 from maxlm.model.decoder import Decoder, ModelParts, merge
 from maxlm.model.runtime import Runtime
@@ -62,8 +63,14 @@ class Pipeline:
         """Loss terms and gradients; arguments as of `run`."""
         rows = jax.tree.map(jnp.asarray, self.plan.slots.rows)
         out = self.run(params, micros, denominator, scale, rows)
-        norms = {"residual": out.watched.reshape(-1) / self.plan.schedule.microbatches}
-        return out.terms | {"activations": norms}, out.outer | {"layers": out.layers}
+        # (cycles, layers of a cycle, ...), summed over microbatches
+        rms, aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out.watched)
+        rows_of_all = micros.tokens.shape[0] * micros.tokens.shape[1]
+        terms = out.terms | {
+            "experts": moe.auxiliary_losses(self.config.model.moe, aux, rows=rows_of_all).terms,
+            "activations": {"residual": rms / self.plan.schedule.microbatches},
+        }
+        return terms, out.outer | {"layers": out.layers}
 
     def run(self, params: dict, micros: Batch, denominator: jax.Array, scale: jax.Array, rows: Row) -> PipelineOut:
         """All that the pipeline gives.
@@ -112,10 +119,11 @@ def make_stages(
 
     def layer(params: dict, x: jax.Array, micro: Batch) -> LayerOut:
         segments = micro.segments if separate else None
-        sight = Sight(micro.positions, segments, segments)
+        sight = Sight(micro.positions, segments, segments, real=micro.segments > 0)
         cycle = make_cycle(cycle_def, sight=sight, windows=config.model.attention.windows, runtime=runtime)
-        x, (rms, _, _) = cycle(x, (params, None))
-        return LayerOut(x, jnp.zeros((), jnp.float32), rms)
+        x, (rms, _, aux) = cycle(x, (params, None))
+        rows = micro.tokens.shape[0] * config.train.accumulation
+        return LayerOut(x, moe.auxiliary_losses(config.model.moe, aux, rows=rows).total * scale, (rms, aux))
 
     def head(outer: dict, x: jax.Array, micro: Batch) -> tuple[jax.Array, Metrics]:
         whole = model(outer)

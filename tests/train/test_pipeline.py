@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from maxlm import tree
-from maxlm.config import Config, ParallelConfig
+from maxlm.config import Config, MoeConfig, ParallelConfig
 from maxlm.data.batch import Batch
+from maxlm.model import moe
 from maxlm.model.decoder import init_params, merge, split_model
 from maxlm.model.flops import count_matmul_flops
 from maxlm.model.runtime import Runtime
@@ -61,7 +62,8 @@ def plain(config: Config, params: dict, micros: Batch):
         model = merge(graphdef, params)
         out = model.hidden(micro.tokens, positions_BS=micro.positions, segments_BS=micro.segments, runtime=runtime)
         total, terms = head_loss(config, model, out.hidden_BSD, micro, denominator=denominator, runtime=runtime)
-        return total * SCALE, terms | {"activations": out.norms}
+        aux = moe.auxiliary_losses(config.model.moe, out.aux, rows=micros.tokens.shape[0] * micros.tokens.shape[1])
+        return (total + aux.total) * SCALE, terms | {"experts": aux.terms, "activations": out.norms}
 
     def add(total, micro):
         (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, micro)
@@ -157,6 +159,10 @@ CASES = {
     "zero_bubble": (dict(pipeline=4, tensor=2, pipeline_schedule="zero_bubble"), {}),
 }
 MORE = {
+    "experts": (
+        dict(pipeline=2, expert=2, tensor=2, pipeline_schedule="zero_bubble"),
+        {"model__moe": MoeConfig(experts=4, active=2, dim=16, router_z_loss=0.01, shared_dim=16)},
+    ),
     "context": (dict(pipeline=2, context=2, tensor=2, pipeline_schedule="1f1b"), {}),
     "gpipe of 2": (dict(pipeline=2, tensor=4, pipeline_schedule="gpipe"), {"model__attention__kv_heads": 4}),
     "1f1b of 4": (dict(pipeline=4, fsdp=2, pipeline_schedule="1f1b"), {"train__remat": "matmuls"}),
@@ -182,7 +188,10 @@ def test_loss_gradients_and_norms_equal_one_devices(name):
     terms, grads = expected(**model)
     np.testing.assert_allclose(found.terms["loss"], terms["loss"], rtol=1e-5)
     assert worst(found, grads) < 1
-    np.testing.assert_allclose(found.watched.reshape(-1), terms["activations"]["residual"], rtol=1e-5)
+    rms, aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found.watched)
+    np.testing.assert_allclose(rms, terms["activations"]["residual"], rtol=1e-5)
+    if aux:
+        np.testing.assert_array_equal(aux["load"], terms["experts"]["load"])
 
 
 @pytest.mark.parametrize("name", RUN)
