@@ -19,7 +19,14 @@ from maxlm.config import ModelConfig
 from maxlm.errors import UserError
 from maxlm.model.table import Table
 
-TRAINING_ONLY = ("init", "embed_std")
+TRAINING_ONLY = (
+    "init",
+    "embed_std",
+    "moe.balance_loss",
+    "moe.router_z_loss",
+    "moe.bias_rate",
+    "moe.capacity_factor",
+)
 """Settings that say how parameters are drawn or trained, not what the model computes with them."""
 
 HFConfig = Mapping[str, Any]

@@ -7,10 +7,11 @@ Config files are written in the words that versions 4 and 5 of `transformers` bo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maxlm.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
+from maxlm.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig, RopeConfig
 from maxlm.model.family import FamilyError, HFConfig
 from maxlm.model.table import Row, Table, joined, row
 
@@ -223,6 +224,37 @@ def fused_mlp_rows() -> list[Row]:
     ]
 
 
+def expert_rows(model: ModelConfig, *, shared: str = "shared_experts") -> list[Row]:
+    """Experts as Qwen and DeepSeek name them: a tensor an expert and matrix, a router, and shared experts.
+
+    Args:
+      shared: their name for the shared experts.
+    """
+    forms, place = {"gate": "D F -> F D", "up": "D F -> F D", "down": "F D -> D F"}, LAYER + "mlp."
+    rows = [row(place + "gate.weight", "layers/mlp/router", "D E -> E D")]
+    for name, form in forms.items():
+        rows.append(row(f"{place}experts.{{expert}}.{name}_proj.weight", f"layers/mlp/{name}", form))
+        if model.moe.shared_dim:
+            rows.append(row(f"{place}{shared}.{name}_proj.weight", f"layers/mlp/shared/{name}", form))
+    return rows
+
+
+def layered(model: ModelConfig, *, common: Sequence[Row], dense: Sequence[Row], experts: Sequence[Row]) -> list[Row]:
+    """The rows of all layers: what they have in common, and the feed-forward halves of the first, which are dense, and
+    of those with experts. All are written as if they were of one stack that begins at layer 0."""
+    first = model.moe.dense_layers
+    early = [
+        dataclasses.replace(
+            each,
+            pieces=tuple(piece._replace(ours=piece.ours.replace("layers/", "prefix/", 1)) for piece in each.pieces),
+            layers=range(first),
+        )
+        for each in (*common, *dense)
+    ]
+    late = [dataclasses.replace(each, layers=range(first, model.num_layers)) for each in (*common, *experts)]
+    return early + late if first else late
+
+
 def norm_rows(**names: str) -> list[Row]:
     """Norms of a block: our name -> theirs."""
     return [row(f"{LAYER}{theirs}.weight", f"layers/{ours}/scale") for ours, theirs in names.items()]
@@ -251,6 +283,84 @@ def query_scale_to_hf(model: ModelConfig) -> int:
     """The inverse of `query_scale_from_hf`."""
     scale = model.attention.scale
     return round(scale**-2) if scale else model.attention.head_dim
+
+
+def latent_from_hf(hf: HFConfig, rope: RopeConfig) -> dict[str, Any]:
+    """Settings of latent attention. DeepSeek's scores grow with the stretch of the positions: the square of what YaRN
+    would multiply queries and keys by goes into their scale."""
+    head_dim = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]
+    said = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    stretch = _growth(rope.factor, said.get("mscale_all_dim") or 0.0)
+    latent = LatentConfig(
+        kv_dim=hf["kv_lora_rank"],
+        query_dim=hf.get("q_lora_rank") or 0,
+        rope_dim=hf["qk_rope_head_dim"],
+        value_dim=hf["v_head_dim"],
+    )
+    scale = head_dim**-0.5 * stretch**2 if stretch > 1 else 0.0
+    heads = hf["num_attention_heads"]
+    return {"latent": latent, "head_dim": head_dim, "kv_heads": heads, "scale": scale}
+
+
+def latent_rope_from_hf(hf: HFConfig) -> RopeConfig:
+    """Rotary positions of latent attention, whose queries and keys may be multiplied by another growth than YaRN's."""
+    said = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    rope = dataclasses.replace(rope_from_hf(hf, theta=10_000.0), interleaved=True)
+    both, scores = said.get("mscale"), said.get("mscale_all_dim")
+    if rope.scaling != "yarn" or rope.attention_factor or not (both and scores):
+        return rope
+    return dataclasses.replace(rope, attention_factor=_growth(rope.factor, both) / _growth(rope.factor, scores))
+
+
+def latent_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """The inverse of `latent_from_hf` and `latent_rope_from_hf`."""
+    attention, rope, content = model.attention, model.rope, rope_to_hf(model.rope)
+    if rope.scaling == "yarn":
+        growth = (attention.scale * attention.head_dim**0.5) ** 0.5 if attention.scale else 1.0
+        said = content["rope_scaling"]
+        said["mscale_all_dim"] = _weight(rope.factor, growth)
+        if rope.attention_factor:
+            said["mscale"] = _weight(rope.factor, said.pop("attention_factor") * growth)
+    return content | {
+        "kv_lora_rank": attention.latent.kv_dim,
+        "q_lora_rank": attention.latent.query_dim or None,
+        "qk_nope_head_dim": attention.head_dim - attention.latent.rope_dim,
+        "qk_rope_head_dim": attention.latent.rope_dim,
+        "v_head_dim": attention.latent.value_dim,
+        "head_dim": attention.latent.rope_dim,
+        "attention_bias": False,
+    }
+
+
+def _growth(factor: float, weight: float) -> float:
+    """Peng et al. 2023, equation 22, with a weight."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _weight(factor: float, growth: float) -> float:
+    """The inverse of `_growth`, as a number that people would write."""
+    return round((growth - 1.0) / (0.1 * math.log(factor)), 6)
+
+
+def latent_rows(model: ModelConfig) -> list[Row]:
+    """Latent attention as DeepSeek names it."""
+    place, ours = LAYER + "self_attn.", "layers/attention/"
+    down = {ours + "latent": "D c -> c D", ours + "shared_key": "D r -> r D"}
+    up = {ours + "key": "c H u -> H u c", ours + "value": "c H w -> H w c"}
+    rows = [
+        joined(place + "kv_a_proj_with_mqa.weight", down, axis=0),
+        row(place + "kv_a_layernorm.weight", ours + "latent_norm/scale"),
+        joined(place + "kv_b_proj.weight", up, axis=1, form="H n c -> (H n) c"),
+        *output_rows(model),
+    ]
+    if not model.attention.latent.query_dim:
+        return [*rows, row(place + "q_proj.weight", ours + "query", "D H h -> (H h) D")]
+    return [
+        *rows,
+        row(place + "q_a_proj.weight", ours + "query_down", "D q -> q D"),
+        row(place + "q_a_layernorm.weight", ours + "query_latent_norm/scale"),
+        row(place + "q_b_proj.weight", ours + "query", "q H h -> (H h) q"),
+    ]
 
 
 def whole_table(model: ModelConfig, layers: Sequence[Row]) -> Table:

@@ -52,7 +52,7 @@ YARN = {
     "factor": 4.0,
     "beta_fast": 8.0,
     "beta_slow": 1.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 100,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -65,6 +65,27 @@ LLAMA3 = {
 GEMMA3 = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "head_dim": 4,
+    "moe_intermediate_size": 14,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 1.0},
+}
+ERNIE_MOE = {
+    "moe_num_experts": 6,
+    "moe_k": 3,
+    "moe_intermediate_size": 10,
+    "moe_layer_start_index": 0,
+    "tie_word_embeddings": False,
 }
 
 
@@ -167,6 +188,45 @@ CASES = {
     ),
     "ernie4_5": Case("Ernie4_5Config", {"use_bias": True, "tie_word_embeddings": False}),
     "ernie4_5-tied": Case("Ernie4_5Config", {}),
+    "mixtral": Case("MixtralConfig", {"sliding_window": 7, "num_local_experts": 5}),
+    "qwen2_moe": Case(
+        "Qwen2MoeConfig",
+        {
+            "moe_intermediate_size": 10,
+            "shared_expert_intermediate_size": 14,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_moe": Case(
+        "Qwen3MoeConfig",
+        {"moe_intermediate_size": 10, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ),
+    "deepseek_v2": Case(
+        "DeepseekV2Config",
+        LATENT
+        | {
+            "n_routed_experts": 6,
+            "n_group": 3,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 2.0,
+        },
+    ),
+    "deepseek_v2-lite": Case("DeepseekV2Config", LATENT | {"n_routed_experts": 6, "q_lora_rank": None}),
+    "deepseek_v3": Case("DeepseekV3Config", LATENT | {"n_routed_experts": 6, "n_group": 3, "topk_group": 2}),
+    "gpt_oss": Case(
+        "GptOssConfig",
+        {
+            "sliding_window": 7,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
+    "ernie4_5_moe": Case("Ernie4_5_MoeConfig", ERNIE_MOE | {"moe_layer_start_index": 1, "moe_num_shared_experts": 2}),
+    "ernie4_5_moe-large": Case("Ernie4_5_MoeConfig", ERNIE_MOE | {"moe_num_shared_experts": 0}),
     "internlm2": Case(
         "LlamaConfig",
         {
@@ -230,11 +290,12 @@ def peer(name: str) -> Any:
 
     case = CASES[name]
     config = getattr(transformers, case.config)(**SHARED | case.settings)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
-        for weight in model.parameters():
+        biases = [value for key, value in model.named_buffers() if key.endswith("e_score_correction_bias")]
+        for weight in [*model.parameters(), *biases]:
             if weight.ndim > 1:
                 weight.normal_(0, 1 / math.sqrt(weight.shape[-1]))
             else:  # norms and biases, moved away from where they all are alike

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from tests.convert.cases import CASES, SHARED, VOCAB, peer
 MISSING = "parity with Hugging Face NOT tested: pip install maxlm[parity]"
 torch = pytest.importorskip("torch", reason=MISSING)
 transformers = pytest.importorskip("transformers", reason=MISSING)
+safetensors_torch = pytest.importorskip("safetensors.torch", reason=MISSING)
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
@@ -47,9 +49,9 @@ class Converted(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def converted(name):
     model = peer(name)
-    # What `save_pretrained` would write: a tied head is not written twice.
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    tensors = {key: value.detach() for key, value in model.state_dict().items() if key not in tied}
+    with tempfile.TemporaryDirectory() as folder:  # in memory, experts are joined
+        model.save_pretrained(folder)
+        tensors = safetensors_torch.load_file(f"{folder}/model.safetensors")
     hf = model.config.to_dict() | {"architectures": [type(model).__name__]}
     if CASES[name].foreign:
         hf, pack = CASES[name].foreign
@@ -127,7 +129,7 @@ def test_transformers_loads_what_we_write(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(ours.family, ours.config) | ids))
     save_file(to_theirs(ours.rows, ours.params), tmp_path / "model.safetensors", {"format": "pt"})
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+        tmp_path, output_loading_info=True, attn_implementation="eager", experts_implementation="eager", dtype="float32"
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for prompt in PROMPTS:
