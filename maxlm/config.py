@@ -184,7 +184,9 @@ class TokenizerConfig:
     """How text becomes tokens."""
 
     kind: str = leaf("sentencepiece", "family of tokenizer", choices=("sentencepiece", "huggingface", "bytes"))
-    path: str = leaf("", "a .model or tokenizer.json; empty: train a sentencepiece model on the stores' sources")
+    path: str = leaf(
+        "", "a .model, a tokenizer.json, or a model's folder that holds one; empty: train on the stores' sources"
+    )
     sample_bytes: int = leaf(20_000_000, "text that training reads at most", unit="bytes", low=1)
 
 

@@ -219,7 +219,7 @@ KINDS: dict[str, Any] = {
 
 
 def load_tokenizer(kind: str, path: str | Path) -> Tokenizer:
-    """Loads a tokenizer from its file (`bytes` has none: its path is not read).
+    """Loads a tokenizer from its file, or from the folder of a model that it came with (`bytes` has none).
 
     Raises:
       TokenizerError: The kind is unknown, or the file is missing or unfit.
@@ -228,12 +228,29 @@ def load_tokenizer(kind: str, path: str | Path) -> Tokenizer:
         raise TokenizerError(f"there is no tokenizer kind {kind!r}: choose from {', '.join(KINDS)}")
     if kind == ByteTokenizer.kind:
         return ByteTokenizer()
+    if Path(path).is_dir():
+        path = _in_folder(kind, Path(path))
     try:
         return KINDS[kind](Path(path).read_bytes())
     except OSError as error:
         raise TokenizerError(f"the {kind} tokenizer {path} cannot be read: {error.strerror}") from None
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
+
+
+def _in_folder(kind: str, folder: Path) -> Path:
+    """The file of a kind of tokenizer in a Hugging Face folder, or in a converted model, which keeps it in `hf`."""
+    places = [folder, folder / "hf"]
+    found = next((place / KINDS[kind].file_name for place in places if (place / KINDS[kind].file_name).is_file()), None)
+    if found is None:
+        others = [
+            name
+            for name, other in KINDS.items()
+            if other.file_name and any((place / other.file_name).is_file() for place in places)
+        ]
+        hint = f"; it has one of data.tokenizer.kind={others[0]}" if others else ""
+        raise TokenizerError(f"{folder} has no {KINDS[kind].file_name}{hint}")
+    return found
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:

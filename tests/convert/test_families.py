@@ -1,5 +1,6 @@
 """Every family against `transformers`: the same weights give the same logits and texts, and go there and back."""
 
+import copy
 import functools
 import json
 import tempfile
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from maxlm.config import ModelConfig
+from maxlm.convert.engine import from_hf, to_hf
+from maxlm.convert.folder import open_folder
+from maxlm.convert.safetensors import ShardWriter, TensorInfo
 from maxlm.infer.generate import RunnableModel, generate
 from maxlm.infer.sampling import Sampling
 from maxlm.model.decoder import merge, split_model
@@ -122,12 +125,32 @@ def test_there_and_back_is_bit_equal(name, dtype):
 
 
 @pytest.mark.parametrize("name", NATIVE)
+def test_files_go_there_and_back_bit_for_bit(name, tmp_path):
+    """What `save_pretrained` writes, through a checkpoint of ours, in bfloat16."""
+    copy.deepcopy(converted(name).peer).bfloat16().save_pretrained(tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "ours", log=lambda _: None)
+    to_hf(tmp_path / "ours", tmp_path / "back", log=lambda _: None)
+    given, back = (open_folder(tmp_path / path).tensors for path in ("hf", "back"))
+    assert given.keys() == back.keys()
+    for key, tensor in given.items():
+        assert tensor.info == back[key].info
+        assert tensor.read(slice(None)).tobytes() == back[key].read(slice(None)).tobytes(), key
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(
+        (tmp_path / "hf/config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("name", NATIVE)
 def test_transformers_loads_what_we_write(name, tmp_path):
     """With no key missing or left over, to the same logits: the config says all that the weights do not."""
     ours = converted(name)
     ids = {name: SHARED[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}  # carried along, otherwise
     (tmp_path / "config.json").write_text(json.dumps(hf_config(ours.family, ours.config) | ids))
-    save_file(to_theirs(ours.rows, ours.params), tmp_path / "model.safetensors", {"format": "pt"})
+    written = to_theirs(ours.rows, ours.params)
+    infos = {key: TensorInfo(value.shape, value.dtype) for key, value in written.items()}
+    with ShardWriter(tmp_path, infos, shard_bytes=20_000) as writer:
+        for key, value in written.items():
+            writer.write(key, value)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True, attn_implementation="eager", experts_implementation="eager", dtype="float32"
     )

@@ -110,6 +110,19 @@ def test_long_lines_zeros_and_word_marks_do_not_stop_training():
     assert SentencePieceTokenizer(train_sentencepiece(texts, 512)).vocab_size == 512
 
 
+def test_a_folder_may_be_named_instead_of_its_file(loaded, tmp_path):
+    for kind in ("sentencepiece", "huggingface"):
+        (tmp_path / kind / "hf").mkdir(parents=True)
+        loaded[kind].save(tmp_path / kind / loaded[kind].file_name)
+        assert load_tokenizer(kind, tmp_path / kind).fingerprint == loaded[kind].fingerprint
+        (tmp_path / kind / loaded[kind].file_name).rename(tmp_path / kind / "hf" / loaded[kind].file_name)
+        assert load_tokenizer(kind, tmp_path / kind).fingerprint == loaded[kind].fingerprint
+    with pytest.raises(TokenizerError, match="no tokenizer.model; it has one of data.tokenizer.kind=huggingface"):
+        load_tokenizer("sentencepiece", tmp_path / "huggingface")
+    with pytest.raises(TokenizerError, match="has no tokenizer.json$"):
+        load_tokenizer("huggingface", tmp_path)
+
+
 def test_fingerprints_tell_models_apart_and_survive_saving(loaded, tmp_path):
     assert len({tokenizer.fingerprint for tokenizer in loaded.values()}) == 3
     for kind in ("sentencepiece", "huggingface"):
