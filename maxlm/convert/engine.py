@@ -66,6 +66,8 @@ def open_model(path: Path) -> tuple[HuggingFaceFolder, FamilyModel]:
     folder = open_folder(path)
     family = family_of(folder.config)
     described = family_model(family, family.from_hf(folder.config))
+    if (outer := family.table(described.model).outer) and not any(name.startswith(outer) for name in folder.tensors):
+        folder = folder._replace(tensors={outer + name: tensor for name, tensor in folder.tensors.items()})
     _check_tensors(folder, described)
     return folder, described
 

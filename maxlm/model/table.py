@@ -77,11 +77,13 @@ class Table:
 
     copies: name of theirs -> the name that it repeats (a tied head written out): checked on reading, never written.
     ignored: patterns of names that carry no weights (rotary frequencies, masks): skipped, never written.
+    outer: what old files leave out at the beginning of all names, with its dot; it is always written.
     """
 
     rows: tuple[Row, ...]
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    outer: str = ""
 
 
 def row(

@@ -124,6 +124,22 @@ def test_there_and_back_is_bit_equal(name, dtype):
         assert back[key].tobytes() == value.tobytes(), key
 
 
+def test_the_files_of_gpt2_as_published_are_read(tmp_path):
+    """They leave out the name of the outer module, and hold the causal masks."""
+    ours = converted("gpt2")
+    ours.peer.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf/model.safetensors"
+    tensors = {key.removeprefix("transformer."): value for key, value in safetensors_torch.load_file(file).items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 128, 128) for layer in range(3)}
+    safetensors_torch.save_file(tensors | masks, file, {"format": "pt"})
+    from_hf(tmp_path / "hf", tmp_path / "ours", log=lambda _: None)
+    to_hf(tmp_path / "ours", tmp_path / "back", log=lambda _: None)
+    back = open_folder(tmp_path / "back").tensors
+    assert back.keys() == {f"transformer.{name}" for name in tensors}
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(back[f"transformer.{key}"].read(slice(None)), value.numpy())
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_files_go_there_and_back_bit_for_bit(name, tmp_path):
     """What `save_pretrained` writes, through a checkpoint of ours, in bfloat16."""

@@ -60,6 +60,7 @@ def _table(model: ModelConfig) -> Table:
         tuple(rows),
         copies={"lm_head.weight": "transformer.wte.weight"},
         ignored=(r".*\.attn\.(masked_)?bias",),  # the causal mask, which old files hold
+        outer="transformer.",
     )
 
 
