@@ -1,17 +1,10 @@
 """A tiny run for tests: a few kilobytes of made-up text, the byte tokenizer, a decoder of two layers."""
 
 import dataclasses
-import math
 import random
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from maxlm import tree
 from maxlm.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -26,11 +19,7 @@ from maxlm.config import (
     TrainConfig,
 )
 from maxlm.data.batch import Batch
-from maxlm.optim.optimizers import Updated
-from maxlm.parallel.mesh import make_mesh
-from maxlm.resolve import resolve
-from maxlm.train.setup import make_setup, place_batch
-from maxlm.train.state import initial_state, make_state
+from maxlm.train.compare import example_batch
 
 MODEL = ModelConfig(
     vocab_size=264,
@@ -100,84 +89,5 @@ def replace(section: Any, path: list[str], value: Any) -> Any:
 
 
 def random_batch(seed: int, rows: int = 8, length: int = 64) -> Batch:
-    """Rows of two documents each, the last row half padding, so that rows differ in how many positions bear loss."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(1, 264, (rows, length + 1), dtype=np.int32)
-    cut = rng.integers(5, length - 5, rows)
-    places = np.arange(length)
-    segments = 1 + (places >= cut[:, None]).astype(np.int32)
-    positions = np.where(places >= cut[:, None], places - cut[:, None], places).astype(np.int32)
-    weights = (places != cut[:, None] - 1).astype(np.float32)
-    segments[-1, length // 2 :] = 0
-    weights[-1, length // 2 - 1 :] = 0
-    return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, weights)
-
-
-# --- what a step computes, held against another's --------------------------------------------------------------------
-
-
-class _Recorder:
-    """Stands in for the optimizer: parameters stay, and the state it leaves behind is the step's gradients."""
-
-    def __init__(self, specs: dict[str, Any]):
-        self.specs = specs
-
-    def init(self, params: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, params)
-
-    def update(self, grads: Any, opt_state: Any, params: Any, *, lr: Any) -> Updated:
-        return Updated(jax.tree.map(jnp.zeros_like, params), grads)
-
-    def shardings(self, opt_state: Any, place: Any) -> Any:
-        return tree.map_paths(lambda _, spec: place(spec.logical), self.specs)
-
-
-class Computed(NamedTuple):
-    """What a step on a batch computes: scalars, gradients by path, the parameters after it, and the program's text."""
-
-    metrics: dict[str, Any]
-    gradients: dict[str, np.ndarray]
-    params: dict[str, np.ndarray]
-    program: str
-
-
-def loss_and_gradients(config: Config, batch: Batch, *, params: Any = None, devices: Any = None) -> Computed:
-    """One step of the config's program on its mesh, without clipping and with an optimizer that records gradients.
-
-    Args:
-      config: unresolved.
-      batch: global, as NumPy arrays.
-      params: to start from; None: those of the config's seed.
-      devices: of the mesh; None: as many of the first as its sizes ask for.
-    """
-    devices = devices or jax.devices()[: math.prod(config.parallel.sizes.values())]
-    config = replace(resolve(config, devices=len(devices)), ["optim", "clip_norm"], 0.0)
-    with mock.patch("maxlm.train.setup.make_optimizer", lambda _, specs: _Recorder(specs)):
-        setup = make_setup(config, make_mesh(config.parallel, devices))
-    if params is None:
-        state = make_state(config, setup.optimizer, setup.shardings)
-    else:  # spares the compilation of the draw
-        with mock.patch("maxlm.train.state.init_params", lambda *_: params):
-            state = jax.device_put(initial_state(config, setup.optimizer), setup.shardings)
-    placed = place_batch(setup.mesh, batch.tokens.shape, lambda rows: jax.tree.map(lambda x: x[rows], batch))
-    program = setup.compile(*batch.tokens.shape)
-    state, metrics = program(state, placed)
-    gradients, params = (tree.paths(jax.device_get(x)) for x in (state.opt_state, state.params))
-    return Computed(jax.device_get(metrics), gradients, params, program.as_text())
-
-
-def differences(got: Computed, expected: Computed) -> list[str]:
-    """Where loss or gradients are further apart than float32 sums in another order are; empty if nowhere.
-
-    Loss within 1e-5, and of each gradient leaf |difference| <= 1e-4 |leaf| + 1e-7 |all|, as some are zero.
-    """
-    found = []
-    for name in ("loss", "z_loss", "balance_loss", "router_z_loss"):
-        if name in expected.metrics and not np.isclose(got.metrics[name], expected.metrics[name], rtol=1e-5, atol=1e-7):
-            found.append(f"{name} is {got.metrics[name]}, not {expected.metrics[name]}")
-    everything = math.sqrt(sum(float(np.sum(np.square(g))) for g in expected.gradients.values()))
-    for path, g in expected.gradients.items():
-        apart, allowed = np.linalg.norm(got.gradients[path] - g), 1e-4 * np.linalg.norm(g) + 1e-7 * everything
-        if not apart <= allowed:
-            found.append(f"the gradient of {path} is {apart:.3g} away, which is more than {allowed:.3g}")
-    return found
+    """A batch for the tiny model."""
+    return example_batch(seed, rows=rows, length=length, vocab=MODEL.vocab_size)

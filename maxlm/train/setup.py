@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from maxlm.config import Config
+from maxlm.config import Config, OptimConfig
 from maxlm.data.batch import Batch
 from maxlm.kernels import grouped
 from maxlm.kernels.attention import AttentionFn, choose, dispatch
@@ -114,13 +114,20 @@ def _make_attention(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Atte
     return sharded_attention(dispatch(platform), mesh), " and ".join(names)
 
 
-def make_setup(config: Config, mesh: Mesh) -> Setup:
-    """The setup of a resolved config on a mesh."""
+def make_setup(
+    config: Config,
+    mesh: Mesh,
+    *,
+    make_optimizer: Callable[[OptimConfig, dict[str, Any]], Any] = make_optimizer,
+    runtime: Runtime | None = None,
+) -> Setup:
+    """The setup of a resolved config on a mesh; another optimizer or training runtime may take the config's place."""
     parts = split_model(config.model)
     optimizer = make_optimizer(config.optim, parts.specs)
-    runtime, backend = make_runtime(
+    own_runtime, backend = make_runtime(
         config, mesh, segments=separates_documents(config.data), experts_limited=bool(config.model.moe.capacity_factor)
     )
+    runtime = runtime or own_runtime
     eval_runtime, _ = make_runtime(config, mesh, segments=True)  # several windows share a row
     return Setup(
         config=config,

@@ -1,0 +1,62 @@
+"""A slice of the equivalence program, and that its cases are what it says they are."""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maxlm.config import MESH_AXES
+from maxlm.resolve import resolve
+from tools import equivalence
+
+ROOT = Path(__file__).parent.parent
+SLICE = (
+    "data 2 x pipeline 2 x context 2, dense, packed, remat none, accumulation 4, zero_bubble",
+    "fsdp 2 x pipeline 2 x expert 2, moe, packed, remat none, accumulation 2, gpipe",
+    "context 2 x expert 2 x tensor 2, moe, packed, remat full, accumulation 1",
+)
+
+
+def test_every_mesh_of_eight_devices_is_there():
+    found = list(equivalence.meshes(8))
+    assert len(found) == math.comb(3 + len(MESH_AXES) - 1, 3)  # three twos over six axes
+    assert all(math.prod(mesh.values()) == 8 for mesh in found)
+    assert len({tuple(mesh.items()) for mesh in found}) == len(found)
+
+
+def test_every_pair_of_features_occurs_on_every_mesh():
+    for mesh, group in itertools.groupby(equivalence.cases(8), key=lambda case: case.mesh):
+        rows = list(group)
+        names = ("moe", "packed", "remat", "accumulation", "schedule")
+        values = {name: {getattr(row, name) for row in rows} for name in names}
+        assert len(values["packed"]) == len(values["remat"]) == len(values["accumulation"]) == 2
+        assert len(values["schedule"]) == (4 if "pipeline" in dict(mesh) else 1)
+        for a, b in itertools.combinations(names, 2):
+            pairs = {(getattr(row, a), getattr(row, b)) for row in rows}
+            assert pairs == set(itertools.product(values[a], values[b])), (mesh, a, b)
+
+
+def test_every_case_is_a_config_that_resolves():
+    for devices in (8, *equivalence.LARGE):
+        for case in equivalence.cases(devices):
+            config = equivalence.config_of(case, moe=case.moe, packed=case.packed, layers=equivalence.layers(case))
+            resolve(config, devices=devices)
+
+
+def test_all_six_axes_are_run_together():
+    assert all(dict(case.mesh) == dict.fromkeys(MESH_AXES, 2) for case in equivalence.cases(64))
+
+
+@pytest.mark.parametrize("name", SLICE)
+def test_a_case_agrees_with_one_device(name):
+    (case,) = [case for case in equivalence.cases(8) if case.name == name]
+    worst = equivalence.run(case)[0]
+    assert worst.share <= 1, worst
+
+
+def test_a_case_that_is_not_there_is_not_a_success():
+    command = [sys.executable, "tools/equivalence.py", "--devices=8", "--case=no such case"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
