@@ -158,6 +158,7 @@ class ModelConfig:
     embed_scale: bool = leaf(False, "multiply embeddings by sqrt(D)")
     logits_softcap: float = leaf(0.0, "cap logits at c*tanh(logit/c); 0: none", unit="logits", low=0.0)
     embed_std: float = leaf(0.02, "standard deviation of the initial embedding", low=0.0)
+    head_init: float = leaf(1.0, "standard deviation of the initial head of its own, times sqrt(D)", low=0.0)
     init: str = leaf(
         "depth_scaled",
         "initial matrices: normal with 1/sqrt(fan in), residual outputs further divided by sqrt(2L), left as they "

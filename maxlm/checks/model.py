@@ -33,6 +33,11 @@ def check_model(config: Config) -> Iterator[str]:
             "model.normed_head is for an output head of its own, but model.tie_embeddings is on; type "
             "model.normed_head=False or model.tie_embeddings=False"
         )
+    if model.head_init != 1 and model.tie_embeddings:
+        yield (
+            f"model.head_init is {model.head_init:g}, but with model.tie_embeddings there is no head of its own; type "
+            "model.head_init=1 or model.tie_embeddings=False"
+        )
     longest = max([config.data.sequence_length, *(phase.sequence_length for phase in config.data.phases.values())])
     if 0 < model.learned_positions < longest:
         yield (

@@ -113,11 +113,11 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output matrix of an untied model, drawn with 1 / sqrt(D), which gives unit logits of normed states."""
+    """The output matrix of an untied model, drawn with `head_init` / sqrt(D): 1 gives unit logits of normed states."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dims = {"embed": config.embed_dim, "vocab": config.vocab_size}
-        self.kernel = parameter(rngs, dims, contract=("embed",), init=fan_in_normal(1.0))
+        self.kernel = parameter(rngs, dims, contract=("embed",), init=fan_in_normal(config.head_init))
         self.normed = config.normed_head
 
     def matrix(self) -> jax.Array:
