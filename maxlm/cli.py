@@ -25,6 +25,7 @@ USAGE = """usage: maxlm <command> [flags]
   tokenizer  --config=FILE --workdir=DIR --out=FILE                         train a tokenizer on a config's sources
   convert    from-hf FOLDER OUT | to-hf CHECKPOINT OUT [--dtype=...]       weights from and to Hugging Face
   generate   --workdir=DIR|--model=PATH --prompt=TEXT [--chat ...]          sample from a run or any weights
+  study      plan|run|fit|predict|judge|report STUDY.py [--dir=DIR ...]      many small runs, and what they foretell
 
 `maxlm <command> --help` lists the command's flags."""
 
@@ -268,6 +269,15 @@ def _convert(args: list[str]) -> int:
     return 0
 
 
+def _study(args: list[str]) -> int:
+    from maxlm.study import commands
+
+    values = _flags(args, config=False)
+    commands.define_flags(values)
+    verb, path = _parse(values, args, words=("plan|run|fit|predict|judge|report", "STUDY.py"))
+    return commands.main(verb, path, values, log=_log)
+
+
 def _log(line: str) -> None:
     print(line, flush=True)
 
@@ -279,6 +289,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "tokenizer": _tokenizer,
     "generate": _generate,
     "convert": _convert,
+    "study": _study,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""`maxlm study <verb> STUDY.py`: reads the flags and calls the part that does the work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from maxlm.errors import UserError
+from maxlm.study.spec import Study, load_study
+
+Log = Callable[[str], None]
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of all verbs."""
+    flags.DEFINE_string("dir", None, "folder of the study; studies/NAME", flag_values=values)
+    flags.DEFINE_string("json", None, "plan, fit: also write the figures to this file", flag_values=values)
+    flags.DEFINE_integer("jobs", 0, "run: runs at a time; 0: as the study says", flag_values=values, lower_bound=0)
+    flags.DEFINE_float("flops", 0.0, "predict: compute of the larger run", flag_values=values, lower_bound=0.0)
+    flags.DEFINE_string("prediction", None, "judge: name of the prediction; the only one", flag_values=values)
+    flags.DEFINE_string("workdir", None, "judge: folder of the larger run", flag_values=values)
+    flags.DEFINE_string(
+        "count", "besides embeddings", "fit, predict, report: N counted so, or total", flag_values=values
+    )
+
+
+def main(verb: str, path: str, values: flags.FlagValues, *, log: Log) -> int:
+    """Runs a verb; returns the exit code.
+
+    Raises:
+      UserError: the verb is not known, or what it was asked for cannot be done.
+    """
+    verbs: dict[str, Callable[[Study, Path, flags.FlagValues, Log], int]] = {
+        "plan": _plan,
+        "run": _run,
+        "fit": _fit,
+        "predict": _predict,
+        "judge": _judge,
+        "report": _report,
+    }
+    if verb not in verbs:
+        raise UserError(f"{verb!r} is nothing to do with a study; type one of {', '.join(verbs)}")
+    study = load_study(path)
+    folder = Path(values.dir or f"studies/{study.name}").expanduser().absolute()
+    return verbs[verb](study, folder, values, log)
+
+
+def _plan(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
+    from maxlm.study.plan import plan, seconds_in_all
+    from maxlm.train.progress import format_duration
+
+    runs, machine = plan(study), study.machine
+    table = Table("run", "N", "N, all", "tokens", "FLOPs", "steps", "batch", "rate", "time", box=None, pad_edge=False)
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        config = run.config
+        table.add_row(
+            run.label,
+            *(f"{count:,}" for count in (run.params_nonembedding, run.params_total, run.tokens)),
+            f"{run.flops:.3g}",
+            f"{config.train.steps:,}",
+            f"{config.data.batch_size} x {config.data.sequence_length}",
+            f"{config.optim.peak_lr:.3g}",
+            format_duration(run.seconds),
+        )
+        names = ("label", "facts", "params_nonembedding", "params_total", "tokens", "flops", "seconds")
+        rows.append({name: getattr(run, name) for name in names} | {"steps": config.train.steps})
+    console = Console()
+    console.width = max(console.width, 130)  # a log has no width of its own
+    console.print(table)
+    seconds = seconds_in_all(runs, machine)
+    dollars = seconds / 3600 * machine.dollars_per_hour
+    money = f", {dollars:,.2f} dollars" if dollars else ""
+    log(
+        f"{len(runs)} runs, {sum(run.flops for run in runs):.3g} FLOPs; about {format_duration(seconds)} on "
+        f"{machine.name}, {machine.jobs} at a time, at {machine.flops_per_second / 1e9:,.0f} GFLOP/s{money}. N counts "
+        "parameters besides embeddings"
+    )
+    _write_json(values.json, {"study": study.name, "seconds": seconds, "dollars": dollars, "runs": rows})
+    return 0
+
+
+def _run(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
+    from maxlm.study.runner import run_study
+
+    return run_study(study, folder, jobs=values.jobs, log=log).code
+
+
+def _fit(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
+    from maxlm.study.fitting import as_json, describe, fit_study, write_fit
+
+    fit = fit_study(folder, counted=values.count)
+    for line in describe(fit):
+        log(line)
+    write_fit(folder, fit)
+    _write_json(values.json, as_json(fit))
+    return 0
+
+
+def _predict(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
+    from maxlm.study.predict import predict
+
+    if not values.flops:
+        raise UserError("--flops is missing; give the compute of the larger run, as in --flops=1e14")
+    place = predict(study, folder, flops=values.flops, counted=values.count)
+    said = json.loads((place / "prediction.json").read_text())
+    low, high = said["interval"]
+    log(
+        f"predicted on {said['date']}: loss {said['loss']:.4f} [{low:.4f}, {high:.4f}] for "
+        f"{said['params_nonembedding']:,} parameters besides embeddings and {said['tokens']:,} tokens ({said['how']})"
+    )
+    log(f"now run it: maxlm train --config={place / 'config.py'} --workdir={place / 'run'}")
+    log(f"and then: maxlm study judge STUDY.py --prediction={place.name} --workdir={place / 'run'}")
+    return 0
+
+
+def _judge(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
+    from maxlm.study.predict import judge, predictions
+
+    names: Sequence[str] = [item["name"] for item in predictions(folder)]
+    if not values.prediction and len(names) != 1:
+        raise UserError(f"--prediction is missing; there are {', '.join(names) or 'none: type maxlm study predict'}")
+    place = folder / "predictions" / (values.prediction or names[0])
+    log(judge(folder, place, Path(values.workdir or place / "run").expanduser().absolute()))
+    return 0
+
+
+def _report(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
+    from maxlm.study.fitting import fit_study
+    from maxlm.study.report import coordinate_checks, write_report
+
+    fit = fit_study(folder, counted=values.count)
+    checks = coordinate_checks(study)
+    for check in checks:
+        log(check.sentence())
+    log(f"report: {write_report(study, folder, fit, checks=checks)}")
+    return 0
+
+
+def _write_json(path: str | None, content: Any) -> None:
+    if path:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,104 @@
+"""What a run is named by: all that its numbers depend on, and nothing else.
+
+The name is a hash of the resolved config's leaves that are not at their defaults, without those that say how a run is
+done rather than what, of the fingerprint of the data, and of NUMERICS_VERSION. A setting that is added to the schema
+with a default that changes nothing so leaves names alone. A default that is changed would go unnoticed by the name:
+`changed_leaves` compares the record that the run itself has kept.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import maxlm
+from maxlm.config import Config
+from maxlm.resolve import differences, leaves, resolve
+
+NUMERICS_VERSION = 1
+"""Raised by a change after which the same config and data give other numbers, beyond the last bits."""
+
+HOW = (
+    "name",
+    "data.cache_dir",
+    "data.prefetch",
+    "data.workers",
+    "data.stores.*.path",
+    "train.compilation_cache",
+    "train.wandb_project",
+    "train.log_every",
+    "train.norms_every",
+    "train.profile.*",
+    "checkpoint.*",
+    "eval.prompts",
+    "eval.sample_tokens",
+    "eval.temperature",
+)
+"""Leaves that leave a run's losses as they are."""
+
+
+def run_name(config: Config, fingerprint: str) -> str:
+    """The name of a run with this resolved config on data of this fingerprint."""
+    chosen = {path: value for path, (_, value) in differences(config).items() if _counts(path)}
+    content = json.dumps([NUMERICS_VERSION, fingerprint, chosen], sort_keys=True, default=list)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def changed_leaves(recorded: Mapping[str, Any], config: Config) -> list[str]:
+    """Leaves that a run was recorded with, as its config.json says, and that are something else now; in words."""
+    now = {path: value for path, _, value in leaves(config)}
+    before = {path: value for path, _, value in leaves(resolve(_known(recorded, config)))}
+    return [
+        f"{path} was {value!r} and is {now[path]!r}"
+        for path, value in before.items()
+        if path in now and _counts(path) and value != now[path]
+    ]
+
+
+def fingerprint_of(stores: Mapping[str, str], tokenizer: str) -> str:
+    """One fingerprint of all data: of the stores' by name, and of the tokenizer."""
+    return hashlib.sha256(json.dumps([sorted(stores.items()), tokenizer]).encode()).hexdigest()[:32]
+
+
+def commit() -> str:
+    """The commit of this program's checkout, with + for changes on top of it; else its version."""
+    here = Path(maxlm.__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return f"version {maxlm.__version__}"
+    return found.stdout.strip()
+
+
+def _counts(path: str) -> bool:
+    return not any(fnmatch.fnmatchcase(path, pattern) for pattern in HOW)
+
+
+def _known(recorded: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The record without settings that the schema has no more."""
+    known = {path for path, _, _ in leaves(config)}
+
+    def kept(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in section.items():
+            path = f"{prefix}{name}"
+            if isinstance(value, Mapping):
+                if inner := kept(value, f"{path}."):
+                    found[name] = inner
+            elif path in known:
+                found[name] = value
+        return found
+
+    return kept(recorded, "")

@@ -1,0 +1,206 @@
+"""Ladders of runs defined by one dial: every other setting of a rung follows from the rules below, and nowhere else.
+
+- Shape: D = `aspect` * L (the ratio changes the loss little over a wide range: Kaplan et al. 2020, arXiv 2001.08361,
+  figure 5), heads of `head_dim` dims, F as `model.mlp` fills it in.
+- Tokens: `tokens_per_param` for each parameter besides embeddings (about 20: Hoffmann et al. 2022, arXiv 2203.15556).
+- Batch: 0.2920 C^0.3271 tokens, C the FLOPs of the run (Bi et al. 2024, DeepSeek LLM, arXiv 2401.02954, equation 1),
+  rounded to 2^k or 3 * 2^k rows.
+- Learning rate under the standard rule: 0.3118 C^-0.1250 (the same equation), for all parameters alike.
+- Warm-up: a fiftieth of the steps, at least 10 of them and at most a fourth (a convention, measured by nobody here).
+- Cooldown of a wsd schedule: a fifth of the steps (Hägele et al. 2024, arXiv 2405.18392).
+- Initialisation: `model.init` as given, by default residual outputs divided by sqrt(2L) (Radford et al. 2019).
+
+The transfer rule is the maximal update parametrization for Adam (Yang et al. 2021, arXiv 2203.03466, table 3): with
+m = D / `base_width`,
+
+- matrices whose fan-in grows with the width get 1 / m of the learning rate, the embedding, norms and biases all of it;
+- the head begins at zero (their appendix D.2), which is as small at any width as theirs is in the limit;
+- scores are multiplied by sqrt(base_head_dim) / h in place of 1 / sqrt(h);
+- weight decay grows by m where the rate falls by it, so that their product stays (Wang & Aitchison 2024, arXiv
+  2405.13698), and Adam's epsilon falls by m with the gradients (Everett et al. 2024, arXiv 2407.05872).
+
+What then does best at the base width, `base_rate`, is meant to do best at any. It is a rule for width: what depth asks
+besides dividing residual outputs is not part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+from maxlm.config import Config, ModelConfig
+from maxlm.errors import UserError
+from maxlm.model.flops import ledger
+from maxlm.resolve import resolve, resolve_model
+
+DIALS = ("depth", "params", "flops")
+RULES = ("standard", "transfer")
+WIDENING = r"(prefix|layers)/(attention|mlp)/(query|key|value|output|gate|up|down)"  # fan-in grows with the width
+HEAD = "head/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The constants of the rules; see the module's docstring."""
+
+    rule: str = "standard"
+    aspect: float = 64.0
+    head_dim: int = 64
+    min_layers: int = 2
+    tokens_per_param: float = 20.0
+    base_width: int = 256
+    base_head_dim: int = 64
+    base_rate: float = 0.0  # peak learning rate of the transfer rule; 0: the standard rule's
+    cooldown: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise UserError(f"the rule is {self.rule!r}; it can be {' or '.join(RULES)}")
+
+
+class Shape(NamedTuple):
+    """The dims that the dial sets."""
+
+    layers: int
+    width: int
+
+
+class Size(NamedTuple):
+    """What a model counts.
+
+    flops: causal-exact training FLOPs a token, by the ledger: attention, embeddings and head as they are.
+    """
+
+    total: int
+    besides_embeddings: int
+    flops: float
+
+
+def shape_by_depth(rules: Rules, depth: int) -> Shape:
+    """L layers of aspect * L dims, in whole heads."""
+    return Shape(depth, max(round(rules.aspect * depth / rules.head_dim), 1) * rules.head_dim)
+
+
+def shape_by_params(rules: Rules, base: Config, params: float) -> Shape:
+    """The shape whose parameters besides embeddings come nearest to `params`, near the aspect asked for."""
+    ideal = max((params / 12 / rules.aspect**2) ** (1 / 3), rules.min_layers)  # of N = 12 L D^2
+    candidates = []
+    for layers in sorted({max(math.floor(ideal), rules.min_layers), max(math.ceil(ideal), rules.min_layers)}):
+        heads = math.sqrt(params / 12 / layers) / rules.head_dim
+        for count in {max(math.floor(heads), 1), max(math.ceil(heads), 1)}:
+            candidates.append(Shape(layers, count * rules.head_dim))
+
+    def distance(shape: Shape) -> tuple[float, Shape]:
+        return abs(math.log(size_of(rules, base, shape).besides_embeddings / params)), shape
+
+    return min(candidates, key=distance)
+
+
+def shape_by_flops(rules: Rules, base: Config, flops: float) -> Shape:
+    """The shape that spends `flops` on `tokens_per_param` tokens for each of its parameters besides embeddings."""
+    params = math.sqrt(flops / 6 / rules.tokens_per_param)
+    for _ in range(6):  # the head, embedding and scores add to 6 N: their share depends on the shape
+        shape = shape_by_params(rules, base, params)
+        size = size_of(rules, base, shape)
+        params *= (flops / (size.flops * rules.tokens_per_param * size.besides_embeddings)) ** 0.5
+    return shape_by_params(rules, base, params)
+
+
+def shaped(base: Config, shape: Shape, rules: Rules) -> Config:
+    """The base config with the dims of a shape, and no more."""
+    return resolve(dataclasses.replace(base, model=_shaped_model(base.model, shape, rules)))
+
+
+def _shaped_model(model: ModelConfig, shape: Shape, rules: Rules) -> ModelConfig:
+    if shape.width % rules.head_dim:
+        raise UserError(
+            f"a width of {shape.width} is no multiple of the rules' head_dim {rules.head_dim}; use one, or a smaller "
+            "head_dim"
+        )
+    if model.mlp.dim:
+        raise UserError(f"model.mlp.dim is {model.mlp.dim}, but a ladder sets it by the width; leave it at 0")
+    heads = shape.width // rules.head_dim
+    attention = dataclasses.replace(model.attention, q_heads=heads, kv_heads=heads, head_dim=rules.head_dim)
+    return dataclasses.replace(model, num_layers=shape.layers, embed_dim=shape.width, attention=attention)
+
+
+def measure(model: ModelConfig, sequence_length: int) -> Size:
+    """Counts of a resolved model over rows of so many positions."""
+    counts = ledger(model, sequence_length=sequence_length)
+    return Size(counts.params_total, counts.params_nonembedding, counts.causal_exact)
+
+
+def size_of(rules: Rules, base: Config, shape: Shape) -> Size:
+    """Counts of the base's model in a shape."""
+    return _size_of(rules, base.model, base.data.sequence_length, shape)
+
+
+@functools.lru_cache(maxsize=4096)  # a search comes back to the same shapes, and each takes a tenth of a second
+def _size_of(rules: Rules, model: ModelConfig, sequence_length: int, shape: Shape) -> Size:
+    return measure(resolve_model(dataclasses.asdict(_shaped_model(model, shape, rules))), sequence_length)
+
+
+def configure(base: Config, shape: Shape, rules: Rules, *, flops: float = 0.0, tokens: float = 0.0) -> Config:
+    """The resolved config of a rung.
+
+    Args:
+      flops, tokens: how long it trains; one of them, or neither for `tokens_per_param` tokens a parameter.
+    """
+    config = shaped(base, shape, rules)
+    size = size_of(rules, base, shape)
+    wanted = tokens or (flops / size.flops if flops else rules.tokens_per_param * size.besides_embeddings)
+    budget = wanted * size.flops
+    rows = _round_rows(0.2920 * budget**0.3271 / config.data.sequence_length)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
+    rate = 0.3118 * budget**-0.1250
+    if rules.rule == "transfer":
+        rate = rules.base_rate or rate
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, peak_lr=rate))
+    return lasting(parametrized(config, rules), wanted, rules)
+
+
+def lasting(config: Config, tokens: float, rules: Rules) -> Config:
+    """The config with as many steps as `tokens` make, and the warm-up and cooldown that belong to them."""
+    steps = max(round(tokens / (config.data.batch_size * config.data.sequence_length)), 4)
+    warmup = min(max(round(steps / 50), 10), steps // 4)
+    cooldown = max(round(rules.cooldown * steps), 1) if config.optim.schedule == "wsd" else 0
+    optim = dataclasses.replace(config.optim, warmup_steps=warmup, decay_steps=cooldown)
+    return resolve(dataclasses.replace(config, optim=optim, train=dataclasses.replace(config.train, steps=steps)))
+
+
+def parametrized(config: Config, rules: Rules) -> Config:
+    """The config under the standard or the transfer rule, whatever its width.
+
+    Raises:
+      UserError: the transfer rule with tied embeddings, whose one matrix would need two rules, with another optimizer
+        than AdamW, or with rules by path of the base config's own.
+    """
+    if rules.rule == "standard":
+        return config
+    optim, model = config.optim, config.model
+    fresh = type(optim)()
+    if model.tie_embeddings or optim.optimizer != "adamw":
+        raise UserError(
+            "the transfer rule needs model.tie_embeddings=False and optim.optimizer=adamw, and there are "
+            f"{model.tie_embeddings} and {optim.optimizer}"
+        )
+    if (optim.lr_rules, optim.decay_rules) != (fresh.lr_rules, fresh.decay_rules):
+        raise UserError("the transfer rule sets optim.lr_rules and optim.decay_rules; leave them at their defaults")
+    ratio = model.embed_dim / rules.base_width
+    optim = dataclasses.replace(
+        optim,
+        lr_rules=((WIDENING, 1 / ratio), (HEAD, 1 / ratio), (".*", 1.0)),
+        decay_rules=((WIDENING, ratio), (HEAD, ratio), (".*(norm|bias).*", 0.0), (".*", 1.0)),
+        epsilon=optim.epsilon / ratio,
+    )
+    attention = dataclasses.replace(model.attention, scale=math.sqrt(rules.base_head_dim) / model.attention.head_dim)
+    model = dataclasses.replace(model, attention=attention, head_init=0.0)
+    return dataclasses.replace(config, optim=optim, model=model)
+
+
+def _round_rows(rows: float) -> int:
+    """The nearest 2^k or 3 * 2^k."""
+    choices = sorted({m * 2**k for m in (1, 3) for k in range(24)})
+    return min(choices, key=lambda count: abs(math.log(count / max(rows, 1e-9))))

@@ -1,0 +1,190 @@
+"""From a study to its grid of runs, with what each of them costs, before anything is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from maxlm.config import Config
+from maxlm.resolve import as_config_dict, resolve
+from maxlm.study import ladder
+from maxlm.study.spec import Isoflops, Machine, Rungs, Study, StudyError, Sweep, Trunks
+
+
+class Branch(NamedTuple):
+    """Where a cooldown leaves its trunk: the trunk's label, and the step of its checkpoint."""
+
+    trunk: str
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """A run before it is run.
+
+    label: unique within the study, for people; files are named by `identity.run_name`.
+    config: resolved.
+    facts: what the design says of it: budget, rule, and the values of a sweep's settings.
+    tokens, flops: over all steps, those that a branch takes from its trunk included; `flops` are causal-exact.
+    seconds: predicted, of this run alone with its share of the machine; a branch's are of its cooldown.
+    fitted: False for a trunk, whose learning rate has not come down: it takes no part in fits.
+    """
+
+    label: str
+    config: Config
+    facts: dict[str, Any]
+    params_total: int
+    params_nonembedding: int
+    tokens: int
+    flops: float
+    seconds: float
+    branch: Branch | None = None
+    fitted: bool = True
+
+
+def plan(study: Study) -> list[PlannedRun]:
+    """The runs of a study, trunks before their branches.
+
+    Raises:
+      StudyError: two runs would have the same label, or the design has nothing in it.
+      UserError: a config does not resolve.
+    """
+    makers = {Isoflops: _isoflops, Rungs: _rungs, Trunks: _trunks, Sweep: _sweep}
+    runs = list(makers[type(study.design)](study, study.design))  # type: ignore[operator]
+    labels = [run.label for run in runs]
+    if not runs:
+        raise StudyError(f"the design of {study.name} has no runs; give it at least one value of each setting")
+    if repeated := sorted({label for label in labels if labels.count(label) > 1}):
+        raise StudyError(
+            f"the runs {', '.join(repeated)} come twice: two sizes round to one shape; spread the sizes, or lower "
+            "the rules' head_dim"
+        )
+    return runs
+
+
+def seconds_in_all(runs: Sequence[PlannedRun], machine: Machine) -> float:
+    """Predicted wall time of all runs, `machine.jobs` at a time."""
+    return max(sum(run.seconds for run in runs) / machine.jobs, max((run.seconds for run in runs), default=0.0))
+
+
+def _isoflops(study: Study, design: Isoflops) -> Iterator[PlannedRun]:
+    rules, base = study.rules, study.base
+    for budget in design.budgets:
+        centre = ladder.size_of(rules, base, ladder.shape_by_flops(rules, base, budget))
+        for multiple in design.sizes:
+            shape = ladder.shape_by_params(rules, base, multiple * centre.besides_embeddings)
+            config = ladder.configure(base, shape, rules, flops=budget)
+            label = f"c{budget:.2e}-{shape.layers}x{shape.width}".replace("+", "")
+            yield _planned(study, label, config, {"budget": budget})
+
+
+def _rungs(study: Study, design: Rungs) -> Iterator[PlannedRun]:
+    rules, base = study.rules, study.base
+    for value in design.values:
+        flops = 0.0
+        if design.dial == "depth":
+            shape = ladder.shape_by_depth(rules, int(value))
+        elif design.dial == "params":
+            shape = ladder.shape_by_params(rules, base, value)
+        elif design.dial == "flops":
+            shape, flops = ladder.shape_by_flops(rules, base, value), value
+        else:
+            raise StudyError(f"the dial is {design.dial!r}; it can be {', '.join(ladder.DIALS)}")
+        config = ladder.configure(base, shape, rules, flops=flops)
+        yield _planned(study, f"{design.dial}{value:g}-{shape.layers}x{shape.width}", config, {design.dial: value})
+
+
+def _trunks(study: Study, design: Trunks) -> Iterator[PlannedRun]:
+    """The cooldowns leave at multiples of one number of steps, at which the trunk keeps its checkpoints for good."""
+    if study.base.optim.schedule != "wsd":
+        raise StudyError(f"trunks need optim.schedule=wsd, and the base config has {study.base.optim.schedule!r}")
+    rules, base = study.rules, study.base
+    for params in design.params:
+        shape = ladder.shape_by_params(rules, base, params)
+        longest = ladder.configure(base, shape, rules, tokens=max(design.tokens))
+        a_step = longest.data.batch_size * longest.data.sequence_length
+        stable = [count / a_step * (1 - rules.cooldown) for count in sorted(design.tokens)]
+        stride = max(round(stable[0] / 8), 1)
+        leaves = [max(round(steps / stride), 1) * stride for steps in stable]
+        warmup = min(longest.optim.warmup_steps, leaves[0])
+        optim = dataclasses.replace(longest.optim, warmup_steps=warmup, decay_steps=1)  # after the last leave
+        keeping = dataclasses.replace(base.checkpoint, every_steps=stride, keep_every_steps=stride)
+        trunk = resolve(
+            dataclasses.replace(
+                longest,
+                optim=optim,
+                checkpoint=keeping,
+                train=dataclasses.replace(longest.train, steps=leaves[-1] + 1),
+            )
+        )
+        name = f"{shape.layers}x{shape.width}"
+        yield dataclasses.replace(_planned(study, f"{name}-trunk", trunk, {"role": "trunk"}), fitted=False)
+        for leave in leaves:
+            cooldown = max(round(leave * rules.cooldown / (1 - rules.cooldown)), 1)
+            config = resolve(
+                dataclasses.replace(
+                    trunk,
+                    optim=dataclasses.replace(optim, decay_steps=cooldown),
+                    checkpoint=base.checkpoint,
+                    train=dataclasses.replace(trunk.train, steps=leave + cooldown),
+                )
+            )
+            label = f"{name}-s{leave + cooldown}"
+            yield _planned(study, label, config, {"role": "branch"}, branch=Branch(f"{name}-trunk", leave))
+
+
+def _sweep(study: Study, design: Sweep) -> Iterator[PlannedRun]:
+    names = list(design.settings)
+    for rule, shape in itertools.product(design.rules, design.shapes):
+        rules = dataclasses.replace(study.rules, rule=rule)
+        for values in itertools.product(*design.settings.values()):
+            chosen = dict(zip(names, values, strict=True))
+            config = ladder.configure(study.base, shape, rules, tokens=design.tokens)
+            raw = as_config_dict(config).to_dict()
+            for path, value in chosen.items():
+                _set(raw, path, value)
+            # The number of steps follows from the batch, which may be one of the settings.
+            config = ladder.lasting(resolve(raw), design.tokens, rules)
+            words = [f"{path.rsplit('.', 1)[-1]}{_word(value)}" for path, value in chosen.items()]
+            label = "-".join([rule, f"{shape.layers}x{shape.width}", *words])
+            yield _planned(study, label, config, {"rule": rule, "width": shape.width, **chosen})
+
+
+def _planned(
+    study: Study, label: str, config: Config, facts: dict[str, Any], *, branch: Branch | None = None
+) -> PlannedRun:
+    size, machine = ladder.measure(config.model, config.data.sequence_length), study.machine
+    tokens = config.train.steps * config.data.batch_size * config.data.sequence_length
+    own = tokens * (1 - branch.step / config.train.steps) if branch else tokens
+    seconds = own * size.flops / (machine.flops_per_second / machine.jobs) + machine.overhead_seconds
+    config = dataclasses.replace(config, name=f"{study.name} {label}")
+    return PlannedRun(
+        label,
+        config,
+        {"rule": study.rules.rule} | facts,
+        size.total,
+        size.besides_embeddings,
+        tokens,
+        tokens * size.flops,
+        seconds,
+        branch,
+    )
+
+
+def _set(raw: dict[str, Any], path: str, value: Any) -> None:
+    *sections, leaf = path.split(".")
+    node: Any = raw
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node:
+        raise StudyError(f"the sweep sets {path!r}, which is no setting of a config; see maxlm/config.py")
+    node[leaf] = value
+
+
+def _word(value: Any) -> str:
+    text = f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text)

@@ -1,0 +1,178 @@
+"""A prediction is written down before the larger run begins, and judged after it has ended.
+
+predictions/NAME/prediction.json    what was predicted, when, by which fit of which runs
+predictions/NAME/config.py          the larger run, ready for `maxlm train`
+predictions/NAME/judgement.json     how it came out
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maxlm.config import Config
+from maxlm.configfile import source
+from maxlm.files import write_atomically
+from maxlm.resolve import as_config_dict, resolve
+from maxlm.study import ladder
+from maxlm.study.fitting import StudyFit, as_json, fit_study
+from maxlm.study.identity import changed_leaves, commit
+from maxlm.study.isoflop import forecast
+from maxlm.study.spec import Study, StudyError
+
+TOLERANCE = 0.02  # of N or D by which a run may differ from the one that was predicted
+
+
+class Target(NamedTuple):
+    """The run that is predicted."""
+
+    config: Config
+    size: ladder.Size
+    tokens: int
+    flops: float
+
+
+def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides embeddings") -> Path:
+    """Writes down the loss of a run of `flops`, with its interval and the date, and that run's config.
+
+    By the parametric law where the runs allow it, else by the isoflop fit, whose law of the best N sets the size.
+
+    Returns:
+      The prediction's folder.
+
+    Raises:
+      StudyError: a run of the study has as much compute already, or this target has a prediction.
+      TooFewRuns: the runs allow no forecast.
+    """
+    fit = fit_study(folder, counted=counted)
+    largest = max(row.planned.flops for row in fit.gathered.rows)
+    if flops <= largest:
+        raise StudyError(f"--flops is {flops:.3g}, but the study has runs of {largest:.3g}; predict a larger one")
+    place = folder / "predictions" / f"{flops:.2e}".replace("+", "")
+    if (place / "prediction.json").exists():
+        raise StudyError(f"{place} has a prediction of this run; it stays as it is. Judge it, or predict another")
+    target = _target(study, folder, fit, flops)
+    if fit.law:
+        params = target.size.total if counted == "total" else target.size.besides_embeddings
+        value = float(fit.law.fit.law.loss(params, target.tokens))
+        interval = fit.law.interval(lambda law: float(law.loss(params, target.tokens)))
+        how = f"parametric law of {len(fit.gathered.rows)} runs"
+    else:
+        assert fit.isoflops is not None
+        found = forecast(fit.isoflops, flops)
+        value, interval, how = found.loss, found.interval, found.how
+    content = {
+        "study": study.name,
+        "date": _now(),
+        "loss": value,
+        "interval": list(interval),
+        "level": 0.9,
+        "how": how,
+        "flops": target.flops,
+        "params_total": target.size.total,
+        "params_nonembedding": target.size.besides_embeddings,
+        "tokens": target.tokens,
+        "fingerprint": fit.gathered.record.fingerprint,
+        "fit": hashlib.sha256(json.dumps(as_json(fit), sort_keys=True).encode()).hexdigest()[:16],
+        "runs": {row.planned.label: row.planned.name for row in fit.gathered.rows},
+        "commit": commit(),
+        "config": as_config_dict(target.config).to_dict(),
+    }
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomically(place / "config.py", source(target.config))
+    write_atomically(place / "prediction.json", json.dumps(content, indent=1) + "\n")
+    return place
+
+
+def judge(folder: Path, place: Path, workdir: Path) -> str:
+    """Compares a prediction with the run in `workdir`; returns the verdict in a sentence, and writes it down.
+
+    Raises:
+      StudyError: the prediction or the run is not there or not finished, the run began before the prediction was
+        written, or it is another run than was predicted.
+    """
+    said, report = place / "prediction.json", workdir / "report.json"
+    if not said.exists():
+        raise StudyError(f"{place} holds no prediction; those of this study are in {folder / 'predictions'}")
+    if not report.exists():
+        raise StudyError(f"{workdir} has no report.json: give the folder of a run that has ended")
+    prediction, figures = json.loads(said.read_text()), json.loads(report.read_text())
+    _check_same(prediction, place, figures, workdir)
+    counted = sum(record["tokens"] for record in figures["heldout"].values())
+    found = sum(record["nats_per_token"] * record["tokens"] for record in figures["heldout"].values()) / counted
+    low, high = prediction["interval"]
+    held = low <= found <= high
+    miss = found / prediction["loss"] - 1
+    sentence = (
+        f"the prediction {'held' if held else 'did not hold'}: {prediction['loss']:.4f} [{low:.4f}, {high:.4f}] was "
+        f"written on {prediction['date']}, and the run came to {found:.4f}, {miss:+.2%} from it"
+    )
+    verdict = {"date": _now(), "workdir": str(workdir), "found": found, "held": held, "miss": miss, "verdict": sentence}
+    write_atomically(place / "judgement.json", json.dumps(verdict, indent=1) + "\n")
+    return sentence
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    """All predictions of a study with their judgements, where there are any, under "judgement"."""
+    found = []
+    for path in sorted((folder / "predictions").glob("*/prediction.json")):
+        judged = path.with_name("judgement.json")
+        verdict = json.loads(judged.read_text()) if judged.exists() else None
+        found.append(json.loads(path.read_text()) | {"name": path.parent.name, "judgement": verdict})
+    return found
+
+
+def _target(study: Study, folder: Path, fit: StudyFit, flops: float) -> Target:
+    """The run that the study's rules make of a budget, of the size that the fits call best."""
+    base, rules = study.base, study.rules
+    if fit.isoflops and fit.isoflops.params:
+        params = fit.isoflops.params(flops)
+    elif fit.law:
+        params = fit.law.fit.law.optimum(flops).params
+    else:
+        raise StudyError(f"no forecast can be made: {'; '.join(fit.notes)}")
+    if fit.counted == "total":
+        params *= _share_besides(fit)
+    config = ladder.configure(base, ladder.shape_by_params(rules, base, params), rules, flops=flops)
+    cache = config.data.cache_dir or str(folder / "data")
+    config = dataclasses.replace(
+        config, name=f"{study.name} {flops:.2e}", data=dataclasses.replace(config.data, cache_dir=cache)
+    )
+    size = ladder.measure(config.model, config.data.sequence_length)
+    tokens = config.train.steps * config.data.batch_size * config.data.sequence_length
+    return Target(config, size, tokens, tokens * size.flops)
+
+
+def _share_besides(fit: StudyFit) -> float:
+    """Parameters besides embeddings over all, of the study's largest model."""
+    planned = max((row.planned for row in fit.gathered.rows), key=lambda item: item.params_total)
+    return planned.params_nonembedding / planned.params_total
+
+
+def _check_same(prediction: dict[str, Any], place: Path, figures: dict[str, Any], workdir: Path) -> None:
+    """The run has to be the predicted one, on the same data, and later."""
+    began = os.stat(workdir / "config.json").st_mtime  # written at a run's first start
+    written = datetime.datetime.fromisoformat(prediction["date"]).timestamp()
+    if began < written - 1:
+        raise StudyError(
+            f"{workdir} began before the prediction was written ({prediction['date']}): what was known is not predicted"
+        )
+    wanted = prediction["params_nonembedding"], prediction["tokens"]
+    params, tokens = figures["model"]["parameters besides embeddings"], figures["tokens"]
+    if abs(params / wanted[0] - 1) > TOLERANCE or abs(tokens / wanted[1] - 1) > TOLERANCE:
+        raise StudyError(
+            f"{workdir} has {params:,} parameters besides embeddings and {tokens:,} tokens, but {wanted[0]:,} and "
+            f"{wanted[1]:,} were predicted; run {place / 'config.py'}"
+        )
+    recorded = resolve(json.loads((workdir / "config.json").read_text()))
+    if changed := changed_leaves(prediction["config"], recorded):
+        raise StudyError(f"{workdir} is another run than was predicted: {'; '.join(changed)}")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,199 @@
+"""What a study keeps on disk: its plan, and the outcome of each run.
+
+plan.json             the runs by label, with their names, and the fingerprint of the data
+data/                 tokenizer and token stores that all runs read
+runs/NAME/            the workdir of a run (`identity.run_name`), with log.txt and result.json
+fit.json, predictions/, report/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.files import write_atomically
+from maxlm.study.identity import changed_leaves
+from maxlm.study.plan import PlannedRun
+from maxlm.study.spec import StudyError
+from maxlm.train.metrics import read_metrics
+
+RESULT, PLAN = "result.json", "plan.json"
+SMOOTHED = 0.05  # of a run's steps that its loss is averaged over when it is judged
+ROSE = 1.1  # a final training loss this many times the lowest has diverged
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A run of plan.json."""
+
+    label: str
+    name: str
+    facts: Mapping[str, Any]
+    params_total: int
+    params_nonembedding: int
+    tokens: int
+    flops: float
+    seconds: float
+    trunk: str
+    fitted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The outcome of a run.
+
+    status: finished, or diverged, which another try would not change.
+    loss: nats a token on the held-out documents, all stores by their tokens; None where it is not finite.
+    tokens: loss-bearing ones, a branch's of its trunk included.
+    why: of a divergence.
+    """
+
+    name: str
+    status: str
+    loss: float | None
+    bits_per_byte: float | None
+    train_loss: float | None
+    tokens: int
+    steps: int
+    seconds: float
+    fingerprint: str
+    commit: str
+    finished_at: str
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyRecord:
+    """plan.json: the study's runs, and the data that they are to be run on."""
+
+    study: str
+    fingerprint: str
+    runs: tuple[Planned, ...]
+
+
+def write_plan(
+    folder: Path, study: str, fingerprint: str, runs: Sequence[PlannedRun], names: Mapping[str, str]
+) -> None:
+    """Writes plan.json."""
+    entries = [
+        Planned(
+            label=run.label,
+            name=names[run.label],
+            facts=run.facts,
+            params_total=run.params_total,
+            params_nonembedding=run.params_nonembedding,
+            tokens=run.tokens,
+            flops=run.flops,
+            seconds=run.seconds,
+            trunk=run.branch.trunk if run.branch else "",
+            fitted=run.fitted,
+        )
+        for run in runs
+    ]
+    content = {"study": study, "fingerprint": fingerprint, "runs": [dataclasses.asdict(entry) for entry in entries]}
+    write_atomically(folder / PLAN, json.dumps(content, indent=1) + "\n")
+
+
+def read_plan(folder: Path) -> StudyRecord:
+    """plan.json of a study that has been run at least once.
+
+    Raises:
+      StudyError: there is none.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        raise StudyError(f"{folder} holds no study that was run; type `maxlm study run` first, with the same --dir")
+    content = json.loads(path.read_text())
+    return StudyRecord(content["study"], content["fingerprint"], tuple(Planned(**run) for run in content["runs"]))
+
+
+def read_result(workdir: Path) -> Result | None:
+    """The outcome of a run; None: it has not ended."""
+    path = workdir / RESULT
+    return Result(**json.loads(path.read_text())) if path.exists() else None
+
+
+def write_result(workdir: Path, result: Result) -> None:
+    """Writes result.json, after which the run is never run again."""
+    write_atomically(workdir / RESULT, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+
+
+def check_unchanged(workdir: Path, run: PlannedRun) -> None:
+    """Raises StudyError where a finished run was made with settings that its name does not tell from today's."""
+    path = workdir / "config.json"
+    if path.exists() and (changed := changed_leaves(json.loads(path.read_text()), run.config)):
+        raise StudyError(
+            f"{run.label} was run when defaults were others: {'; '.join(changed)}. Set them in the study's base "
+            f"config as they were, or remove {workdir} to run it again"
+        )
+
+
+def outcome(workdir: Path, run: PlannedRun, *, fingerprint: str, commit: str, now: str) -> Result | None:
+    """The result of a run whose program has ended; None where it neither finished nor diverged.
+
+    Diverged is a run that the guard has stopped, one whose held-out loss is not finite or above that of knowing nothing
+    (log V), and one whose training loss ends more than ROSE times above its lowest.
+    """
+    steps = list(read_metrics(workdir, "step"))
+    report_path = workdir / "report.json"
+    report = json.loads(report_path.read_text()) if report_path.exists() else None
+    stopped = bool(steps) and steps[-1].get("rejections_in_row", 0) >= run.config.optim.guard.max_rejections
+    if report is None and not stopped:
+        return None
+    heldout = report["heldout"] if report else {}
+    counted = sum(record["tokens"] for record in heldout.values())
+    nats = [record["nats_per_token"] for record in heldout.values()]
+    loss = None
+    if counted and all(value is not None and math.isfinite(value) for value in nats):
+        loss = sum(record["nats_per_token"] * record["tokens"] for record in heldout.values()) / counted
+    why = (
+        "the guard refused too many updates in a row"
+        if stopped
+        else _diverged(steps, loss, run.config.model.vocab_size)
+    )
+    return Result(
+        name=workdir.name,
+        status="diverged" if why else "finished",
+        loss=loss,
+        bits_per_byte=report["heldout_bits_per_byte"] if report else None,
+        train_loss=_smooth_end(steps),
+        tokens=round(sum(record["tokens"] for record in steps)),
+        steps=len(steps),
+        seconds=sum(record["seconds"] for record in steps),
+        fingerprint=fingerprint,
+        commit=commit,
+        finished_at=now,
+        why=why,
+    )
+
+
+def _diverged(steps: Sequence[Mapping[str, Any]], loss: float | None, vocab_size: int) -> str:
+    """Why, or nothing."""
+    if loss is None:
+        return "the held-out loss is not finite, or nothing was held out"
+    if loss > math.log(vocab_size):
+        return f"the held-out loss {loss:.3f} is above that of knowing nothing, {math.log(vocab_size):.3f}"
+    curve = _smoothed(steps)
+    if len(curve) and curve[-1] > ROSE * curve.min():
+        return f"the training loss ended at {curve[-1]:.3f}, after {curve.min():.3f}"
+    return ""
+
+
+def _smoothed(steps: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Means over windows of SMOOTHED of the steps."""
+    losses = np.array([record["loss"] for record in steps if record["accepted"]])
+    if not len(losses):
+        return losses
+    window = max(round(SMOOTHED * len(losses)), 1)
+    return np.convolve(losses, np.full(window, 1 / window), mode="valid")
+
+
+def _smooth_end(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    curve = _smoothed(steps)
+    return float(curve[-1]) if len(curve) and math.isfinite(curve[-1]) else None

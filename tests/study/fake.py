@@ -1,0 +1,91 @@
+"""A study of made-up runs: their losses come from a known law, and each takes no time."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+
+from maxlm.config import MlpConfig, ModelConfig
+from maxlm.resolve import as_config_dict
+from maxlm.study.identity import run_name
+from maxlm.study.ladder import Rules
+from maxlm.study.law import Law
+from maxlm.study.spec import Isoflops, Machine, Study
+from tests.tiny import tiny_config, write_corpus
+
+LAW = Law(E=1.2, A=30.0, B=60.0, alpha=0.33, beta=0.31)
+RULES = Rules(rule="transfer", aspect=128, head_dim=16, base_head_dim=16, base_width=32, base_rate=4e-3)
+
+
+def base_config(corpus: Path):
+    """The tiny run, with a model that a ladder can shape."""
+    config = tiny_config(corpus)
+    return dataclasses.replace(config, model=ModelConfig(vocab_size=264, mlp=MlpConfig(kind="relu2")))
+
+
+def isoflop_study(folder: Path, *, budgets=tuple(1e13 * 8 ** (n / 4) for n in range(5)), **changes) -> Study:
+    """Five budgets over a factor of 8, five sizes each."""
+    study = Study(
+        name="made_up",
+        base=base_config(write_corpus(folder / "corpus", documents=30)),
+        rules=RULES,
+        design=Isoflops(budgets=budgets, sizes=(0.3, 0.55, 1.0, 1.8, 3.3)),
+        machine=Machine(jobs=2),
+    )
+    return dataclasses.replace(study, **changes)
+
+
+class Fake:
+    """Starts runs that end at once: `fails` with exit code 1, `diverges` after the guard's refusals, others well."""
+
+    def __init__(self, *, noise: float = 0.0, fails=(), diverges=(), hangs=()):
+        self.noise, self.fails, self.diverges, self.hangs = noise, fails, diverges, hangs
+        self.started: list[str] = []
+        self.cores: list[list[int]] = []
+
+    def __call__(self, run, workdir, cores, lock):
+        self.started.append(run.label)
+        self.cores.append(list(cores))
+        (workdir / "config.json").write_text(json.dumps(as_config_dict(run.config).to_dict()))
+        if run.label in self.fails:
+            (workdir / "log.txt").write_text("a line\nthe disk is full\n")
+            return Ended(1)
+        if run.label in self.hangs:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return Ended(None)
+        rng = np.random.default_rng(int(run_name(run.config, "x")[:8], 16))
+        loss = float(LAW.loss(run.params_nonembedding, run.tokens) * np.exp(rng.normal(0, self.noise)))
+        refused = run.config.optim.guard.max_rejections if run.label in self.diverges else 0
+        steps = [
+            {"kind": "step", "step": n + 1, "loss": loss, "tokens": run.tokens / 10, "seconds": 0.1,
+             "accepted": not refused, "rejections_in_row": refused}
+            for n in range(10)
+        ]  # fmt: skip
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
+        if refused:
+            return Ended(1)
+        heldout = {"tiny": {"nats_per_token": loss, "tokens": 100}}
+        report = {
+            "heldout": heldout,
+            "heldout_bits_per_byte": loss * 1.4,
+            "tokens": run.tokens,
+            "model": {"parameters besides embeddings": run.params_nonembedding},
+        }
+        (workdir / "report.json").write_text(json.dumps(report))
+        return Ended(0)
+
+
+class Ended:
+    """A process that has ended with a code, or (None) runs until it is asked to leave."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def poll(self):
+        return self.code
+
+    def terminate(self):
+        self.code = 75

@@ -1,0 +1,225 @@
+"""A study's runs: run once, continued, reported; and what the fits make of those that are missing or bad."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from maxlm.study import predict as prediction
+from maxlm.study.fitting import describe, fit_study
+from maxlm.study.plan import plan
+from maxlm.study.report import write_report
+from maxlm.study.results import read_plan, read_result, write_result
+from maxlm.study.runner import run_study
+from maxlm.study.spec import StudyError, Trunks
+from tests.study.fake import LAW, Fake, isoflop_study
+
+
+def run(study, folder, fake, **kwargs):
+    said = []
+    outcome = run_study(study, folder, launch=fake, log=said.append, poll=0.0, **kwargs)
+    return outcome, "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A study that has run, without noise."""
+    folder = tmp_path_factory.mktemp("study")
+    study = isoflop_study(folder)
+    outcome, _ = run(study, folder / "out", Fake(noise=0.001))
+    assert outcome.code == 0
+    return study, folder / "out"
+
+
+def workdir_of(folder, label):
+    return folder / "runs" / next(r.name for r in read_plan(folder).runs if r.label == label)
+
+
+def test_a_second_time_does_nothing_but_say_so(done):
+    study, folder = done
+    fake = Fake()
+    outcome, said = run(study, folder, fake)
+    assert fake.started == [] and outcome.code == 0
+    assert "nothing to do" in said and str(len(plan(study))) in said
+
+
+def test_failures_are_reported_passed_over_and_tried_again(tmp_path):
+    study = isoflop_study(tmp_path)
+    labels = [planned.label for planned in plan(study)]
+    outcome, said = run(study, tmp_path / "out", Fake(fails=labels[:1], diverges=labels[1:2]))
+    assert outcome.code == 1
+    assert list(outcome.failed) == labels[:1] and "the disk is full" in said
+    assert outcome.diverged == labels[1:2]
+    assert outcome.finished == labels[2:]
+    again = Fake()
+    outcome, said = run(study, tmp_path / "out", again)
+    assert again.started == labels[:1]  # the diverged one would diverge again
+    assert outcome.code == 0
+    # The diverged one is named and left out; its slice has sizes to spare.
+    words = "\n".join(describe(fit_study(tmp_path / "out")))
+    assert f"left out: {labels[1]}: diverged, the guard refused" in words
+
+
+def test_cores_are_shared_out(tmp_path):
+    fake = Fake()
+    run(isoflop_study(tmp_path, budgets=(1e13,)), tmp_path / "out", fake, jobs=2)
+    available = sorted(os.sched_getaffinity(0))
+    share = max(len(available) // 2, 1)
+    assert all(len(cores) == share and set(cores) <= set(available) for cores in fake.cores)
+    if len(available) > 1:
+        assert {core for cores in fake.cores for core in cores} == set(available[: 2 * share])
+
+
+def test_asked_to_stop_it_stops_and_goes_on_later(tmp_path):
+    study = isoflop_study(tmp_path, budgets=(1e13,))
+    labels = [planned.label for planned in plan(study)]
+    outcome, said = run(study, tmp_path / "out", Fake(hangs=labels[1:]), jobs=1)
+    assert outcome.code == 75 and outcome.finished == labels[:1]
+    assert "asked to stop" in said
+    fake = Fake()
+    outcome, _ = run(study, tmp_path / "out", fake)
+    assert fake.started == labels[1:] and outcome.code == 0
+
+
+def test_names_say_what_matters_and_no_more(done, tmp_path):
+    study, folder = done
+    fake = Fake()
+    renamed = dataclasses.replace(
+        study,
+        base=dataclasses.replace(study.base, checkpoint=dataclasses.replace(study.base.checkpoint, every_steps=7)),
+    )
+    run(renamed, folder, fake)
+    assert fake.started == []
+    other = dataclasses.replace(
+        study, base=dataclasses.replace(study.base, optim=dataclasses.replace(study.base.optim, b2=0.97))
+    )
+    run(other, tmp_path / "out", fake)
+    names = {r.name for r in read_plan(folder).runs} & {r.name for r in read_plan(tmp_path / "out").runs}
+    assert not names
+
+
+def test_a_default_that_has_changed_is_noticed(done, tmp_path):
+    study, folder = done
+    path = workdir_of(folder, plan(study)[0].label) / "config.json"
+    kept = path.read_text()
+    recorded = json.loads(kept)
+    recorded["optim"]["b1"] = 0.85
+    path.write_text(json.dumps(recorded))
+    with pytest.raises(StudyError, match="optim.b1 was 0.85 and is 0.9"):
+        run(study, folder, Fake())
+    path.write_text(kept)
+
+
+def test_the_fit_finds_the_law_and_foretells_the_largest_budget(done):
+    study, folder = done
+    fit = fit_study(folder)
+    assert fit.law is None
+    assert any("only the isoflop fit is offered" in note for note in fit.notes)
+    assert fit.isoflops is not None and fit.isoflops.params is not None
+    # FLOPs are not 6 N D here, so the exponent of the law holds about.
+    assert fit.isoflops.params.exponent == pytest.approx(LAW.exponent, abs=0.12)
+    assert fit.held_back is not None
+    assert abs(fit.held_back.miss) < 0.02 and fit.held_back.reach < 0.03
+    assert fit.held_back.found in fit.held_back.interval
+    assert "the prediction held" in "\n".join(describe(fit))
+
+
+def test_missing_runs_and_other_data_are_named_and_left_out(done):
+    study, folder = done
+    labels = [planned.label for planned in plan(study)]
+    gone, other = workdir_of(folder, labels[0]), workdir_of(folder, labels[7])
+    result, kept = read_result(gone), read_result(other)
+    assert result is not None and kept is not None
+    (gone / "result.json").unlink()
+    write_result(other, dataclasses.replace(kept, fingerprint="f" * 32, loss=0.1))
+    (folder / "runs" / "stranger").mkdir()
+    try:
+        fit = fit_study(folder)
+        words = "\n".join(describe(fit))
+        assert f"left out: {labels[0]}: missing" in words
+        assert f"left out: {labels[7]}: run on other data (fingerprint ffffffffffff" in words
+        assert "runs/stranger: not in the study's plan" in words
+        assert {row.planned.label for row in fit.gathered.rows} == set(labels) - {labels[0], labels[7]}
+    finally:
+        write_result(gone, result)
+        write_result(other, kept)
+        (folder / "runs" / "stranger").rmdir()
+
+
+def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
+    study, folder = done
+    largest = max(run.flops for run in plan(study))
+    with pytest.raises(StudyError, match="predict a larger one"):
+        prediction.predict(study, folder, flops=largest / 2)
+    place = prediction.predict(study, folder, flops=2 * largest)
+    said = json.loads((place / "prediction.json").read_text())
+    assert said["interval"][0] < said["loss"] < said["interval"][1]
+    assert (said["interval"][1] - said["interval"][0]) / said["loss"] < 0.06
+    with pytest.raises(StudyError, match="it stays as it is"):
+        prediction.predict(study, folder, flops=2 * largest)
+
+    def larger(name, factor):
+        """The predicted run with its true loss times a factor."""
+        workdir = tmp_path / name
+        workdir.mkdir()
+        (workdir / "config.json").write_text(json.dumps(said["config"]))
+        loss = float(LAW.loss(said["params_nonembedding"], said["tokens"])) * factor
+        report = {
+            "heldout": {"tiny": {"nats_per_token": loss, "tokens": 10}},
+            "tokens": said["tokens"],
+            "model": {"parameters besides embeddings": said["params_nonembedding"]},
+        }
+        (workdir / "report.json").write_text(json.dumps(report))
+        return workdir
+
+    assert "the prediction held" in prediction.judge(folder, place, larger("good", 1.0))
+    assert "the prediction did not hold" in prediction.judge(folder, place, larger("bad", 1.2))
+    early = larger("early", 1.0)
+    os.utime(early / "config.json", (1, 1))
+    with pytest.raises(StudyError, match="began before"):
+        prediction.judge(folder, place, early)
+    changed = larger("changed", 1.0)
+    config = said["config"] | {"seed": 5}
+    (changed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StudyError, match="seed was 0 and is 5"):
+        prediction.judge(folder, place, changed)
+
+
+def test_the_report_shows_every_run(done):
+    study, folder = done
+    page = write_report(study, folder, fit_study(folder)).read_text()
+    for planned in plan(study):
+        assert planned.label in page
+    assert 'src="isoflops.png"' in page and 'src="optima.png"' in page
+    lines = (folder / "report" / "runs.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(plan(study)) and lines[0].startswith("label,name,status,params_besides_embeddings")
+    assert (folder / "report" / "isoflops.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
+    study = isoflop_study(tmp_path, design=Trunks(params=(3e4,), tokens=(5e5, 1e6)))
+    wsd = dataclasses.replace(study.base.optim, schedule="wsd")
+    study = dataclasses.replace(study, base=dataclasses.replace(study.base, optim=wsd))
+    trunk, *branches = plan(study)
+    assert len(branches) == 2 and not trunk.fitted
+    outcome, said = run(study, tmp_path / "out", Fake(fails=[trunk.label]))
+    assert set(outcome.failed) == {planned.label for planned in (trunk, *branches)}
+    assert f"its trunk {trunk.label} has not finished" in said
+
+    class Saving(Fake):
+        def __call__(self, planned, workdir, cores, lock):
+            if planned.label == trunk.label:
+                for branch in branches:
+                    (workdir / "checkpoints" / str(branch.branch.step)).mkdir(parents=True)
+            else:
+                assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(planned.branch.step)]
+                assert (workdir / "metrics.jsonl").exists()
+            return super().__call__(planned, workdir, cores, lock)
+
+    outcome, _ = run(study, tmp_path / "out", Saving())
+    assert outcome.finished == [planned.label for planned in (trunk, *branches)]
+    for branch in branches:
+        step = branch.branch.step
+        assert step % trunk.config.checkpoint.keep_every_steps == 0
+        assert branch.config.train.steps - branch.config.optim.decay_steps == step
