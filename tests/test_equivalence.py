@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from maxlm.config import MESH_AXES
+from maxlm.config import MESH_AXES, ParallelConfig
+from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
 from tools import equivalence
 
@@ -60,3 +62,19 @@ def test_a_case_agrees_with_one_device(name):
 def test_a_case_that_is_not_there_is_not_a_success():
     command = [sys.executable, "tools/equivalence.py", "--devices=8", "--case=no such case"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
+
+
+def test_a_permute_in_a_branch_is_seen_before_it_hangs():
+    def program(x):
+        def permuted(x):
+            return jax.lax.ppermute(x, "pipeline", [(0, 1), (1, 0)])
+
+        first = jax.lax.axis_index("pipeline") == 0
+        return jax.lax.cond(first, permuted, lambda x: x + 1, x)
+
+    mesh = make_mesh(ParallelConfig(data=1, pipeline=2), jax.devices()[:2])
+    spec = jax.sharding.PartitionSpec("pipeline")
+    mapped = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    text = mapped.lower(jax.ShapeDtypeStruct((2, 4), "float32")).compile().as_text()
+    with pytest.raises(RuntimeError, match="a branch of the program permutes"):
+        equivalence.refuse_permutes_in_branches(text)

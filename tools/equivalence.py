@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -251,6 +252,40 @@ def reference(moe: bool, packed: bool, layers: int) -> Any:
     return loss_and_gradients(config, batch, params=params, devices=jax.devices()[:1], runtime=Runtime())
 
 
+def refuse_permutes_in_branches(program: str) -> None:
+    """Stops before a program is run that would hang: stages take different branches, and a permute waits for all.
+
+    Raises:
+      RuntimeError: a branch of a conditional has a collective-permute, which XLA's CPU back end runs as a rendezvous of
+        every device.
+    """
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in program.splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            lines = computations.setdefault(start[1], [])
+        lines.append(line)
+
+    def called(line: str) -> Iterator[str]:
+        single = r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+        yield from re.findall(single, line)
+        for names in re.findall(r"branch_computations=\{([^}]*)\}", line):
+            yield from (name.strip().lstrip("%") for name in names.split(","))
+
+    conditionals = [line for lines in computations.values() for line in lines if " conditional(" in line]
+    waiting, seen = [name for line in conditionals for name in called(line)], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for line in computations.get(name, ()):
+            if " collective-permute(" in line or " collective-permute-start(" in line:
+                where = re.search(r'op_name="([^"]*)"', line)
+                raise RuntimeError(f"a branch of the program permutes: {where[1] if where else line.strip()}")
+            waiting += called(line)
+
+
 def run(case: Case) -> list[Any]:
     """The distances of a case from its reference, the farthest first."""
     import jax
@@ -262,7 +297,7 @@ def run(case: Case) -> list[Any]:
     config = resolve(config_of(case, moe=case.moe, packed=case.packed, layers=depth), devices=jax.device_count())
     expected = reference(case.moe, case.packed, depth)
     params, batch = start(case.moe, case.packed, depth), batch_of(packed=case.packed)
-    got = loss_and_gradients(config, batch, params=params)
+    got = loss_and_gradients(config, batch, params=params, inspect=refuse_permutes_in_branches)
     found = distances(got, expected)
     if case.moe and got.metrics["load_max_over_mean"] != expected.metrics["load_max_over_mean"]:
         found.insert(0, Distance(float("inf"), "which experts the tokens went to"))

@@ -115,6 +115,7 @@ class GroupedQueryAttention(nnx.Module):
         found = runtime.attend(query, key, value, attention_mask(self.config, sight, window=window, sinks=sinks))
         found = checkpoint_name(runtime.constrain(found, ("batch", "seq", "q_heads", None)), "attention_out")
         out = einsum("bsnh,nhd->bsd", found, self.output[...], dtype=runtime.dtype)
+        out = runtime.constrain(out, ("batch", "residual", None))
         if self.output_bias is not None:
             out = add_bias(out, self.output_bias[...])
         return AttentionOut(out, memory)

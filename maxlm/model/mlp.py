@@ -96,6 +96,7 @@ class Mlp(nnx.Module):
         else:
             hidden = cheap(GATED[self.kind])(inward(self.gate, self.gate_bias), up)
         y = einsum("bsf,fd->bsd", hidden, self.down[...], dtype=runtime.dtype)
+        y = runtime.constrain(y, ("batch", "residual", None))
         if self.down_bias is not None:
             y = add_bias(y, self.down_bias[...])
         return FeedForwardOut(checkpoint_name(y, "mlp_out"), {})

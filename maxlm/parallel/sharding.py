@@ -75,8 +75,12 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax
 
     def constrain(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
         context = jax.sharding.get_abstract_mesh()
-        if "residual" in logical and x.shape[logical.index("residual")] % shards(mesh, "residual"):
-            # A step of decoding, or an odd length: every device of a tensor group keeps all its positions.
+        if "residual" in logical and (
+            x.shape[logical.index("residual")] % shards(mesh, "residual") or mesh.shape["pipeline"] > 1
+        ):
+            # A step of decoding, or an odd length: every device of a tensor group keeps all its positions. So it does
+            # within a pipeline, in whose branches XLA would bring weights to such positions by permutes, and those
+            # must not stand in a branch that other stages do not take.
             logical = tuple("seq" if name == "residual" else name for name in logical)
         if not context.manual_axes:
             return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +61,7 @@ def loss_and_gradients(
     params: Any,
     devices: Sequence[jax.Device] | None = None,
     runtime: Runtime | None = None,
+    inspect: Callable[[str], None] | None = None,
 ) -> Computed:
     """One step of a resolved config's program on its mesh.
 
@@ -69,6 +70,7 @@ def loss_and_gradients(
       params: nested dict of arrays to start from.
       devices: of the mesh; None: all.
       runtime: how the model is run; None: as in a run on this mesh. `Runtime()` is the plain reference.
+      inspect: is given the compiled program's text before it is run.
     """
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=0.0))
     mesh = make_mesh(config.parallel, devices)
@@ -76,6 +78,8 @@ def loss_and_gradients(
     state = jax.device_put(initial_state(config, setup.optimizer, params=params), setup.shardings)
     placed = place_batch(mesh, batch.tokens.shape, lambda rows: jax.tree.map(lambda x: x[rows], batch))
     program = setup.compile(*batch.tokens.shape)
+    if inspect:
+        inspect(program.as_text() or "")
     state, metrics = program(state, placed)
     gradients, after = (tree.paths(jax.device_get(x)) for x in (state.opt_state, state.params))
     return Computed(jax.device_get(metrics), gradients, after, program.as_text() or "")
