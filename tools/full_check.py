@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 CHECKS: tuple[tuple[str, list[str]], ...] = (
     ("ci", ["bash", ".ci/run"]),
     ("slow tests", [".venv/bin/pytest", "-m", "slow", "-n", "0"]),
+    # Installs and starts daemons: for a machine of its own.
+    ("slurm", ["bash", "tests/slurm/run.sh", ".venv/bin/python"]),
     ("coverage of the scaling fit's intervals", [".venv/bin/python", "tools/study_coverage.py"]),
     ("quickstart resolves", [".venv/bin/maxlm", "check", "--config=configs/quickstart.py"]),
 )

@@ -1,0 +1,314 @@
+"""A job on GKE: a JobSet for TPU slices or GPU nodes, as one manifest.
+
+python -m launch.gke apply --accelerator=v5p --topology=2x2x4 [--slices=2] [--spot] --image=IMAGE --config=... ...
+python -m launch.gke apply --accelerator=nvidia-h100-80gb --nodes=4 --gpus=8 --image=IMAGE --config=... --workdir=gs://...
+python -m launch.gke manifest | delete | xpk    (the same flags)
+
+A pod that is moved or preempted gets SIGTERM, all pods save and leave with exit code 75, and the JobSet starts anew
+without counting it; failures count up to --retries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from launch.job import (
+    EXIT_PREEMPTED,
+    Job,
+    LaunchError,
+    Topology,
+    check_config,
+    job_of,
+    job_parser,
+    printed,
+    run_main,
+    secret_values,
+    split_overrides,
+)
+
+PORT = 8476
+
+
+class TpuKind(NamedTuple):
+    """A TPU generation on GKE: its node label, chips on a host of a slice of several, name to xpk."""
+
+    label: str
+    chips: int
+    xpk: str
+
+
+TPUS = {
+    "v4": TpuKind("tpu-v4-podslice", 4, "v4"),
+    "v5e": TpuKind("tpu-v5-lite-podslice", 4, "v5litepod"),
+    "v5p": TpuKind("tpu-v5p-slice", 4, "v5p"),
+    "v6e": TpuKind("tpu-v6e-slice", 4, "v6e"),
+    "tpu7x": TpuKind("tpu7x", 4, "tpu7x"),
+}
+_IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._:/@-]*")
+_BUCKET = re.compile(r"[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9]")
+_TPU_CORES = {"v4": 2, "v5p": 2}  # the accelerator's name counts these, not chips
+
+
+def chips_of(topology: str) -> int:
+    """Chips of a topology as in 4x4 or 2x2x4."""
+    if not re.fullmatch(r"\d+(x\d+){1,2}", topology):
+        raise LaunchError(f"--topology is {topology!r}; give the slice's shape, as in 4x4 or 2x2x4")
+    return math.prod(int(size) for size in topology.split("x"))
+
+
+def shape_of(values: argparse.Namespace) -> Topology:
+    """Groups and hosts of the flags. Raises LaunchError where TPU and GPU flags are mixed."""
+    if values.accelerator in TPUS:
+        chips = chips_of(values.topology)
+        each = min(chips, TPUS[values.accelerator].chips)
+        if chips % each:
+            raise LaunchError(f"--topology={values.topology} has {chips} chips, which hosts of {each} do not divide")
+        return Topology(groups=values.slices, hosts=chips // each, accelerator=values.accelerator, devices=each)
+    if values.topology or not values.accelerator.startswith("nvidia-"):
+        raise LaunchError(
+            f"--accelerator is {values.accelerator!r}; give {', '.join(TPUS)} with --topology, or a GPU as GKE "
+            "names it, as in nvidia-h100-80gb, with --nodes and --gpus"
+        )
+    return Topology(groups=values.slices, hosts=values.nodes, accelerator=values.accelerator, devices=values.gpus)
+
+
+def manifest(job: Job, values: argparse.Namespace) -> dict[str, Any]:
+    """The JobSet (jobset.x-k8s.io/v1alpha2)."""
+    shape = job.topology
+    annotations = {}
+    if shape.accelerator in TPUS and shape.groups > 1:  # a slice is a node pool, and belongs to one job
+        annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
+    labels = {"app.kubernetes.io/managed-by": "maxlm"}
+    if values.queue:
+        labels["kueue.x-k8s.io/queue-name"] = values.queue
+    # A pod that leaves with EXIT_PREEMPTED, or whose node is taken, fails its job for this reason; others just fail.
+    leaves = [
+        {"action": "FailJob", "onExitCodes": {"containerName": "maxlm", "operator": "In", "values": [EXIT_PREEMPTED]}},
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": job.name, "labels": labels, "annotations": annotations},
+        "spec": {
+            "network": {"enableDNSHostnames": True, "subdomain": job.name, "publishNotReadyAddresses": True},
+            "successPolicy": {"operator": "All"},
+            "failurePolicy": {
+                "maxRestarts": job.retries,
+                "restartStrategy": "BlockingRecreate",  # the old pods have saved before the first new one is there
+                "rules": [
+                    {
+                        "name": "preempted",
+                        "action": "RestartJobSetAndIgnoreMaxRestarts",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    }
+                ],
+            },
+            "coordinator": {"replicatedJob": "workers", "jobIndex": 0, "podIndex": 0},
+            "replicatedJobs": [
+                {
+                    "name": "workers",
+                    "replicas": shape.groups,
+                    "template": {
+                        "spec": {
+                            "completionMode": "Indexed",
+                            "parallelism": shape.hosts,
+                            "completions": shape.hosts,
+                            "backoffLimit": 0,
+                            "podFailurePolicy": {"rules": leaves},
+                            "template": {
+                                "metadata": {"annotations": _pod_annotations(values)},
+                                "spec": _pod(job, values),
+                            },
+                        }
+                    },
+                }
+            ],
+        },
+    }
+
+
+def _pod_annotations(values: argparse.Namespace) -> dict[str, str]:
+    return {"gke-gcsfuse/volumes": "true"} if values.mount_bucket else {}
+
+
+def _pod(job: Job, values: argparse.Namespace) -> dict[str, Any]:
+    shape = job.topology
+    tpu = TPUS.get(shape.accelerator)
+    device = "google.com/tpu" if tpu else "nvidia.com/gpu"
+    selector = (
+        {"cloud.google.com/gke-tpu-accelerator": tpu.label, "cloud.google.com/gke-tpu-topology": values.topology}
+        if tpu
+        else {"cloud.google.com/gke-accelerator": shape.accelerator}
+    )
+    tolerations = [{"key": device, "operator": "Exists", "effect": "NoSchedule"}]
+    if values.spot:
+        selector["cloud.google.com/gke-spot"] = "true"
+        tolerations += [
+            {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        ]
+    volumes, mounts = _volumes(values)
+    return {
+        "restartPolicy": "Never",
+        "serviceAccountName": values.service_account or "default",
+        "terminationGracePeriodSeconds": job.grace_seconds,
+        "nodeSelector": selector,
+        "tolerations": tolerations,
+        "volumes": volumes,
+        "containers": [
+            {
+                "name": "maxlm",
+                "image": values.image,
+                # No shell: Kubernetes itself expands $(NAME), which $$ prevents.
+                "command": ["python", *(_literal(word) for word in job.arguments())],
+                "env": _environment(job),
+                "ports": [{"name": "coordinator", "containerPort": PORT}],
+                "resources": {"requests": {device: str(shape.devices)}, "limits": {device: str(shape.devices)}},
+                "volumeMounts": mounts,
+                # The signal at once, and the pod stays until the process has saved and gone; grace seconds at most.
+                "lifecycle": {
+                    "preStop": {
+                        "exec": {
+                            "command": ["/bin/sh", "-c", "kill -TERM 1; while kill -0 1 2>/dev/null; do sleep 1; done"]
+                        }
+                    }
+                },
+            }
+        ],
+    }
+
+
+def _volumes(values: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+    mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": "/dev/shm"}]
+    if values.mount_bucket:
+        driver = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": values.mount_bucket}}
+        volumes.append({"name": "bucket", "csi": driver})
+        mounts.append({"name": "bucket", "mountPath": "/bucket"})
+    if values.mount_claim:
+        volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": values.mount_claim}})
+        mounts.append({"name": "claim", "mountPath": "/claim"})
+    return volumes, mounts
+
+
+def _environment(job: Job) -> list[dict[str, Any]]:
+    plain = {"PYTHONUNBUFFERED": "1", **job.environment}
+    plain |= {
+        "JOBSET_COORDINATOR": f"{job.name}-workers-0-0.{job.name}:{PORT}",
+        "JOBSET_PROCESSES": str(job.topology.all_processes),
+        "JOBSET_HOSTS_PER_JOB": str(job.topology.hosts),
+    }
+    entries: list[dict[str, Any]] = [{"name": name, "value": _literal(value)} for name, value in plain.items()]
+    label = "metadata.labels['jobset.sigs.k8s.io/job-index']"
+    entries.append({"name": "JOBSET_JOB_INDEX", "valueFrom": {"fieldRef": {"fieldPath": label}}})
+    for name in job.secrets:
+        entries.append({"name": name, "valueFrom": {"secretKeyRef": {"name": f"{job.name}-secrets", "key": name}}})
+    return entries
+
+
+def _literal(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def secret_manifest(job: Job, values: dict[str, str]) -> dict[str, Any]:
+    """The Secret that the pods read; goes to the cluster over standard input and is printed without values."""
+    data = {name: base64.b64encode(value.encode()).decode() for name, value in values.items()}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": f"{job.name}-secrets"}, "data": data}
+
+
+def xpk_command(job: Job, values: argparse.Namespace) -> list[str]:
+    """The same job through xpk, which makes its own JobSet; TPU only."""
+    kind = TPUS.get(job.topology.accelerator)
+    if kind is None or not values.cluster:
+        raise LaunchError("xpk starts TPU jobs here: give --accelerator and --topology of a TPU, and --cluster")
+    if job.secrets:
+        raise LaunchError("xpk would write secrets into its command; use `apply`, or secrets that the cluster mounts")
+    cores = chips_of(values.topology) * _TPU_CORES.get(job.topology.accelerator, 1)
+    exports = [f"export {name}={shlex.quote(value)};" for name, value in job.environment.items()]
+    return [
+        *("xpk", "workload", "create", f"--workload={job.name}", f"--cluster={values.cluster}"),
+        *(f"--tpu-type={kind.xpk}-{cores}", f"--num-slices={job.topology.groups}"),
+        *(f"--docker-image={values.image}", f"--max-restarts={job.retries}"),
+        f"--termination-grace-period-seconds={job.grace_seconds}",
+        f"--command={' '.join([*exports, 'exec', shlex.join(['python', *job.arguments()])])}",
+        *(["--spot"] if values.spot else []),
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = job_parser(__doc__)
+    add = parser.add_argument
+    add("action", choices=["apply", "manifest", "delete", "xpk"])
+    add(
+        "--image",
+        required=True,
+        help="made from launch/Dockerfile.tpu or launch/Dockerfile.cuda, with the commit in it",
+    )
+    add("--accelerator", required=True, help=f"{', '.join(TPUS)}, or a GPU as in nvidia-h100-80gb")
+    add("--topology", default="", help="TPU: the slice's shape, as in 4x4 or 2x2x4")
+    add("--slices", type=int, default=1, help="groups of nodes: TPU slices, or replicas of GPU nodes")
+    add("--nodes", type=int, default=1, help="GPU: nodes in a group")
+    add("--gpus", type=int, default=8, help="GPU: of a node")
+    add("--spot", action="store_true")
+    add("--queue", default="", help="local queue of Kueue")
+    add("--namespace", default="default")
+    add("--service-account", default="", help="Kubernetes service account, for access to the bucket")
+    add("--mount-bucket", default="", help="a bucket to see as /bucket, through Cloud Storage FUSE")
+    add("--mount-claim", default="", help="a persistent volume claim to see as /claim")
+    add("--cluster", default="", help="xpk: name of the cluster")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    values = _parser().parse_args(own)
+    job = job_of(values, overrides, shape_of(values))
+    for flag, pattern in (("image", _IMAGE), ("mount_bucket", _BUCKET)):
+        if getattr(values, flag) and not pattern.fullmatch(getattr(values, flag)):
+            raise LaunchError(f"--{flag.replace('_', '-')} is {getattr(values, flag)!r}, which cannot be one")
+    kubectl = ["kubectl", f"--namespace={values.namespace}"]
+    apply = [*kubectl, "apply", "-f", "-"]
+    text = json.dumps(manifest(job, values), indent=2)
+    if values.action == "manifest":
+        print(text)
+        return 0
+    steps: list[tuple[list[str], str | None]] = [(apply, text)]
+    if values.action == "delete":
+        steps = [([*kubectl, "delete", "jobset", job.name, "--ignore-not-found"], None)]
+        steps += [([*kubectl, "delete", "secret", f"{job.name}-secrets", "--ignore-not-found"], None)]
+    elif values.action == "xpk":
+        steps = [(xpk_command(job, values), None)]
+    if values.dry_run:
+        if values.action == "apply" and job.secrets:
+            named = dict.fromkeys(job.secrets, "")
+            steps.insert(0, (apply, json.dumps(secret_manifest(job, named), indent=2)))
+        print(job.describe(), *(printed(command, given) for command, given in steps), sep="\n\n")
+        return 0
+    if values.action != "delete" and not values.no_check:
+        check_config(job)
+    if values.action == "apply" and job.secrets:
+        steps.insert(0, (apply, json.dumps(secret_manifest(job, secret_values(job)))))
+    for command, given in steps:
+        if shutil.which(command[0]) is None:
+            raise LaunchError(f"{command[0]} is not installed; see docs/launch.md")
+        if code := subprocess.run(command, input=given, text=True).returncode:
+            raise LaunchError(f"{' '.join(command[:3])} failed ({code})")
+    if values.action != "delete":
+        print(
+            f"kubectl logs -f -l batch.kubernetes.io/job-completion-index=0,jobset.sigs.k8s.io/jobset-name={job.name}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,293 @@
+"""What is to run, said once for every launcher; `python -m launch.job --config=... --workdir=...` prints it.
+
+A job is a config of one commit, a place for the run and the hardware's shape. Launchers turn it into argument lists;
+where a shell is needed at the far end, every word is quoted. Values of secrets are read from the environment when a
+command is sent and are printed as their names only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from maxlm.train.signals import EXIT_PREEMPTED
+
+ROOT = Path(__file__).resolve().parent.parent
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OVERRIDE = re.compile(r"--config\.[A-Za-z0-9_.]+=(.*)", re.DOTALL)
+_BUCKET = re.compile(r"(gs|s3)://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/.*)?", re.DOTALL)
+# What must not be written into a file or a log by way of an ordinary variable.
+_SECRETIVE = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY)", re.IGNORECASE)
+
+
+class LaunchError(Exception):
+    """Something that was asked for, or that a tool answered, in one sentence for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The hardware: `groups` of `hosts`, each of which runs `processes` processes.
+
+    groups: TPU slices, or replicas of a set of nodes; fast links are inside a group only.
+    hosts: machines in a group.
+    processes: processes on a host.
+    accelerator: its name as the platform spells it, as in v5litepod-16 or nvidia-h100-80gb; empty: CPU.
+    devices: accelerators of a process; 0: all that it sees.
+    """
+
+    groups: int = 1
+    hosts: int = 1
+    processes: int = 1
+    accelerator: str = ""
+    devices: int = 0
+
+    @property
+    def all_processes(self) -> int:
+        return self.groups * self.hosts * self.processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run as it is handed to a platform. Made by `make_job`, which checks it.
+
+    name: of the job and of what it creates, a DNS label of up to 40 characters.
+    config: path of the config file; a relative one is below the root of the code.
+    workdir: folder that all hosts see, or gs:// or s3://.
+    overrides: --config.section.key=value, as `maxlm train` takes them.
+    commit: the full name of the commit that runs, copied to the hosts as `git archive` gives it.
+    environment: variables of every process.
+    secrets: names of variables whose values are taken from the launcher's environment when they are needed.
+    retries: how often a failed run is started again; leaving with EXIT_PREEMPTED never counts.
+    grace_seconds: time to save that a process is given between SIGTERM and SIGKILL.
+    """
+
+    name: str
+    config: str
+    workdir: str
+    overrides: tuple[str, ...] = ()
+    commit: str = ""
+    topology: Topology = Topology()
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+    retries: int = 3
+    grace_seconds: int = 300
+
+    def arguments(self) -> list[str]:
+        """The words after the interpreter: the same program on every host."""
+        return ["-m", "maxlm.cli", "train", f"--config={self.config}", f"--workdir={self.workdir}", *self.overrides]
+
+    def digest(self) -> str:
+        """A short digest of all that makes a running process this job's and not another's."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """The job for people, a setting a line; of secrets there are only names here."""
+        shape = self.topology
+        rows = {
+            "job": self.name,
+            "config": self.config,
+            "overrides": shlex.join(self.overrides) or "none",
+            "workdir": self.workdir,
+            "code": f"commit {self.commit}" if self.commit else "this tree as it is",
+            "topology": f"{shape.groups} x {shape.hosts} hosts x {shape.processes} processes"
+            + (f", {shape.accelerator}" if shape.accelerator else ""),
+            "environment": shlex.join(f"{name}={value}" for name, value in self.environment.items()) or "none",
+            "secrets": " ".join(self.secrets) or "none",
+            "retries": f"{self.retries}, and any number after exit code {EXIT_PREEMPTED}",
+            "time to save": f"{self.grace_seconds} s",
+        }
+        return "\n".join(f"{name:13}{value}" for name, value in rows.items())
+
+
+def make_job(**settings: object) -> Job:
+    """A checked job. Raises LaunchError with everything that is wrong with it, a sentence a line."""
+    job = Job(**settings)  # type: ignore[arg-type]
+    problems = []
+    if not _NAME.fullmatch(job.name):
+        problems.append(f"--name is {job.name!r}; give lower-case letters, digits and -, at most 40, a letter first")
+    strings = [job.config, job.workdir, *job.overrides, *job.environment.values()]
+    problems += [f"{text!r} has a control character" for text in strings if re.search(r"[\x00-\x1f\x7f]", text)]
+    problems += [
+        f"{text!r} is no override; type --config.section.key=value"
+        for text in job.overrides
+        if not _OVERRIDE.fullmatch(text)
+    ]
+    if "://" in job.workdir and not _BUCKET.fullmatch(job.workdir):
+        problems.append(f"--workdir is {job.workdir!r}; give a folder, gs://bucket/folder or s3://bucket/folder")
+    names = [*job.environment, *job.secrets]
+    problems += [
+        f"{name!r} cannot name a variable; use letters, digits and _" for name in names if not _VARIABLE.fullmatch(name)
+    ]
+    problems += [
+        f"{name} looks like a secret, and its value would be written down; type --secret={name} instead"
+        for name in job.environment
+        if _SECRETIVE.search(name)
+    ]
+    sizes = {"groups": job.topology.groups, "hosts": job.topology.hosts, "processes": job.topology.processes}
+    problems += [f"{what} are {size}; give at least 1" for what, size in sizes.items() if size < 1]
+    if job.retries < 0 or job.grace_seconds < 1:
+        problems.append(f"--retries is {job.retries} and --grace_seconds {job.grace_seconds}; give at least 0 and 1")
+    if job.commit and not re.fullmatch("[0-9a-f]{40}", job.commit):
+        problems.append(f"the commit is {job.commit!r}; give its full name of 40 digits")
+    if problems:
+        raise LaunchError("\n".join(problems))
+    return job
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def find_commit(revision: str, *, config: str, root: Path = ROOT) -> str:
+    """The full name of a commit that holds the config file.
+
+    Raises:
+      LaunchError: no such commit, the config is not in it, or (for HEAD) the tree has changes that it lacks.
+    """
+    found = _git(root, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}").decode().strip()
+    if revision == "HEAD" and (changed := _git(root, "status", "--porcelain", "--untracked-files=no").decode()):
+        raise LaunchError(
+            f"the tree has changes that no commit holds ({len(changed.splitlines())} files); commit them, or say "
+            "--commit=REVISION to run one that you have"
+        )
+    if not Path(config).is_absolute():
+        held = _git(root, "ls-tree", "-r", "-z", "--name-only", found, "--", f":(literal){config}").decode()
+        if held.rstrip("\0") != config:
+            raise LaunchError(
+                f"--config={config} is not in commit {found[:12]}; commit it, or give the absolute path of a file that "
+                "every host has"
+            )
+    return found
+
+
+def code_archive(commit: str, *, root: Path = ROOT) -> bytes:
+    """The code of a commit, as a compressed tar file: equal bytes for an equal commit."""
+    return _git(root, "archive", "--format=tar.gz", commit)
+
+
+def unpack_code(commit: str, folder: Path, *, root: Path = ROOT) -> Path:
+    """The code of a commit unpacked below `folder`, whole or absent; what is there already is used."""
+    place = folder / "code" / commit
+    if not place.exists():
+        staged = place.with_name(f".{commit}.{os.getpid()}.partial")
+        staged.mkdir(parents=True)
+        with tarfile.open(fileobj=io.BytesIO(code_archive(commit, root=root))) as archive:
+            archive.extractall(staged, filter="data")
+        staged.replace(place)
+    return place
+
+
+def _git(root: Path, *words: str) -> bytes:
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True)
+    if done.returncode:
+        raise LaunchError(f"git {words[0]}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def job_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that every launcher takes; each adds its own."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--name", help="of the job: a DNS label of up to 40 characters; that of the config file")
+    add("--config", required=True, help="config file, relative to the repository's root, or absolute on every host")
+    add("--workdir", required=True, help="folder of the run that every host sees, or gs:// or s3://")
+    add("--commit", default="HEAD", help="the code that runs")
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of every process")
+    add("--secret", action="append", default=[], metavar="NAME", help="a variable that is never printed or saved")
+    add("--retries", type=int, default=3, help="starts after a failure; one after exit code 75 does not count")
+    add("--grace_seconds", type=int, default=300, help="time to save between SIGTERM and SIGKILL")
+    add("--dry-run", "--dry_run", action="store_true", help="print what would run, and run nothing")
+    add("--no-check", action="store_true", help="do not resolve the config here first")
+    parser.epilog = "Settings are overridden as for `maxlm train`: --config.section.key=value."
+    return parser
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The launcher's own arguments, and the overrides of the config among them."""
+    own = [word for word in arguments if not word.startswith("--config.")]
+    return own, tuple(word for word in arguments if word.startswith("--config."))
+
+
+def job_of(values: argparse.Namespace, overrides: tuple[str, ...], topology: Topology, *, copied: bool = True) -> Job:
+    """The job that the flags of `job_parser` describe.
+
+    Args:
+      copied: whether a commit is copied to the hosts; otherwise this tree runs as it is.
+    """
+    environment = {}
+    for pair in values.env:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise LaunchError(f"--env={pair} has no value; type --env=NAME=VALUE")
+        environment[name] = value
+    return make_job(
+        name=values.name or re.sub("[^a-z0-9]+", "-", Path(values.config).stem.lower()).strip("-"),
+        config=values.config,
+        workdir=values.workdir,
+        overrides=overrides,
+        commit=find_commit(values.commit, config=values.config) if copied else "",
+        topology=topology,
+        environment=environment,
+        secrets=tuple(values.secret),
+        retries=values.retries,
+        grace_seconds=values.grace_seconds,
+    )
+
+
+def check_config(job: Job) -> None:
+    """Resolves the config here, before anything is rented for it. Raises LaunchError if it does not resolve."""
+    command = [sys.executable, "-m", "maxlm.cli", "check", f"--config={job.config}", *job.overrides]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise LaunchError(f"{done.stderr.strip()}\n(say --no-check to start it all the same)")
+
+
+def secret_values(job: Job, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The secrets by name. Raises LaunchError, which names those that the environment lacks."""
+    if missing := [name for name in job.secrets if name not in environment]:
+        raise LaunchError(f"the environment has no {' and no '.join(missing)}; set what --secret names")
+    return {name: environment[name] for name in job.secrets}
+
+
+def printed(command: Sequence[str], given: str | None = None) -> str:
+    """A command as it can be typed, with its standard input below."""
+    line = f"$ {shlex.join(command)}"
+    return line if given is None else f"{line} <<'END'\n{given.rstrip()}\nEND"
+
+
+def run_main(main: object) -> None:
+    """Runs a launcher's main; a LaunchError ends it as a sentence, exit code 2."""
+    try:
+        code = main()  # type: ignore[operator]
+    except LaunchError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def _main() -> int:
+    own, overrides = split_overrides(sys.argv[1:])
+    values = job_parser(__doc__).parse_args(own)
+    print(job_of(values, overrides, Topology()).describe())
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(_main)

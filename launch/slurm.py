@@ -1,0 +1,199 @@
+"""A job under SLURM: writes an sbatch file and hands it in.
+
+python -m launch.slurm --nodes=4 --gpus_per_node=8 --time=24:00:00 --folder=/shared --config=... --workdir=/shared/run
+
+The scheduler sends SIGTERM before the time is over (--signal) or when it preempts the job; the run saves and leaves
+with exit code 75, and the job puts itself back into the queue. After a failure it does so too, --retries times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.job import (
+    EXIT_PREEMPTED,
+    Job,
+    LaunchError,
+    Topology,
+    check_config,
+    job_of,
+    job_parser,
+    printed,
+    run_main,
+    secret_values,
+    split_overrides,
+    unpack_code,
+)
+
+ARRAY = "{array}"  # in --workdir and overrides: the number of the array's task
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@,/+-]*")
+_TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+_ARRAY = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?")
+
+
+def sbatch_file(job: Job, values: argparse.Namespace, code: Path) -> str:
+    """The text of the sbatch file; everything from outside is checked to be a plain word, or quoted."""
+    shape = job.topology
+    directives = {
+        "job-name": job.name,
+        "nodes": shape.hosts,
+        "ntasks-per-node": shape.processes,
+        # Every task sees all GPUs of its node: JAX takes the one of the task's own number, and none that was hidden.
+        "gpus-per-node": values.gpus_per_node or None,
+        "cpus-per-task": values.cpus_per_task,
+        "mem": values.mem,
+        "time": values.time,
+        "partition": values.partition,
+        "account": values.account,
+        "qos": values.qos,
+        "constraint": values.constraint,
+        "array": values.array,
+        # To the steps alone, not to this script, which lives on to ask for a new start.
+        "signal": f"TERM@{job.grace_seconds}",
+        "open-mode": "append",
+        "export": ",".join(["PATH", "HOME", "LANG", *job.secrets]),
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
+    exports = [f"export {name}={_quote(value)}" for name, value in job.environment.items()]
+    text = "\n".join(["#!/bin/bash", *lines, "#SBATCH --requeue", "", *exports])
+    return f"""{text}
+export PYTHONUNBUFFERED=1 PYTHONPATH={shlex.quote(str(code))}
+export SLURM_EXPORT_ENV=ALL  # the steps get all of the above
+run={_quote(job.workdir if "://" not in job.workdir else f"{values.folder}/jobs/{job.name}")}
+mkdir -p "$run"
+failures="$run/.failures-$SLURM_JOB_ID"
+trap : TERM
+cd {shlex.quote(str(code))}
+
+srun --kill-on-bad-exit=0 --wait=600 {_srun_words(job, values, code)} &
+step=$!
+wait "$step"
+code=$?
+while kill -0 "$step" 2> /dev/null; do wait "$step"; code=$?; done  # a signal ends `wait`, not the step
+
+if [ "$code" -eq 0 ]; then rm -f "$failures"; exit 0; fi
+if [ "$code" -ne {EXIT_PREEMPTED} ]; then
+  echo >> "$failures"
+  if [ "$(wc -l < "$failures")" -gt {job.retries} ]; then
+    echo "the run ended with exit code $code; given up after $(wc -l < "$failures") failures"
+    exit "$code"
+  fi
+fi
+echo "the run ended with exit code $code; back into the queue"
+scontrol requeue "$SLURM_JOB_ID" || exit "$code"
+# The scheduler now ends this script; its own exit code must not be taken for the job's.
+sleep 300
+exit "$code"
+"""
+
+
+def _srun_words(job: Job, values: argparse.Namespace, code: Path) -> str:
+    words = []
+    if values.container_image:
+        folders = dict.fromkeys([str(code), *([] if "://" in job.workdir else [job.workdir.split(ARRAY)[0]])])
+        mounts = ",".join(f"{folder}:{folder}" for folder in [*folders, *values.container_mount])
+        words = [f"--container-image={values.container_image}", f"--container-mounts={mounts}"]
+        words += [f"--container-workdir={code}"]
+    command = [*words, "--", values.python, *job.arguments(), f"--join_seconds={values.join_seconds}"]
+    return " ".join(_quote(word) for word in command)
+
+
+def _quote(text: str) -> str:
+    """A word for bash that stands for `text`, with {array} replaced by the number of the array's task."""
+    parts = [shlex.quote(part) if part else "" for part in text.split(ARRAY)]
+    return '"$SLURM_ARRAY_TASK_ID"'.join(parts) or "''"
+
+
+def check_words(job: Job, values: argparse.Namespace) -> None:
+    """Raises LaunchError for anything that cannot stand in a directive, where SLURM quotes in its own way."""
+    problems = []
+    for name in ("partition", "account", "qos", "constraint", "mem"):
+        value = getattr(values, name)
+        if value is not None and not _WORD.fullmatch(value):
+            problems.append(f"--{name} is {value!r}; give a plain word")
+    if not _TIME.fullmatch(values.time):
+        problems.append(f"--time is {values.time!r}; give minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    if values.array is not None and not _ARRAY.fullmatch(values.array):
+        problems.append(f"--array is {values.array!r}; give numbers as in 0-7 or 0-7%2")
+    if values.array is not None and ARRAY not in job.workdir:
+        problems.append(f"the tasks of an array would share --workdir={job.workdir}; put {ARRAY} into it")
+    if values.array is None and any(ARRAY in word for word in (job.workdir, *job.overrides)):
+        problems.append(f"{ARRAY} stands for the number of an array's task; say --array=0-7, or leave it out")
+    if not values.folder.startswith("/") or re.search(r"[\\%]", values.folder):
+        problems.append(f"--folder is {values.folder!r}; give an absolute path without % and \\, seen by all nodes")
+    mounted = [*values.container_mount, job.workdir, values.folder] if values.container_image else []
+    problems += [f"{path!r} cannot be mounted: it has a , or :" for path in mounted if re.search("[,:]", path)]
+    if problems:
+        raise LaunchError("\n".join(problems))
+
+
+def submit_command(job: Job, values: argparse.Namespace, file: Path) -> list[str]:
+    """sbatch as an argument list; paths stand here rather than in directives."""
+    number = "%A_%a" if values.array is not None else "%j"
+    return ["sbatch", "--parsable", f"--output={values.folder}/logs/{job.name}-{number}.log", str(file)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = job_parser(__doc__)
+    add = parser.add_argument
+    add("--nodes", type=int, default=1)
+    add("--tasks_per_node", type=int, help="processes on a node; one a GPU, or one")
+    add("--gpus_per_node", type=int, default=0, help="0: CPU only")
+    add("--cpus_per_task", type=int)
+    add("--mem", help="memory of a node, as in 500G")
+    add("--time", required=True, help="as in 24:00:00")
+    add("--partition")
+    add("--account")
+    add("--qos")
+    add("--constraint")
+    add("--array", help=f"several runs, as in 0-7 or 0-7%%2; {ARRAY} in --workdir and settings is the number of each")
+    add("--folder", required=True, help="absolute path that all nodes see: code and logs are kept there")
+    add("--python", default=sys.executable, help="the interpreter with the packages, on the nodes or in the container")
+    add("--container-image", default="", help="enroot image, through pyxis; without it the job runs bare")
+    add("--container-mount", action="append", default=[], help="a further folder of the nodes inside the container")
+    add("--join_seconds", type=int, default=600, help="how long the processes wait for each other")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    values = _parser().parse_args(own)
+    tasks = values.tasks_per_node or max(1, values.gpus_per_node)
+    if values.gpus_per_node % tasks:
+        raise LaunchError(f"{values.gpus_per_node} GPUs do not go into {tasks} tasks a node; give a divisor")
+    if values.gpus_per_node and values.gpus_per_node != tasks:
+        raise LaunchError(f"give one task a GPU: --tasks_per_node={values.gpus_per_node}, or leave it out")
+    shape = Topology(hosts=values.nodes, processes=tasks, accelerator="gpu" if values.gpus_per_node else "")
+    job = job_of(values, overrides, shape)
+    check_words(job, values)
+    code = Path(values.folder) / "code" / job.commit
+    text = sbatch_file(job, values, code)
+    file = Path(values.folder) / "jobs" / f"{job.name}.sbatch"
+    command = submit_command(job, values, file)
+    if values.dry_run:
+        print(job.describe(), f"# {file}\n{text}", printed(command), sep="\n\n")
+        return 0
+    secret_values(job)
+    if not values.no_check and values.array is None:
+        check_config(job)
+    for name in ("jobs", "logs"):
+        (Path(values.folder) / name).mkdir(parents=True, exist_ok=True)
+    unpack_code(job.commit, Path(values.folder))
+    file.write_text(text)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise LaunchError(f"sbatch: {done.stderr.strip()}")
+    number = done.stdout.strip().split(";")[0]
+    print(f"job {number}; squeue --job={number} looks at it, scancel --signal=TERM {number} saves and starts it again,")
+    print(f"scancel {number} ends it. The log is in {values.folder}/logs")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,144 @@
+"""Hosts: two real processes on this machine, and ssh's stand-in, for which hosts are folders."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from launch import hosts
+from launch.job import LaunchError
+from maxlm.train.metrics import read_metrics
+from tests.launch.common import COMMIT, ROOT, SECRET, lines, make_home
+from tests.runs import Runs
+
+COMMON = [f"--commit={COMMIT}", "--config=configs/quickstart.py", "--name=run", "--no-check", "--poll=0"]
+SSH = """#!/bin/bash
+while [ "$1" = -o ]; do shift 2; done
+host=$1; shift
+[ ! -e "$FAKE/$host/dead" ] || {{ echo "connect to host $host: no route" >&2; exit 255; }}
+cd "$FAKE/$host" && HOME="$FAKE/$host" PATH="$FAKE/$host/bin:/usr/bin:/bin" exec env -u TOKEN bash -c "$*"
+"""
+
+
+@pytest.fixture
+def far(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text(SSH.format())
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("TOKEN", SECRET)
+    yield tmp_path
+    for pid in tmp_path.rglob("jobs/*/pid"):
+        subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+
+
+def make(far, monkeypatch, codes):
+    monkeypatch.setenv("PLAN", "\n".join(map(str, codes)))
+    for host in ("a", "b"):
+        make_home(far / host)
+
+
+def run(action, *more):
+    return hosts.main([action, "--hosts=a,b", *COMMON, "--workdir=/shared/it's $(id)", *more])
+
+
+def test_hosts_get_the_code_and_one_process_each_with_its_number(far, monkeypatch, capfd):
+    make(far, monkeypatch, [75, 0])
+    assert run("run", "--secret=TOKEN", "--config.name=$HOME `id` 'x'") == 0
+    for number, host in enumerate("ab"):
+        assert lines(far / host / "made") == ["venv", "pip"]
+        commands = lines(far / host / "trained")
+        place = f"--coordinator=a:8476 --processes=2 --process={number}"
+        words = f"--workdir=/shared/it's $(id) --config.name=$HOME `id` 'x' {place}"
+        assert commands == [f"-m maxlm.cli train --config=configs/quickstart.py {words}", "token of 12"] * 2
+        assert all(SECRET.encode() not in path.read_bytes() for path in (far / host).rglob("*") if path.is_file())
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_a_host_that_cannot_be_reached_is_named(far, monkeypatch):
+    make(far, monkeypatch, [0])
+    (far / "b" / "dead").touch()
+    with pytest.raises(LaunchError, match="ssh b failed .255.: connect to host b: no route"):
+        run("run", "--retries=0")
+
+
+def test_a_part_that_runs_alone_is_ended_and_all_begin_together(far, monkeypatch, capfd):
+    make(far, monkeypatch, [])
+    job = [*COMMON, "--workdir=/w", "--retries=0", "--grace_seconds=5"]
+    watcher = threading.Thread(target=lambda: pytest.raises(LaunchError, hosts.main, ["run", "--hosts=a,b", *job]))
+    watcher.start()
+    deadline = time.monotonic() + 30
+    while not all(lines(far / host / "trained") for host in "ab"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pid = (far / "b/maxlm/jobs/run/pid").read_text().strip()
+    subprocess.run(["kill", "-KILL", "--", f"-{pid}"], check=True)  # as if the machine had been started anew
+    watcher.join(timeout=30)
+    assert not watcher.is_alive()
+    assert (far / "a/maxlm/jobs/run/exit").read_text() == "75\n"  # it was asked to leave, and could save
+    for host in "ab":
+        (far / host / "plan").write_text("0\n")
+    assert hosts.main(["run", "--hosts=a,b", *job]) == 0
+    assert hosts.main(["status", "--hosts=a,b", *job]) == 0
+    assert "a (" in capfd.readouterr().out
+
+
+def test_stop_lets_it_save(far, monkeypatch):
+    make(far, monkeypatch, [])
+    fleet_flags = ["--hosts=a,b", *COMMON, "--workdir=/w", "--grace_seconds=5"]
+    for host in "ab":
+        (far / host / "plan").write_text("")
+    watcher = threading.Thread(
+        target=lambda: pytest.raises(LaunchError, hosts.main, ["run", *fleet_flags, "--retries=0"]), daemon=True
+    )
+    watcher.start()
+    while not all((far / host / "maxlm/jobs/run/pid").exists() and lines(far / host / "trained") for host in "ab"):
+        time.sleep(0.05)
+    for host in "ab":
+        (far / host / "plan").write_text("1\n")  # the watcher starts it again; let that fail at once
+    assert hosts.main(["stop", *fleet_flags]) == 0
+    watcher.join(timeout=30)
+    assert len([line for line in lines(far / "a" / "trained") if "maxlm.cli" in line]) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [("a,-oProxyCommand=id", "is no host"), ("a,a", "twice"), ("a b", "is no host")]
+)
+def test_what_is_no_host_is_refused(given, message):
+    with pytest.raises(LaunchError, match=message):
+        hosts.main(["run", f"--hosts={given}", *COMMON, "--workdir=/w"])
+
+
+def test_a_dry_run_can_be_typed(capsys, monkeypatch):
+    monkeypatch.setenv("TOKEN", SECRET)
+    hosts.main(["run", "--processes=2", *COMMON, "--workdir=/w/$(id)", "--secret=TOKEN", "--dry-run"])
+    text = capsys.readouterr().out
+    (first, second) = (shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ "))
+    assert first[-1] == "--process=0" and second[-1] == "--process=1" and "--workdir=/w/$(id)" in first
+    assert SECRET not in text
+
+
+def test_two_processes_train_here_and_a_signal_to_the_launcher_saves(tmp_path):
+    runs = Runs(tmp_path, steps=40)
+    command = [sys.executable, "-m", "launch.hosts", "run", "--processes=2", f"--config={runs.config}", "--no-check"]
+    command += [f"--workdir={tmp_path / 'run'}", "--config.parallel.fsdp=2"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 200
+    while runs.newest("run") < 4:
+        assert launcher.poll() is None, launcher.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    out = launcher.communicate(timeout=200)[0].decode()
+    assert launcher.returncode == 75, out
+    assert "process 0 of 2, as the flags say" in out and "saved at step" in out
+    saved = runs.newest("run")
+    assert saved >= 4 and len(list(read_metrics(tmp_path / "run", "step"))) == saved

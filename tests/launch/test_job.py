@@ -1,0 +1,68 @@
+"""A job's description, its code, and the pinned packages beside it."""
+
+import re
+import tomllib
+
+import pytest
+
+from launch import job as jobs
+from launch.job import LaunchError, make_job
+from tests.launch.common import COMMIT, ROOT
+
+GIVEN = {"name": "run", "config": "configs/quickstart.py", "workdir": "/runs/a"}
+
+
+def test_every_problem_is_said_at_once():
+    with pytest.raises(LaunchError) as error:
+        make_job(
+            name="Run",
+            config="a",
+            workdir="ftp://x",
+            overrides=("--x=1",),
+            environment={"A B": "1", "MY_TOKEN": "1"},
+            commit="main",
+        )
+    assert len(str(error.value).splitlines()) == 6
+
+
+def test_secrets_are_names_only(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hush-hush")
+    job = make_job(**GIVEN, secrets=("HF_TOKEN",))
+    assert "hush" not in job.describe() + repr(job) and "HF_TOKEN" in job.describe()
+    assert jobs.secret_values(job) == {"HF_TOKEN": "hush-hush"}
+    with pytest.raises(LaunchError, match="no OTHER"):
+        jobs.secret_values(make_job(**GIVEN, secrets=("OTHER",)))
+
+
+def test_another_job_has_another_digest():
+    digests = {make_job(**GIVEN).digest(), make_job(**GIVEN, overrides=("--config.seed=1",)).digest()}
+    assert len(digests) == 2 and make_job(**GIVEN).digest() in digests
+
+
+def test_code_is_that_of_the_commit(tmp_path):
+    place = jobs.unpack_code(COMMIT, tmp_path)
+    assert (place / "maxlm/cli.py").exists() and not (place / ".git").exists()
+    (place / "mark").touch()
+    assert jobs.unpack_code(COMMIT, tmp_path) == place and (place / "mark").exists()  # made once
+    for revision in ("--help", "no-such"):
+        with pytest.raises(LaunchError, match="git rev-parse"):
+            jobs.find_commit(revision, config="configs/quickstart.py")
+
+
+@pytest.mark.parametrize("extra", ["cpu", "tpu", "cuda"])
+def test_a_lock_has_every_package_in_a_version_that_will_do(extra):
+    from packaging.requirements import Requirement
+
+    pinned = dict(
+        line.split(" ")[0].split("==") for line in (ROOT / "launch" / f"{extra}.lock").read_text().splitlines()
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"].get(extra, [])]:
+        wanted = Requirement(line)
+        name = re.sub("[-_.]+", "-", wanted.name).lower()
+        assert wanted.specifier.contains(pinned[name]), f"{line} is not in launch/{extra}.lock"
+    assert pinned["jax"] == pinned["jaxlib"]
+    assert {"tpu": "libtpu", "cuda": "jax-cuda13-plugin", "cpu": "jax"}[extra] in pinned
+    if extra != "cpu":
+        dockerfile = (ROOT / "launch" / f"Dockerfile.{extra}").read_text()
+        assert f"launch/{extra}.lock" in dockerfile and re.search(r"^FROM python:3\.11\.\d+-", dockerfile, re.M)

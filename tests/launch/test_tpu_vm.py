@@ -1,0 +1,239 @@
+"""TPU VMs by a gcloud that fails at each call in turn, twice: the same command ends in the same right state."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launch import tpu_vm
+from launch.job import LaunchError
+from tests.launch import fake_gcloud
+from tests.launch.common import COMMIT, ROOT, SECRET, lines
+
+FLAGS = [
+    *("run", "--zone=here-a", "--accelerator=v5litepod-8", "--slices=2", "--name=run", f"--commit={COMMIT}"),
+    *("--config=configs/quickstart.py", "--workdir=gs://bucket/run", "--poll=0", "--no-check", "--grace_seconds=5"),
+]
+WORKERS = [(f"run-{node}", str(worker)) for node in range(2) for worker in range(2)]
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    """A folder with gcloud's stand-in on the path."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "gcloud"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -S -m tests.launch.fake_gcloud "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("TOKEN", SECRET)
+    yield tmp_path
+    write(tmp_path)  # ends what still runs
+    for pid in tmp_path.rglob("jobs/*/pid"):
+        subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+
+
+def write(cloud, **fail):
+    empty = {"calls": 0, "resources": {}, "nodes": {}, "created": 0}
+    (cloud / "state.json").write_text(json.dumps({**empty, "fail": {k[1:]: v for k, v in fail.items()}}))
+
+
+def state(cloud):
+    return json.loads((cloud / "state.json").read_text())
+
+
+def change(cloud, **changes):
+    (cloud / "state.json").write_text(json.dumps({**state(cloud), **changes}))
+
+
+def run(*more):
+    return tpu_vm.main([*FLAGS, *more])
+
+
+def make_machines(cloud, monkeypatch, codes):
+    """Every TPU VM that is made gets this plan, by way of the fake's environment."""
+    monkeypatch.setenv("PLAN", "\n".join(map(str, codes)))
+
+
+def test_nothing_fails(cloud, monkeypatch, capfd):
+    write(cloud)
+    make_machines(cloud, monkeypatch, [0])
+    assert run("--secret=TOKEN") == 0
+    for node, worker in WORKERS:
+        home = cloud / node / worker
+        assert lines(home / "made") == ["venv", "pip"]
+        (command, token) = lines(home / "trained")
+        assert command == "-m maxlm.cli train --config=configs/quickstart.py --workdir=gs://bucket/run"
+        assert token == "token of 12"
+        assert not list(home.rglob("*.env"))
+        assert all(SECRET.encode() not in path.read_bytes() for path in home.rglob("*") if path.is_file())
+    out, err = capfd.readouterr()
+    assert SECRET not in out + err and "the run is complete" in out
+    assert run("--secret=TOKEN") == 0 and state(cloud)["created"] == 1  # nothing to do: nothing is done
+    assert len(lines(cloud / "run-0" / "0" / "trained")) == 2
+
+
+def quickly(monkeypatch):
+    """The same stand-in without a process for each call, of which a sweep makes hundreds."""
+    really = subprocess.run
+
+    def called(command, **kwargs):
+        if command[0] != "gcloud":
+            return really(command, **kwargs)
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                code = fake_gcloud.main(command[1:])
+            except SystemExit as end:
+                code = 1
+                print(end.code, file=errors)
+        return subprocess.CompletedProcess(command, code, output.getvalue(), errors.getvalue())
+
+    monkeypatch.setattr(tpu_vm.subprocess, "run", called)
+    monkeypatch.setattr(tpu_vm.TpuFleet, "follow", lambda fleet: subprocess.Popen(["true"], start_new_session=True))
+
+
+def calls_of_a_run(cloud, monkeypatch):
+    write(cloud)
+    make_machines(cloud, monkeypatch, [0])
+    assert run("--retries=0", "--slices=1") == 0
+    return state(cloud)["calls"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_each_call_fails_in_turn_twice(cloud, monkeypatch, capfd, when):
+    """The program is ended by each failure and started again by hand, as its message says."""
+    quickly(monkeypatch)
+    total = calls_of_a_run(cloud, monkeypatch)
+    assert total >= 9
+    for number in range(1, total + 1):
+        clean(cloud)
+        # The same call is the first of those that follow a new start, or comes somewhat later: fail at both places.
+        write(cloud, **{f"n{number}": when, f"n{number + 2}": when})
+        starts = 0
+        while True:
+            starts += 1
+            assert starts <= 4
+            try:
+                assert run("--retries=0", "--slices=1") == 0
+                break
+            except LaunchError:
+                continue
+        check_right(cloud, number)
+        assert starts >= 2 or state(cloud)["calls"] < number  # a run that needed fewer looks
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_it_mends_itself_where_it_is_allowed_to(cloud, monkeypatch, capfd, when):
+    quickly(monkeypatch)
+    total = calls_of_a_run(cloud, monkeypatch)
+    for number in range(1, total + 1, 3):
+        clean(cloud)
+        write(cloud, **{f"n{number}": when, f"n{number + 1}": when})
+        assert run("--retries=4", "--slices=1") == 0
+        check_right(cloud, number, ladder=True)
+
+
+def clean(cloud):
+    for node in ("run", "run-0", "run-1"):
+        for pid in (cloud / node).rglob("jobs/*/pid"):
+            subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", str(cloud / node)], check=True)
+
+
+def check_right(cloud, number, ladder=False):
+    now = state(cloud)
+    assert list(now["resources"]) == ["run"] and now["nodes"].keys() == set(now["resources"]["run"]["nodes"]), number
+    assert ladder or now["created"] == 1, number  # machines are paid for: none is made twice
+    for home in (cloud / node / str(worker) for node in now["nodes"] for worker in range(2)):
+        assert lines(home / "maxlm/jobs/run/exit") == ["0"], number
+        assert lines(home / "made") == ["venv", "pip"], number
+        assert len(lines(home / "trained")) == 1, number
+
+
+def test_leaving_does_not_count_and_failures_climb_the_ladder(cloud, monkeypatch, capfd):
+    write(cloud)
+    quickly(monkeypatch)
+    make_machines(cloud, monkeypatch, [75, 75, 1, 75, 0])
+    assert run("--retries=1", "--slices=1") == 0
+    assert len(lines(cloud / "run" / "1" / "trained")) == 5
+    out = capfd.readouterr().out
+    assert out.count("was asked to leave") == 3 and "failure 1, 1 are allowed" in out
+
+
+def test_three_failures_replace_the_machines(cloud, monkeypatch, capfd):
+    write(cloud)
+    quickly(monkeypatch)
+    make_machines(cloud, monkeypatch, [1, 1, 1])
+    with pytest.raises(LaunchError, match="exit code 1; given up after 5 failures"):
+        run("--retries=4", "--slices=1")
+    out = capfd.readouterr().out
+    assert out.index("restarting the machines") < out.index("replacing the machines")
+    assert state(cloud)["created"] == 3
+
+
+def test_preempted_machines_are_given_back_and_asked_for_anew(cloud, monkeypatch, capfd):
+    write(cloud)
+    make_machines(cloud, monkeypatch, [0])
+    assert run() == 0
+    nodes = state(cloud)["nodes"]
+    nodes["run-1"]["state"] = "PREEMPTED"
+    change(cloud, nodes=nodes)
+    assert run("--retries=0") == 0
+    assert state(cloud)["created"] == 2 and "run-1 is PREEMPTED" in capfd.readouterr().out
+    check_right(cloud, 0, ladder=True)
+
+
+def test_other_hardware_of_that_name_is_not_touched(cloud, monkeypatch):
+    write(cloud)
+    make_machines(cloud, monkeypatch, [0])
+    assert run() == 0
+    with pytest.raises(LaunchError, match="is there as v5litepod-8, not v5litepod-16"):
+        tpu_vm.main([word.replace("v5litepod-8", "v5litepod-16") for word in FLAGS] + ["--retries=0"])
+    assert state(cloud)["created"] == 1
+
+
+def test_delete_ends_the_costs_and_may_be_said_twice(cloud, monkeypatch):
+    write(cloud)
+    make_machines(cloud, monkeypatch, [0])
+    assert run() == 0
+    for _ in range(2):
+        assert tpu_vm.main(["delete", *FLAGS[1:]]) == 0
+        assert state(cloud)["resources"] == {} == state(cloud)["nodes"]
+
+
+def test_a_dry_run_prints_what_would_run_and_runs_nothing(cloud, capsys):
+    write(cloud)
+    assert run("--dry-run", "--secret=TOKEN", "--spot", "--config.name=$(id) 'x'") == 0
+    text = capsys.readouterr().out
+    assert state(cloud)["calls"] == 0
+    for part in (
+        "queued-resources create run",
+        "--node-count=2 --node-prefix=run",
+        "--spot",
+        "tpu-vm scp",
+        "tail -n 5",
+    ):
+        assert part in text
+    assert SECRET not in text and "TOKEN" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdir=/home/me/run"], "gs://bucket/folder"),
+        (["--accelerator=v5litepod-8;id"], "give a name as in"),
+        (["--accelerator=v9-8"], "give --runtime"),
+        (["--name=Run_1"], "lower-case"),
+        (["--secret=NOT_THERE"], "no NOT_THERE"),
+    ],
+)
+def test_what_cannot_be_is_refused(cloud, flags, message):
+    write(cloud)
+    with pytest.raises(LaunchError, match=message):
+        run(*flags)
+    assert state(cloud)["created"] == 0
