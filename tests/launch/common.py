@@ -12,7 +12,7 @@ SECRET = secrets.token_hex(6)  # in no file of the code that is copied
 
 # In place of a host's Python: makes environments that hold itself, installs nothing, and trains by noting what it was
 # told and ending with the next code of the home's plan ($PLAN where the home was made); without one it waits to
-# be ended, ten seconds at most.
+# be ended, a minute at most.
 PYTHON = """#!/bin/bash
 here=$(cd "$(dirname "$0")" && pwd)
 case "$*" in
@@ -25,7 +25,7 @@ case "$*" in
     [ -z "${TOKEN-}" ] || echo "token of ${#TOKEN}" >> "$HOME/trained"
     trap 'exit 75' TERM
     if [ -s "$HOME/plan" ]; then code=$(head -n 1 "$HOME/plan"); sed -i 1d "$HOME/plan"; sleep 0.1; exit "$code"; fi
-    for turn in {1..200}; do sleep 0.05; done
+    for turn in {1..1200}; do sleep 0.05; done
     exit 9 ;;
   *) exit 4 ;;
 esac
