@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from maxlm.train.signals import EXIT_PREEMPTED
@@ -272,10 +272,10 @@ def printed(command: Sequence[str], given: str | None = None) -> str:
     return line if given is None else f"{line} <<'END'\n{given.rstrip()}\nEND"
 
 
-def run_main(main: object) -> None:
+def run_main(main: Callable[[], int]) -> None:
     """Runs a launcher's main; a LaunchError ends it as a sentence, exit code 2."""
     try:
-        code = main()  # type: ignore[operator]
+        code = main()
     except LaunchError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         code = 2

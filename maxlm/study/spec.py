@@ -116,7 +116,7 @@ def load_study(path: str | Path) -> Study:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # the file is the user's own Python and may raise anything
         raise StudyError(f"the study file {path} cannot be loaded ({type(error).__name__}: {error})") from error
     maker = getattr(module, "get_study", None)
     study = maker() if callable(maker) else None
