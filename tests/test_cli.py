@@ -45,7 +45,7 @@ def test_check_touches_no_device():
         (["check", "--config=nowhere.py"], "nowhere.py"),
         (["check", f"--config={QUICKSTART}", "--config.optim.peak_lrr=1"], "peak_lr"),
         (["check", f"--config={QUICKSTART}", "--config.train.steps=many"], "steps"),
-        (["check", f"--config={QUICKSTART}", "--config.model.attention.kv_heads=2"], "does not divide"),
+        (["check", f"--config={QUICKSTART}", "--config.model.attention.kv_heads=3"], "does not divide"),
         (["check", f"--config={QUICKSTART}", "--devices=7", "--config.parallel.tensor=3"], "does not divide 7 devices"),
         (["check", f"--config={QUICKSTART}", "stray"], "'stray' was not understood"),
         (["generate", "--workdir=nowhere", "--prompt=x"], "holds no model"),
