@@ -29,7 +29,7 @@ def get_config():
                 vocab_size=4096,
                 embed_dim=128,
                 num_layers=4,
-                attention=AttentionConfig(q_heads=2, head_dim=64, qk_norm=True),
+                attention=AttentionConfig(q_heads=2, head_dim=64, qk_norm="head"),
                 mlp=MlpConfig(kind="relu2", dim=384),
                 tie_embeddings=True,
                 init="zero_output",

@@ -46,10 +46,12 @@ class RopeConfig:
     )
     factor: float = leaf(1.0, "how much longer texts may be than original_length", low=1.0)
     original_length: int = leaf(0, "positions of pretraining (all but linear)", unit="tokens", low=0)
-    low_turns: float = leaf(
-        1.0, "pairs with fewer turns in original_length are stretched in full (llama3, yarn)", low=0.0
+    turns: tuple[float, ...] = leaf(
+        (1.0, 4.0),
+        "pairs with fewer turns in original_length than the first are stretched in full, with more than the second "
+        "left alone (llama3, yarn)",
+        low=0.0,
     )
-    high_turns: float = leaf(4.0, "pairs with more turns are left alone (llama3, yarn)", low=0.0)
     whole_pairs: bool = leaf(True, "the ends of yarn's ramp are rounded outwards to whole pairs")
     attention_factor: float = leaf(0.0, "queries and keys are multiplied by it; 0: as the method advises", low=0.0)
     short_factors: tuple[float, ...] = leaf((), "longrope's divisor of each pair, rows up to original_length", low=0.0)
@@ -74,8 +76,11 @@ class AttentionConfig:
     kv_heads: int = leaf(0, "key and value heads K, a divisor of H; 0: as many as H", unit="heads", low=0)
     head_dim: int = leaf(0, "dim h of a head, even; 0: embed_dim / q_heads", unit="dims", low=0)
     scale: float = leaf(0.0, "scores are multiplied by it; 0: 1 / sqrt(head_dim)", low=0.0)
-    qk_norm: bool = leaf(False, "RMS-normalise queries and keys a head (Dehghani et al. 2023)")
-    qk_norm_joint: bool = leaf(False, "with qk_norm: over the dims of all heads together (OLMo 2)")
+    qk_norm: str = leaf(
+        "none",
+        "RMS-normalise queries and keys (Dehghani et al. 2023): each head alone, or all heads together (OLMo 2)",
+        choices=("none", "head", "joint"),
+    )
     bias: bool = leaf(False, "add biases to the query, key and value projections")
     output_bias: bool = leaf(False, "add a bias to the output projection")
     sinks: bool = leaf(False, "a learned logit a head that takes weight from all keys and adds nothing (gpt-oss)")
@@ -121,7 +126,6 @@ class MoeConfig:
     weight_scale: float = leaf(1.0, "multiplies the weights of the routed experts", low=0.0)
     groups: int = leaf(1, "groups of experts, of which a token uses some; 1: no groups", unit="groups", low=1)
     top_groups: int = leaf(1, "groups that a token uses", unit="groups", low=1)
-    group_score: str = leaf("max", "a group's score: of its best, or of its two best together", choices=("max", "top2"))
     balance_loss: float = leaf(0.01, "weight of each layer's balance loss, 1 where load is even; 0: none", low=0.0)
     router_z_loss: float = leaf(0.0, "weight of the squared log normaliser of the router (Zoph et al. 2022)", low=0.0)
     selection_bias: bool = leaf(False, "choose experts by score plus a bias that every step moves towards even load")
@@ -262,7 +266,6 @@ class OptimConfig:
     )
     muon_lr_ratio: float = leaf(1.0, "learning rate of Muon's matrices over that of the rest", low=0.0)
     muon_momentum: float = leaf(0.95, "decay of Muon's momentum", low=0.0)
-    muon_iterations: int = leaf(5, "Newton-Schulz iterations", low=1)
     moments_dtype: str = leaf("float32", "dtype of the moments", choices=("float32", "bfloat16"))
     clip_norm: float = leaf(1.0, "largest global gradient norm; 0: no clipping", low=0.0)
     ema_decay: float = leaf(0.0, "decay of the weights' moving average, used for evaluation; 0: none", low=0.0)
@@ -304,14 +307,6 @@ class ParallelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProfileConfig:
-    """A profiler window; SIGUSR1 opens one at any time."""
-
-    start_step: int = leaf(0, "first profiled step; 0: none", unit="steps", low=0)
-    steps: int = leaf(3, "steps in a window", unit="steps", low=1)
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
 
@@ -341,7 +336,7 @@ class TrainConfig:
     z_loss: float = leaf(0.0, "weight of the squared log normaliser (Chowdhery et al. 2022)", low=0.0)
     log_every: int = leaf(10, "steps between progress lines", unit="steps", low=1)
     norms_every: int = leaf(100, "steps between per-layer norms; 0: none", unit="steps", low=0)
-    profile: ProfileConfig = branch(ProfileConfig)
+    profile: tuple[int, ...] = leaf((), "(first step, steps) of a profiler window; SIGUSR1 opens one too", low=1)
     compilation_cache: str = leaf("~/.cache/maxlm/xla", "folder of compiled programs; empty: none")
     wandb_project: str = leaf("", "Weights & Biases project; empty: not used")
 
@@ -370,7 +365,6 @@ class EvalConfig:
     stores: tuple[str, ...] = leaf((), "stores whose held-out documents are evaluated; empty: all that hold some out")
     prompts: tuple[str, ...] = leaf((), "prompts continued at the end, for the report")
     sample_tokens: int = leaf(64, "tokens that a prompt is continued by", unit="tokens", low=1)
-    temperature: float = leaf(0.8, "sampling temperature of those; 0: the likeliest token", low=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

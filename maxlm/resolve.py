@@ -353,6 +353,8 @@ def _check_loop(config: Config) -> Iterator[str]:
         yield f"eval.overlap is {config.eval.overlap}, but a window has {window} positions; use at most {window - 1}"
     if config.checkpoint.keep_best and not config.eval.every_steps:
         yield "checkpoint.keep_best needs evaluations to judge by; set eval.every_steps, or checkpoint.keep_best=0"
+    if len(train.profile) not in (0, 2):
+        yield f"train.profile is {train.profile}, but it is (first step, steps), or empty for none; type (10, 3)"
     if (train.remat == "custom") != bool(train.remat_names):
         yield (
             f"train.remat is {train.remat!r} with train.remat_names {train.remat_names!r}; remat=custom and a list of "

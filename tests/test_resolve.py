@@ -85,7 +85,8 @@ def test_config_dict_is_locked_and_typed():
         ("model__rope__long_factors", (1.0,), "long_factors has 1 entries, but with model.rope.scaling 'none' there"),
         ("model__attention__latent__value_dim", 8, "kv_dim is 0, which means no latent attention"),
         ("model__attention__latent__kv_dim", 8, "use an even number between 2 and 31"),
-        ("model__attention__qk_norm_joint", True, "type model.attention.qk_norm=True"),
+        ("model__rope__turns", (4.0, 1.0), "model.rope.turns is (4.0, 1.0), but has to be two, rising"),
+        ("train__profile", (3,), "train.profile is (3,), but it is (first step, steps)"),
         ("model__learned_positions", 100, "rows have up to 512 positions"),
         ("optim__warmup_steps", 1000, "the warm-up would never end; use at most 999"),
         ("parallel__tensor", 3, "parallel.tensor is 3, which does not divide model.attention.q_heads"),
@@ -130,7 +131,10 @@ def test_each_problem_is_one_clear_sentence(path, value, expected):
         ({"experts": 8, "groups": 3}, "model.moe.groups is 3, which does not divide model.moe.experts 8"),
         ({"experts": 8, "groups": 2, "top_groups": 3}, "model.moe.top_groups is 3, but model.moe.groups is 2"),
         ({"experts": 8, "groups": 4, "active": 3}, "of 2 experts have only 2; raise top_groups"),
-        ({"experts": 8, "groups": 8, "active": 1, "group_score": "top2"}, "groups have one expert each"),
+        (
+            {"experts": 8, "groups": 8, "active": 1, "router": "sigmoid"},
+            "but groups have one each; type model.moe.groups=4",
+        ),
     ],
 )
 def test_problems_of_experts(moe, expected):

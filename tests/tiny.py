@@ -25,7 +25,7 @@ MODEL = ModelConfig(
     vocab_size=264,
     embed_dim=32,
     num_layers=2,
-    attention=AttentionConfig(q_heads=4, kv_heads=2, head_dim=16, qk_norm=True),
+    attention=AttentionConfig(q_heads=4, kv_heads=2, head_dim=16, qk_norm="head"),
     mlp=MlpConfig(dim=64),
 )
 

@@ -142,7 +142,7 @@ def config_of(case: Case | None, *, moe: bool, packed: bool, layers: int) -> Any
             embed_dim=32,
             num_layers=layers,
             attention=c.AttentionConfig(
-                q_heads=16, kv_heads=8, head_dim=8, qk_norm=True, softcap=20.0, windows=(12, 0)
+                q_heads=16, kv_heads=8, head_dim=8, qk_norm="head", softcap=20.0, windows=(12, 0)
             ),
             mlp=c.MlpConfig(dim=64),
             moe=experts if moe else c.MoeConfig(),

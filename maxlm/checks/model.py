@@ -26,8 +26,6 @@ def check_model(config: Config) -> Iterator[str]:
             f"model.attention.windows has {len(attention.windows)} entries for {model.num_layers} layers; "
             "give between one and as many as there are layers"
         )
-    if attention.qk_norm_joint and not attention.qk_norm:
-        yield "model.attention.qk_norm_joint says how qk_norm is done, which is off; type model.attention.qk_norm=True"
     if model.normed_head and model.tie_embeddings:
         yield (
             "model.normed_head is for an output head of its own, but model.tie_embeddings is on; type "
@@ -64,11 +62,8 @@ def _check_rope(model: ModelConfig) -> Iterator[str]:
             f"model.rope.scaling is {rope.scaling!r}, which goes by the positions of pretraining; set "
             "model.rope.original_length"
         )
-    if rope.scaling in ("llama3", "yarn") and rope.low_turns >= rope.high_turns:
-        yield (
-            f"model.rope.low_turns is {rope.low_turns:g}, but it has to be below model.rope.high_turns "
-            f"{rope.high_turns:g}; llama3 uses 1 and 4, yarn 1 and 32"
-        )
+    if len(rope.turns) != 2 or rope.turns[0] >= rope.turns[1]:
+        yield f"model.rope.turns is {rope.turns}, but has to be two, rising; llama3 uses (1.0, 4.0), yarn (1.0, 32.0)"
     for name, factors in (("short_factors", rope.short_factors), ("long_factors", rope.long_factors)):
         wanted = dims // 2 if rope.scaling == "longrope" else 0
         if len(factors) != wanted:

@@ -67,5 +67,8 @@ def _check_groups(moe: MoeConfig) -> Iterator[str]:
             f"model.moe.active is {moe.active}, but {moe.top_groups} groups (model.moe.top_groups) of {size} experts "
             f"have only {moe.top_groups * size}; raise top_groups, or lower active or groups"
         )
-    if moe.groups > 1 and moe.group_score == "top2" and size < 2:
-        yield "model.moe.group_score is 'top2', but groups have one expert each; type model.moe.group_score=max"
+    if moe.groups > 1 and moe.router == "sigmoid" and size < 2:
+        yield (
+            "model.moe.router is 'sigmoid', which scores a group by its two best experts, but groups have one each; "
+            f"type model.moe.groups={moe.experts // 2}"
+        )

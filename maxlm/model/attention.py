@@ -73,15 +73,15 @@ class GroupedQueryAttention(nnx.Module):
         self.key = parameter(rngs, embed | keys, contract=("embed",), init=inner)
         self.value = parameter(rngs, embed | keys, contract=("embed",), init=inner)
         self.output = parameter(rngs, queries | embed, contract=tuple(queries), init=residual_init(config))
-        bias, qk_norm, joint = self.config.bias, self.config.qk_norm, self.config.qk_norm_joint
+        bias, qk_norm = self.config.bias, self.config.qk_norm
         self.query_bias = parameter(rngs, queries, init=zero) if bias else None
         self.key_bias = parameter(rngs, keys, init=zero) if bias else None
         self.value_bias = parameter(rngs, keys, init=zero) if bias else None
         self.output_bias = parameter(rngs, embed, init=zero) if self.config.output_bias else None
         # A logit that has had no training is as good as one more key that is like no other.
         self.sink_bias = parameter(rngs, {"q_heads": self.config.q_heads}, init=zero) if self.config.sinks else None
-        self.query_norm = RMSNorm(config, rngs=rngs, dims=queries if joint else head_dim) if qk_norm else None
-        self.key_norm = RMSNorm(config, rngs=rngs, dims=keys if joint else head_dim) if qk_norm else None
+        normed = {"none": (None, None), "head": (head_dim, head_dim), "joint": (queries, keys)}[qk_norm]
+        self.query_norm, self.key_norm = (RMSNorm(config, rngs=rngs, dims=dims) if dims else None for dims in normed)
 
     def __call__(
         self, x: jax.Array, *, sight: Sight, window: int, runtime: Runtime, memory: KeyValues | None = None

@@ -24,7 +24,7 @@ _TURNS = {
     "llama3": ("low_freq_factor", "high_freq_factor", 1.0, 4.0),
     "yarn": ("beta_slow", "beta_fast", 1.0, 32.0),
 }
-"""Of a kind of scaling, the words for low_turns and high_turns, and what they are where nothing is said."""
+"""Of a kind of scaling, the words for the two turns, and what they are where nothing is said."""
 
 
 def rope_from_hf(hf: HFConfig, *, theta: float, fraction: float = 1.0) -> RopeConfig:
@@ -65,8 +65,7 @@ def rope_from_hf(hf: HFConfig, *, theta: float, fraction: float = 1.0) -> RopeCo
         slow, fast, few, many = _TURNS[kind]
         return dataclasses.replace(
             rope,
-            low_turns=float(said.get(slow) or few),
-            high_turns=float(said.get(fast) or many),
+            turns=(float(said.get(slow) or few), float(said.get(fast) or many)),
             whole_pairs=bool(said.get("truncate", True)),
         )
     return dataclasses.replace(
@@ -90,7 +89,7 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
         said["attention_factor"] = rope.attention_factor
     if rope.scaling in _TURNS:
         slow, fast, _, _ = _TURNS[rope.scaling]
-        said |= {slow: rope.low_turns, fast: rope.high_turns}
+        said |= dict(zip((slow, fast), rope.turns, strict=True))
     if rope.scaling == "yarn":
         said["truncate"] = rope.whole_pairs
     if rope.scaling == "longrope":
@@ -191,8 +190,8 @@ def attention_rows(model: ModelConfig) -> list[Row]:
         rows.append(row(f"{place}{short}_proj.weight", ours + name, f"D {letter} h -> ({letter} h) D"))
         if model.attention.bias:
             rows.append(row(f"{place}{short}_proj.bias", f"{ours}{name}_bias", f"{letter} h -> ({letter} h)"))
-        if model.attention.qk_norm and name != "value":
-            joint = f"{letter} h -> ({letter} h)" if model.attention.qk_norm_joint else ""
+        if model.attention.qk_norm != "none" and name != "value":
+            joint = f"{letter} h -> ({letter} h)" if model.attention.qk_norm == "joint" else ""
             rows.append(row(f"{place}{short}_norm.weight", f"{ours}{name}_norm/scale", joint))
     return [*rows, *output_rows(model)]
 

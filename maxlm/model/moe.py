@@ -61,13 +61,13 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Route
     Scores are a softmax over all experts (Shazeer et al. 2017) or sigmoids (DeepSeek-V3, section 2.1.2). A softmax over
     the chosen logits alone is a softmax over all with `normalise`. The bias (E,) takes part in the choice and not in
     the weights, and has no gradient. With groups, a token's experts are among its `top_groups` best groups, by the best
-    score in each (DeepSeek-V2, section 2.1.3) or the sum of the two best (DeepSeek-V3).
+    softmax score in each (DeepSeek-V2, section 2.1.3) or the sum of the two best sigmoids (DeepSeek-V3).
     """
     scores = jax.nn.softmax(logits) if config.router == "softmax" else jax.nn.sigmoid(logits)
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     if config.groups > 1:
         grouped = ranked.reshape(*ranked.shape[:-1], config.groups, -1)
-        best = jnp.sum(_pick(grouped, _best(grouped, 1 if config.group_score == "max" else 2)), axis=-1)
+        best = jnp.sum(_pick(grouped, _best(grouped, 1 if config.router == "softmax" else 2)), axis=-1)
         allowed = jnp.any(_best(best, config.top_groups)[..., None] == jnp.arange(config.groups), axis=-2)
         ranked = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(ranked.shape)
     experts = _best(ranked, config.active)

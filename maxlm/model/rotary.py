@@ -74,7 +74,8 @@ def frequencies(rope: RopeConfig, dims: int, *, long: bool = False) -> np.ndarra
         case "llama3":
             # By turns within the original length: few are stretched, many stay, those between are mixed in proportion.
             turns = rope.original_length * plain / (2 * math.pi)
-            kept = np.clip((turns - rope.low_turns) / (rope.high_turns - rope.low_turns), 0.0, 1.0)
+            few, many = rope.turns
+            kept = np.clip((turns - few) / (many - few), 0.0, 1.0)
             return plain * (kept + (1 - kept) / rope.factor)
         case "yarn":
             kept = 1 - _yarn_ramp(rope, dims)
@@ -105,12 +106,13 @@ def _bands(rope: RopeConfig, dims: int, longest: jax.Array | None) -> jax.Array:
 
 
 def _yarn_ramp(rope: RopeConfig, dims: int) -> np.ndarray:
-    """From 0 for pairs that make high_turns or more in the original length to 1 at low_turns, linear in the pair."""
+    """From 0 for pairs that make the most turns in the original length to 1 at the fewest, linear in the pair."""
 
     def pair(turns: float) -> float:
         return dims * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = pair(rope.high_turns), pair(rope.low_turns)
+    few, many = rope.turns
+    low, high = pair(many), pair(few)
     if rope.whole_pairs:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)

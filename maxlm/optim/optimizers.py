@@ -222,7 +222,7 @@ def _muon(optim: OptimConfig, specs: Mapping[str, ParamSpec]) -> optax.GradientT
     axes = {path: matrix_axes(spec) for path, spec in specs.items()}
     numbers = tree.from_paths({path: MuonDimensionNumbers(a.fan_in, a.fan_out) for path, a in axes.items()})
     orthogonal = scale_by_muon(
-        ns_steps=optim.muon_iterations,
+        ns_steps=5,
         beta=optim.muon_momentum,
         eps=optim.epsilon,
         nesterov=True,

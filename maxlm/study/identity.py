@@ -33,11 +33,10 @@ HOW = (
     "train.wandb_project",
     "train.log_every",
     "train.norms_every",
-    "train.profile.*",
+    "train.profile",
     "checkpoint.*",
     "eval.prompts",
     "eval.sample_tokens",
-    "eval.temperature",
 )
 """Leaves that leave a run's losses as they are."""
 

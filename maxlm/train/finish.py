@@ -45,7 +45,7 @@ def draw_samples(run: Run, state: TrainState) -> list[Sample]:
         encode_prompts(run.data.tokenizer, prompts),
         tokenizer=run.data.tokenizer,
         max_new_tokens=run.config.eval.sample_tokens,
-        sampling=Sampling(temperature=run.config.eval.temperature),
+        sampling=Sampling(temperature=0.8),
         key=jax.random.key(run.config.seed),
     )
     return [Sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

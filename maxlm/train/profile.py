@@ -7,28 +7,31 @@ from types import TracebackType
 
 import jax
 
-from maxlm.config import ProfileConfig
 from maxlm.train.signals import Signals
+
+SIGNALLED_STEPS = 3
+"""Steps of a window that a signal opens, where the config says nothing."""
 
 
 class Profiler:
-    """Traces `profile.steps` steps into `folder`, readable by XProf, Perfetto or TensorBoard's profile plugin.
+    """Traces the steps of a window into `folder`, readable by XProf, Perfetto or TensorBoard's profile plugin.
 
     The loop calls `before(step)`; when `closing(step)` says that the window ends with this step, the loop waits for
     the step's metrics and calls `after(step)`, so that the trace holds whole steps.
     """
 
-    def __init__(self, config: ProfileConfig, folder: Path, signals: Signals):
-        self._config, self._folder, self._signals = config, folder, signals
+    def __init__(self, window: tuple[int, ...], folder: Path, signals: Signals):
+        self._start, self._steps = window or (0, SIGNALLED_STEPS)
+        self._folder, self._signals = folder, signals
         self._last: int | None = None
 
     def before(self, step: int) -> None:
         """Opens the window if one is due at this step."""
         asked = self._signals.take_profile_request()
-        configured = self._config.start_step and step == self._config.start_step
+        configured = self._start and step == self._start
         if self._last is None and (asked or configured):
             jax.profiler.start_trace(str(self._folder))
-            self._last = step + self._config.steps - 1
+            self._last = step + self._steps - 1
 
     def closing(self, step: int) -> bool:
         """Whether an open window ends with this step."""

@@ -20,8 +20,11 @@ SETTINGS = {
     "sinks": {"attention": {"sinks": True, "output_bias": True}},
     "learned positions": {"learned_positions": 16, "rope": RopeConfig(fraction=0.0)},
     "softcaps": {"attention": {"softcap": 3.0}, "logits_softcap": 5.0},
-    "joint norms": {"attention": {"qk_norm": True, "qk_norm_joint": True}, "norm": "rms_offset"},
-    "all": {"attention": {"windows": (4, 2), "softcap": 3.0, "qk_norm": True, "bias": True}, "norm_placement": "both"},
+    "joint norms": {"attention": {"qk_norm": "joint"}, "norm": "rms_offset"},
+    "all": {
+        "attention": {"windows": (4, 2), "softcap": 3.0, "qk_norm": "head", "bias": True},
+        "norm_placement": "both",
+    },
 }
 
 

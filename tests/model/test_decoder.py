@@ -24,7 +24,7 @@ VARIANTS = {
     "plain": {},
     "windows": {"attention": {"windows": (3, 0)}},
     "everything": {
-        "attention": {"qk_norm": True, "bias": True, "softcap": 5.0, "windows": (4, 0), "kv_heads": 1},
+        "attention": {"qk_norm": "head", "bias": True, "softcap": 5.0, "windows": (4, 0), "kv_heads": 1},
         "mlp": {"kind": "geglu", "bias": True},
         "norm_placement": "both",
         "embed_scale": True,

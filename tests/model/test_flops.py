@@ -19,7 +19,7 @@ VARIANTS = {
     "experts, shared ones, a dense prefix": {
         "moe": MoeConfig(experts=6, active=2, dim=16, shared_dim=8, shared_gate=True, dense_layers=1)
     },
-    "windows and a suffix": {"attention": {"windows": (3, 0), "kv_heads": 1, "qk_norm": True, "bias": True}},
+    "windows and a suffix": {"attention": {"windows": (3, 0), "kv_heads": 1, "qk_norm": "head", "bias": True}},
 }
 
 

@@ -34,7 +34,6 @@ ROUTERS = {
         "router": "sigmoid",
         "groups": 3,
         "top_groups": 2,
-        "group_score": "top2",
         "selection_bias": True,
     },
     "one of one": {"experts": 4, "active": 1},
@@ -50,7 +49,7 @@ def by_hand(logits, bias, config):
     ranked, size = scores + bias, config.experts // config.groups
     members = [range(g * size, (g + 1) * size) for g in range(config.groups)]
     best = {g: sorted((ranked[e] for e in members[g]), reverse=True) for g in range(config.groups)}
-    value = {g: best[g][0] if config.group_score == "max" else sum(best[g][:2]) for g in best}
+    value = {g: best[g][0] if config.router == "softmax" else sum(best[g][:2]) for g in best}
     groups = sorted(value, key=value.get, reverse=True)[: config.top_groups]
     allowed = [e for g in groups for e in members[g]]
     chosen = sorted(allowed, key=lambda e: ranked[e], reverse=True)[: config.active]

@@ -122,7 +122,7 @@ def test_what_every_parameter_of_a_decoder_gets():
         vocab_size=32,
         embed_dim=16,
         num_layers=3,
-        attention=AttentionConfig(q_heads=4, kv_heads=2, head_dim=4, qk_norm=True, bias=True),
+        attention=AttentionConfig(q_heads=4, kv_heads=2, head_dim=4, qk_norm="head", bias=True),
         mlp=MlpConfig(dim=24),
     )
     specs = split_model(model).specs
@@ -277,7 +277,7 @@ def test_a_sharded_update_equals_the_unsharded_one(specs, draw, rule):
     def place(logical):
         return NamedSharding(mesh, PartitionSpec(*({"embed": "fsdp", "q_heads": "tensor"}.get(a) for a in logical)))
 
-    optim = config(rule, muon_iterations=2, decay_rules=((".*", 1.0),), lr_rules=((".*", 1.0),))
+    optim = config(rule, decay_rules=((".*", 1.0),), lr_rules=((".*", 1.0),))
     optimizer = make_optimizer(optim, part(specs))
     params, grads = part(draw(0)), part(draw(1))
     state = optimizer.init(params)

@@ -95,7 +95,7 @@ def _model(embed: int, mlp: int, layers: int, heads: int, *, query_dim: int, moe
             scaling="yarn",
             factor=40.0,
             original_length=4096,
-            high_turns=32.0,
+            turns=(1.0, 32.0),
             attention_factor=1.0,
         ),
         mlp=MlpConfig(dim=mlp),

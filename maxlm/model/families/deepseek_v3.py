@@ -46,7 +46,6 @@ def _from_hf(hf: HFConfig) -> ModelConfig:
         selection_bias=True,
         groups=hf.get("n_group", 8),
         top_groups=hf.get("topk_group", 4),
-        group_score="top2",
         weight_scale=float(hf.get("routed_scaling_factor", 2.5)),
         dense_layers=hf.get("first_k_dense_replace", 3),
     )
@@ -96,7 +95,7 @@ _V3 = ModelConfig(
         latent=LatentConfig(kv_dim=512, query_dim=1536, rope_dim=64, value_dim=128),
     ),
     rope=RopeConfig(
-        interleaved=True, scaling="yarn", factor=40.0, original_length=4096, high_turns=32.0, attention_factor=1.0
+        interleaved=True, scaling="yarn", factor=40.0, original_length=4096, turns=(1.0, 32.0), attention_factor=1.0
     ),
     mlp=MlpConfig(dim=18_432),
     moe=MoeConfig(
@@ -108,7 +107,6 @@ _V3 = ModelConfig(
         weight_scale=2.5,
         groups=8,
         top_groups=4,
-        group_score="top2",
         selection_bias=True,
         dense_layers=3,
     ),

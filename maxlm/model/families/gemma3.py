@@ -35,7 +35,7 @@ def _from_hf(hf: HFConfig) -> ModelConfig:
     attention = {
         "head_dim": hf.get("head_dim", 256),
         "scale": query_scale_from_hf(hf),
-        "qk_norm": True,
+        "qk_norm": "head",
         "softcap": hf.get("attn_logit_softcapping") or 0.0,
         "windows": windows_from_hf({"layer_types": kinds, "sliding_window": 4096, **hf}),
     }
@@ -108,7 +108,7 @@ def _model(
             kv_heads=kv_heads,
             head_dim=head_dim,
             scale=scale,
-            qk_norm=True,
+            qk_norm="head",
             windows=(window, window, window, window, window, 0),
         ),
         rope=rope,

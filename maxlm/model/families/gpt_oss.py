@@ -92,7 +92,7 @@ def _model(layers: int, *, experts: int) -> ModelConfig:
             scaling="yarn",
             factor=32.0,
             original_length=4096,
-            high_turns=32.0,
+            turns=(1.0, 32.0),
             whole_pairs=False,
         ),
         mlp=MlpConfig(dim=2880, kind="clamped_swiglu", bias=True),

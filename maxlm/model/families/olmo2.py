@@ -22,7 +22,7 @@ _NORMS = {"attention_out_norm": "post_attention_layernorm", "mlp_out_norm": "pos
 
 def _from_hf(hf: HFConfig) -> ModelConfig:
     only(hf, hidden_act=("silu",), attention_bias=(False,))
-    attention = {"qk_norm": True, "qk_norm_joint": True}
+    attention = {"qk_norm": "joint"}
     return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0), attention=attention, norm_placement="post")
 
 
@@ -39,7 +39,7 @@ def _model(embed: int, mlp: int, layers: int, heads: int, kv_heads: int) -> Mode
         vocab_size=100_352,
         embed_dim=embed,
         num_layers=layers,
-        attention=AttentionConfig(q_heads=heads, kv_heads=kv_heads, head_dim=128, qk_norm=True, qk_norm_joint=True),
+        attention=AttentionConfig(q_heads=heads, kv_heads=kv_heads, head_dim=128, qk_norm="joint"),
         rope=RopeConfig(theta=500_000.0),
         mlp=MlpConfig(dim=mlp),
         norm_placement="post",

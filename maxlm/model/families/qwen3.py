@@ -23,7 +23,7 @@ from maxlm.model.table import Table
 
 def _from_hf(hf: HFConfig) -> ModelConfig:
     only(hf, hidden_act=("silu",), attention_bias=(False,))
-    attention = {"qk_norm": True, "head_dim": hf.get("head_dim", 128), "windows": late_windows_from_hf(hf)}
+    attention = {"qk_norm": "head", "head_dim": hf.get("head_dim", 128), "windows": late_windows_from_hf(hf)}
     return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0), attention=attention)
 
 
@@ -40,7 +40,7 @@ def _model(embed: int, mlp: int, layers: int, heads: int, *, tied: bool = False)
         vocab_size=151_936,
         embed_dim=embed,
         num_layers=layers,
-        attention=AttentionConfig(q_heads=heads, kv_heads=8, head_dim=128, qk_norm=True),
+        attention=AttentionConfig(q_heads=heads, kv_heads=8, head_dim=128, qk_norm="head"),
         rope=RopeConfig(theta=1e6),
         mlp=MlpConfig(dim=mlp),
         norm_epsilon=1e-6,

@@ -35,7 +35,7 @@ def _from_hf(hf: HFConfig) -> ModelConfig:
         dense_layers=len(dense),
     )
     # Where the file names no head dim the peer takes that of the widths, unlike in the dense models.
-    attention = {"qk_norm": True, "windows": late_windows_from_hf({"max_window_layers": 0, **hf})}
+    attention = {"qk_norm": "head", "windows": late_windows_from_hf({"max_window_layers": 0, **hf})}
     return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0), attention=attention, moe=moe)
 
 
@@ -65,7 +65,7 @@ def _model(embed: int, mlp: int, layers: int, heads: int, *, dim: int) -> ModelC
         vocab_size=151_936,
         embed_dim=embed,
         num_layers=layers,
-        attention=AttentionConfig(q_heads=heads, kv_heads=4, head_dim=128, qk_norm=True),
+        attention=AttentionConfig(q_heads=heads, kv_heads=4, head_dim=128, qk_norm="head"),
         rope=RopeConfig(theta=1e6),
         mlp=MlpConfig(dim=mlp),
         moe=MoeConfig(experts=128, active=8, dim=dim),
