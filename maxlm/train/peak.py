@@ -1,6 +1,7 @@
 """The rate that MFU is a fraction of: the most floating-point operations a second that the devices can do.
 
-For accelerators it is the vendor's dense figure (no sparsity) of the fastest unit that products of the dtype go to.
+For accelerators it is the vendor's dense figure (no sparsity) of the fastest unit that products of the dtype go to
+(`maxlm.chips`).
 JAX sends float32 products to bfloat16 passes on TPUs and to TF32 tensor cores on NVIDIA GPUs unless told otherwise, so
 that is what float32 is measured against there: a fraction of anything slower could pass 100%.
 
@@ -21,32 +22,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-TERA = 1e12
+from maxlm.chips import chip_of_kind
+
 SIZE = 1024  # rows and columns of the products measured: large enough for full speed, a few milliseconds each
 SECONDS = 0.35  # of measuring, for each dtype
-
-# Dense TFLOP/s of one JAX device in (float32 as JAX computes it, bfloat16 or float16).
-# A TPU7x chip (2,307) is two JAX devices. Sources: Google Cloud's "System architecture" tables of each TPU, NVIDIA's
-# data sheets halved where they count sparsity.
-CHIPS: dict[str, tuple[float, float]] = {
-    "TPU v4": (275.0, 275.0),
-    "TPU v5 lite": (197.0, 197.0),
-    "TPU v5e": (197.0, 197.0),
-    "TPU v5": (459.0, 459.0),
-    "TPU v5p": (459.0, 459.0),
-    "TPU v6 lite": (918.0, 918.0),
-    "TPU v6e": (918.0, 918.0),
-    "TPU7x": (1153.5, 1153.5),
-    "NVIDIA A100-SXM4-40GB": (156.0, 312.0),
-    "NVIDIA A100-SXM4-80GB": (156.0, 312.0),
-    "NVIDIA A100-PCIE-40GB": (156.0, 312.0),
-    "NVIDIA A100 80GB PCIe": (156.0, 312.0),
-    "NVIDIA H100 80GB HBM3": (494.7, 989.4),
-    "NVIDIA H100 PCIe": (378.0, 756.0),
-    "NVIDIA H200": (494.7, 989.4),
-    "NVIDIA L4": (60.5, 121.0),
-    "NVIDIA L40S": (183.0, 362.0),
-}
 
 
 class Peak(NamedTuple):
@@ -64,10 +43,8 @@ def peak_flops(platform_name: str, device_kind: str, dtype: str) -> float | None
       device_kind: as `device.device_kind` has it.
       dtype: "float32", "bfloat16" or "float16".
     """
-    if platform_name == "cpu" or device_kind not in CHIPS:
-        return None
-    full, half = CHIPS[device_kind]
-    return (full if dtype == "float32" else half) * TERA
+    chip = chip_of_kind(device_kind)
+    return None if platform_name == "cpu" or chip is None else chip.peak(dtype)
 
 
 def run_peak(devices: Sequence[Any], dtype: str) -> Peak | None:

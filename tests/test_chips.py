@@ -1,0 +1,53 @@
+"""The table of accelerators."""
+
+import json
+
+import pytest
+
+from maxlm.chips import CHIPS, chip_of_kind, load_chips
+from maxlm.errors import UserError
+
+
+def test_every_figure_of_an_accelerator_is_there_and_has_a_source():
+    figures = ("flops", "hbm_bytes", "usable_bytes", "hbm_bandwidth", "link_bandwidth", "network_bandwidth")
+    for chip in CHIPS.values():
+        if chip.platform == "cpu":
+            continue
+        sourced = {name.strip() for names in chip.sources for name in names.split(",")}
+        for name in figures:
+            value = getattr(chip, name)
+            assert (min(value.values()) if isinstance(value, dict) else value) > 0, (chip.name, name)
+            assert name in sourced, (chip.name, name)
+        assert 0.9 < chip.usable_bytes / chip.hbm_bytes < 1, chip.name
+        # Links inside a slice or node are faster than the network between them, and memory is faster than both.
+        assert chip.hbm_bandwidth > chip.link_bandwidth > chip.network_bandwidth, chip.name
+    assert len({kind for chip in CHIPS.values() for kind in chip.kinds}) == sum(len(c.kinds) for c in CHIPS.values())
+
+
+def test_a_cycle_of_a_tpu_is_that_of_its_matrix_units():
+    # Multiply-adds a cycle of a device: two TensorCores of four units of 128 x 128 (v4, v5p), or one (v5e). Of v6e the
+    # count of units and the clock are told differently; XLA's own cycles of a large product need over 3 x 256 x 256.
+    for name, macs in (("v4", 8 * 128**2), ("v5p", 8 * 128**2), ("v5e", 4 * 128**2), ("v6e", 4 * 256**2)):
+        chip = CHIPS[name]
+        assert chip.clock * 2 * macs == pytest.approx(chip.flops["bfloat16"], rel=2e-3)
+
+
+def test_chips_of_a_file_are_added_to_the_table(tmp_path):
+    path = tmp_path / "chips.json"
+    path.write_text(json.dumps({"Mine": {"like": "h100", "hbm_bandwidth": 4e12, "flops": {"bfloat16": 1e15}}}))
+    mine = load_chips(path)["mine"]
+    assert (mine.hbm_bandwidth, mine.peak("float16")) == (4e12, 1e15)
+    assert mine.peak("float8") == CHIPS["h100"].peak("float8")
+    assert mine.sources["hbm_bandwidth"] == str(path)
+    assert chip_of_kind("NVIDIA H100 80GB HBM3") is CHIPS["h100"]  # a copy does not take its model's device kinds
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("{", "cannot be read"), ('{"x": {}}', '"like": one of v4'), ('{"v4": {"speed": 1}}', "has speed; known figures")],
+)
+def test_a_wrong_file_of_chips_is_refused_in_words(tmp_path, content, says):
+    path = tmp_path / "chips.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=says):
+        load_chips(path)
