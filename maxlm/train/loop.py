@@ -96,7 +96,6 @@ def train(config: Config, workdir: Path, *, log: Log) -> int:
                     params = first_weights(config, setup, workdir, log=log)
                     state, start = make_state(config, setup.optimizer, setup.shardings, params), 0
                 goodput.restored(start)
-                checkpointer.prepare(setup.abstract_state())
 
             # --- steps, then the report
             with MetricsWriter(workdir, config, process_index=jax.process_index()) as writer:
@@ -193,6 +192,8 @@ class Run:
                     batch = next(prefetch)
                 profiler.before(step)
                 state, metrics = programs[shape](state, batch)
+                if step == start:  # while the devices have something to do
+                    self.checkpointer.prepare(self.setup.abstract_state())
                 self.read(behind, progress)
                 behind = (step, metrics)
 

@@ -1,5 +1,7 @@
 """The whole step: the same losses on any mesh and accumulation, and updates that are refused leave no trace."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +27,11 @@ class Runner:
         config = tiny_config("unused", parallel=parallel, **{"train__norms_every": 0, **leaves})
         config = resolve(config, devices=count)
         self.setup = make_setup(config, make_mesh(config.parallel, jax.devices()[:count]))
-        self.program = self.setup.compile(ROWS, POSITIONS)
         self.reset()
+
+    @functools.cached_property
+    def program(self) -> jax.stages.Compiled:
+        return self.setup.compile(ROWS, POSITIONS)
 
     def reset(self) -> None:
         self.state: TrainState = make_state(self.setup.config, self.setup.optimizer, self.setup.shardings)
@@ -39,11 +44,17 @@ class Runner:
         return jax.device_get(metrics)
 
 
-def test_mesh_and_accumulation_do_not_change_the_losses():
+@pytest.fixture(scope="module")
+def plain() -> Runner:
+    """One device and every setting as it comes."""
+    return Runner(ParallelConfig(data=1))
+
+
+def test_mesh_and_accumulation_do_not_change_the_losses(plain):
     """The acceptance line: 20 steps, float32, every loss within 2e-6; initial parameters bit-equal."""
-    one = Runner(ParallelConfig(data=1))
-    first = jax.device_get(one.state.params)
-    expected = [one.step(random_batch(i))["loss"] for i in range(20)]
+    plain.reset()
+    first = jax.device_get(plain.state.params)
+    expected = [plain.step(random_batch(i))["loss"] for i in range(20)]
     assert expected[-1] < expected[0]
     for parallel, accumulation in [
         (ParallelConfig(data=1, fsdp=4, tensor=2), 1),
@@ -134,11 +145,12 @@ def test_every_optimizer_gives_the_same_losses_on_a_mesh(optimizer):
         )
 
 
-def test_bfloat16_follows_float32():
+def test_bfloat16_follows_float32(plain):
     """Bfloat16 has 8 bits: losses agree to a few parts in a thousand over a few steps, and fall alike."""
-    wide, narrow = Runner(ParallelConfig(data=1)), Runner(ParallelConfig(data=1), train__precision="bfloat16")
+    plain.reset()
+    narrow = Runner(ParallelConfig(data=1), train__precision="bfloat16")
     for i in range(5):
-        np.testing.assert_allclose(narrow.step(random_batch(i))["loss"], wide.step(random_batch(i))["loss"], rtol=5e-3)
+        np.testing.assert_allclose(narrow.step(random_batch(i))["loss"], plain.step(random_batch(i))["loss"], rtol=5e-3)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(narrow.state.params))
 
 
