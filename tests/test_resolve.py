@@ -165,6 +165,16 @@ def test_all_problems_are_reported_at_once():
     assert {"optim.warmup_steps", "parallel.tensor", "eval.overlap"} <= {problem.split()[0] for problem in found}
 
 
+def test_latent_attention_is_refused_for_what_it_does_not_have_alone():
+    latent = {"kv_dim": 8, "rope_dim": 8, "value_dim": 16}
+    settings = {f"model__attention__latent__{name}": dim for name, dim in latent.items()}
+    assert resolve(changed(**settings)).model.attention.latent.kv_dim == 8
+    (found,) = problems(changed(model__attention__qk_norm="head", **settings))
+    assert "qk_norm is 'head', but latent attention has none; type model.attention.qk_norm=none" in found
+    (found,) = problems(changed(model__attention__sinks=True, **settings))
+    assert "sinks is True, but latent attention has none; type model.attention.sinks=False" in found
+
+
 def test_mesh_that_does_not_fit_the_devices():
     (found,) = problems(changed(parallel__data=2, parallel__fsdp=2), devices=8)
     assert "the mesh data=2 x fsdp=2 has 4 devices, but there are 8" in found

@@ -94,6 +94,10 @@ def _check_latent(model: ModelConfig) -> Iterator[str]:
             f"model.attention.kv_heads is {attention.kv_heads}, but latent attention makes a key and a value for each "
             f"of the {attention.q_heads} query heads; type model.attention.kv_heads=0"
         )
-    unused = ("qk_norm", "bias", "output_bias", "sinks")
-    for name in (name for name in unused if getattr(attention, name)):
-        yield f"model.attention.{name} is on, but latent attention has none; type model.attention.{name}=False"
+    unused = {"qk_norm": "none", "bias": False, "output_bias": False, "sinks": False}
+    for name, value in unused.items():
+        if (given := getattr(attention, name)) != value:
+            yield (
+                f"model.attention.{name} is {given!r}, but latent attention has none; type "
+                f"model.attention.{name}={value}"
+            )
