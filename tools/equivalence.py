@@ -299,7 +299,9 @@ def run(case: Case) -> list[Any]:
     params, batch = start(case.moe, case.packed, depth), batch_of(packed=case.packed)
     got = loss_and_gradients(config, batch, params=params, inspect=refuse_permutes_in_branches)
     found = distances(got, expected)
-    if case.moe and got.metrics["load_max_over_mean"] != expected.metrics["load_max_over_mean"]:
+    # One token that goes elsewhere moves a layer's load by at least 8 / (2 * 1024), its mean over 16 layers by 2e-4.
+    load = got.metrics["load_max_over_mean"] / expected.metrics["load_max_over_mean"] if case.moe else 1
+    if abs(load - 1) > 1e-5:
         found.insert(0, Distance(float("inf"), "which experts the tokens went to"))
     return found
 
