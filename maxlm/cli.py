@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -111,22 +112,28 @@ def _train(args: list[str]) -> int:
     flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("process", None, "number of this one, from 0 on", flag_values=values, lower_bound=0)
     flags.DEFINE_float("join_seconds", 300.0, "how long to wait for the others", flag_values=values, lower_bound=1.0)
+    flags.DEFINE_float(
+        "silence_seconds", 60.0, "after how long without a sign one is lost", flag_values=values, lower_bound=1.0
+    )
     _parse(values, args, required=("config", "workdir"))
     config = resolve(values.config)
     from maxlm.cluster import join
     from maxlm.rollcall import run_facts
     from maxlm.train.loop import train  # JAX starts here, after the config is known to be sound
 
-    found = join(
+    faulthandler.enable()  # a process that dies in C++ says where its threads were
+    joined = join(
         run_facts(config),
         coordinator=values.coordinator,
         processes=values.processes,
         process=values.process,
         timeout=values.join_seconds,
+        silence=values.silence_seconds,
     )
-    if found:
-        _log(found)
-    return train(config, Path(values.workdir).absolute(), log=_log)
+    if joined.why:
+        _log(joined.why)
+    workdir = Path(values.workdir).absolute()
+    return joined.run(lambda: train(config, workdir, log=_log, heartbeat=joined.heartbeat))
 
 
 def _use_huge_pages() -> None:

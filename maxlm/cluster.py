@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,9 +21,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.errors import UserError
+from maxlm.heartbeat import SILENCE_SECONDS, Heartbeat
 from maxlm.rollcall import Place, roll_call
 
 JOIN_SECONDS = 300  # how long a process waits for the others to come, unless it is told otherwise
+_JAX_SILENCE = 100  # seconds after which JAX ends the others itself, without a name: ours has to come first
 _LINE = 1024  # bytes that each process contributes to `agree_on`
 
 
@@ -38,6 +40,27 @@ class Cluster(NamedTuple):
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
+
+
+class Joined(NamedTuple):
+    """Being one of several: what was found and why, in a line, and the watch over the others.
+
+    For a lone process the line is empty and the watch has nobody to watch.
+    """
+
+    why: str
+    heartbeat: Heartbeat
+
+    def run(self, work: Callable[[], int]) -> int:
+        """Does this process's part and gives its exit code; if one fails or is lost, all leave (see `Heartbeat`)."""
+
+        def whole() -> int:
+            code = work()
+            if self.why:
+                jax.distributed.shutdown()  # waits for the others, whom the heartbeat still watches
+            return code
+
+        return self.heartbeat.run(whole)
 
 
 def detect(
@@ -118,14 +141,16 @@ def join(
     processes: int | None = None,
     process: int | None = None,
     timeout: float = JOIN_SECONDS,
-) -> str:
-    """Connects this process to the others, if there are any, and says in a line what was found and why.
+    silence: float = SILENCE_SECONDS,
+) -> Joined:
+    """Connects this process to the others, if there are any.
 
     Call it before anything asks JAX for its devices. JAX_COORDINATOR_BIND_ADDRESS says where process 0 listens.
 
     Args:
       facts: What every process has to have in common, by name (`rollcall.run_facts`).
       timeout: Seconds to wait for the others.
+      silence: Seconds without a sign of life after which one of them counts as lost.
 
     Raises:
       UserError: as of `detect`; or the others did not come within `timeout` seconds, or run something else.
@@ -134,7 +159,7 @@ def join(
         os.environ, coordinator=coordinator, processes=processes, process=process, tpu_vm_hosts=_tpu_vm_hosts()
     )
     if found is None:
-        return ""
+        return Joined("", Heartbeat())
     where, size, number, devices = found.coordinator, found.processes, found.process, None
     if where is None:
         where, size, number, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
@@ -145,11 +170,20 @@ def join(
             f"{found.why}, but JAX does not find its place in it; give --coordinator, --processes, --process"
         )
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
-    roll_call(Place(where, size, number, bind), facts, timeout=timeout)
+    lines = roll_call(Place(where, size, number, bind), facts, timeout=timeout)
     jax.distributed.initialize(
-        where, size, number, devices, cluster_detection_method="deactivate", initialization_timeout=JOIN_SECONDS
+        where,
+        size,
+        number,
+        devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=JOIN_SECONDS,
+        heartbeat_timeout_seconds=max(_JAX_SILENCE, int(2 * silence)),
     )
-    return f"{found.why}; this is process {number} of {size}, process 0 is at {where}"
+    return Joined(
+        f"{found.why}; this is process {number} of {size}, process 0 is at {where}",
+        Heartbeat(lines, process=number, limit=silence),
+    )
 
 
 def agree_on(what: str, mine: str | UserError) -> None:

@@ -3,7 +3,8 @@
 Processes of different configs, code or packages compile different programs, and hang in the first collective without
 a word; and JAX itself ends the process from C++ when another does not come, without saying which. So process 0 first
 listens at the coordinator's own address. Each process sends it one line with its number, its host and what it is about
-to run; process 0 answers all of them with the same line: go, or the names of the missing and the odd ones.
+to run; process 0 answers all of them with the same line: go, or the names of the missing and the odd ones. The
+connections stay open: by them the processes notice later when one is gone (`maxlm.heartbeat`).
 The address is as open as JAX's coordinator is right after: keep it inside the cluster's network.
 """
 
@@ -45,6 +46,21 @@ class Place(NamedTuple):
     bind: str | None = None
 
 
+class Line(NamedTuple):
+    """A connection to another process, open since the roll call: from process 0 to each, from each to process 0."""
+
+    process: int
+    host: str
+    socket: socket.socket
+
+
+class _Told(NamedTuple):
+    """What process 0 has answered, and the connections that the answer went over."""
+
+    verdict: str
+    lines: list[Line]
+
+
 def run_facts(config: Config) -> dict[str, str]:
     """What has to be the same on every host for the programs to be the same: settings, code, packages."""
     facts = {f"config {path}": repr(value) for path, _, value in leaves(config)}
@@ -67,17 +83,20 @@ def code_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def roll_call(place: Place, facts: Mapping[str, str], *, timeout: float) -> None:
-    """Returns on every process when all have come within `timeout` seconds and agree on all facts.
+def roll_call(place: Place, facts: Mapping[str, str], *, timeout: float) -> list[Line]:
+    """Returns on every process, with its lines, when all have come within `timeout` seconds and agree on all facts.
 
     Raises:
       UserError: on every process alike: some did not come, two claim one number, or a fact differs; the message names
         them by number and, where they have been heard of, by host.
     """
     mine = {"process": place.process, "host": socket.gethostname(), "processes": place.processes, "facts": dict(facts)}
-    verdict = asyncio.run(_hear(place, mine, timeout)) if place.process == 0 else _ask(place, mine, timeout)
-    if verdict:
-        raise UserError(verdict)
+    told = asyncio.run(_hear(place, mine, timeout)) if place.process == 0 else _ask(place, mine, timeout)
+    if told.verdict:
+        for line in told.lines:
+            line.socket.close()
+        raise UserError(told.verdict)
+    return told.lines
 
 
 def judge(cards: list[dict[str, Any]], processes: int, *, timeout: float, coordinator: str) -> str:
@@ -121,9 +140,10 @@ def _some(items: list[str], separator: str = ", ") -> str:
     return separator.join(items[:_SHOWN]) + more
 
 
-async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> str:
+async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
     """Process 0's side: hears all, judges and answers."""
-    cards, writers, complete = [mine], [], asyncio.Event()
+    cards, complete = [mine], asyncio.Event()
+    writers: list[tuple[dict[str, Any], asyncio.StreamWriter]] = []
     if place.processes == 1:
         complete.set()
 
@@ -134,7 +154,7 @@ async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> str:
             writer.close()
             return
         cards.append(card)
-        writers.append(writer)
+        writers.append((card, writer))
         if {card["process"] for card in cards} >= set(range(place.processes)):
             complete.set()
 
@@ -151,15 +171,17 @@ async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> str:
     server.close()
     cards.sort(key=lambda card: card["process"])
     verdict = judge(cards, place.processes, timeout=timeout, coordinator=place.coordinator)
-    for writer in writers:
-        try:
-            writer.write(json.dumps({"verdict": verdict}).encode() + b"\n")
+    lines = []
+    for card, writer in writers:
+        with contextlib.suppress(OSError):  # it has gone; its line will say so
+            writer.write(json.dumps({"verdict": verdict, "host": mine["host"]}).encode() + b"\n")
             await writer.drain()
-            writer.close()
+        # The copy outlives asyncio's transport, which ends here.
+        lines.append(Line(card["process"], card["host"], writer.get_extra_info("socket").dup()))
+        writer.close()
+        with contextlib.suppress(OSError):
             await writer.wait_closed()
-        except OSError:  # it has gone; JAX's own connection will notice
-            continue
-    return verdict
+    return _Told(verdict, lines)
 
 
 def _card(line: bytes) -> dict[str, Any]:
@@ -172,31 +194,45 @@ def _card(line: bytes) -> dict[str, Any]:
     return card
 
 
-def _ask(place: Place, mine: dict[str, Any], timeout: float) -> str:
+def _ask(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
     """The others' side: says who this is and waits for the answer."""
     deadline, seen = time.monotonic() + timeout, "nothing listens there"
     host, port = place.coordinator.rsplit(":", 1)
     while (left := deadline - time.monotonic()) > 0:
+        connection: socket.socket | None = None
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as connection:
-                connection.sendall(json.dumps(mine).encode() + b"\n")
-                # Process 0 may have begun to count after this one.
-                connection.settimeout(timeout + _MARGIN)
-                with connection.makefile("rb") as answers:
-                    answer = json.loads(answers.readline(_LINE))
-                return str(answer["verdict"])
+            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
+            connection.sendall(json.dumps(mine).encode() + b"\n")
+            # Process 0 may have begun to count after this one.
+            connection.settimeout(timeout + _MARGIN)
+            answer = json.loads(_read_line(connection))
+            return _Told(str(answer["verdict"]), [Line(0, str(answer["host"]), connection)])
         except TimeoutError:
             seen = "it does not answer"
         except OSError as error:
             seen = error.strerror or str(error)
         except (ValueError, TypeError, KeyError):
             seen = "something else answers there, perhaps an earlier run"
+        if connection is not None:
+            connection.close()
         time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
-    return (
+    return _Told(
         f"this is process {place.process} of {place.processes} on {mine['host']}: process 0 was not found at "
         f"{place.coordinator} within {timeout:g} s ({seen}); see that it was started and that the address can be "
-        "reached from here"
+        "reached from here",
+        [],
     )
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    """The first line that comes, and not a byte of what follows it."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < _LINE:
+        byte = connection.recv(1)
+        if not byte:
+            break
+        line += byte
+    return line
 
 
 def _port(address: str) -> int:

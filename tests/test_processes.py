@@ -143,13 +143,17 @@ import sys
 from maxlm.cluster import agree_on, join
 from maxlm.errors import UserError
 where, number = sys.argv[1], int(sys.argv[2])
-print(join({}, coordinator=where, processes=2, process=number))
-for mine in ("same", f"data {number}", UserError("no such file") if number else "mine"):
-    try:
-        agree_on("data", mine)
-        print("go")
-    except UserError as error:
-        print(error)
+joined = join({}, coordinator=where, processes=2, process=number)
+print(joined.why)
+def work():
+    for mine in ("same", f"data {number}", UserError("no such file") if number else "mine"):
+        try:
+            agree_on("data", mine)
+            print("go")
+        except UserError as error:
+            print(error)
+    return 0
+joined.run(work)
 """
 
 

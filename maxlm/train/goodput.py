@@ -92,6 +92,11 @@ class Ledger:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def standing(self) -> tuple[int, str]:
+        """Steps done, and the bucket that holds now."""
+        return self._step, (self._open or [self._base])[-1]
+
     def settle(self, bucket: str) -> None:
         """The bucket from now on, outside of `bucket` blocks."""
         _check(bucket)

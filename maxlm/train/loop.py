@@ -30,6 +30,7 @@ from maxlm.data.prefetch import Prefetcher
 from maxlm.data.prepare import Prepared, prepare_data
 from maxlm.errors import UserError
 from maxlm.eval.heldout import HeldOut, evaluate_stores
+from maxlm.heartbeat import Heartbeat, Standing
 from maxlm.model.flops import ledger as flop_ledger
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import as_config_dict, resolve
@@ -51,11 +52,14 @@ class TrainingStopped(UserError):
     """The run cannot go on by itself; the message says why and what to do."""
 
 
-def train(config: Config, workdir: Path, *, log: Log) -> int:
+def train(config: Config, workdir: Path, *, log: Log, heartbeat: Heartbeat | None = None) -> int:
     """Trains the run in `workdir`, or continues it, and returns the exit code of the process.
 
     0: the run is complete and its report is written. EXIT_PREEMPTED: a signal asked it to stop; the state is saved,
     and the same command continues.
+
+    Args:
+      heartbeat: the watch over the other processes, which is told where this one is; None: there are none.
 
     Raises:
       UserError: what is in `workdir` does not go with the config, no checkpoint is whole, or too many updates in a row
@@ -64,7 +68,10 @@ def train(config: Config, workdir: Path, *, log: Log) -> int:
     give_virtual_devices_threads()
     first_process = jax.process_index() == 0
     log = log if first_process else _silent
+    heartbeat = heartbeat or Heartbeat()
     with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:
+        heartbeat.last_words = goodput.close
+        heartbeat.standing = lambda: Standing(*goodput.standing)
         # --- devices, data, model
         use_compilation_cache(config.train.compilation_cache)
         given = recorded_steps(config, workdir)
