@@ -22,6 +22,8 @@ USAGE = """usage: maxlm <command> [flags]
 
   train      --config=FILE --workdir=DIR [--config.section.key=value ...]   train, or continue, a run
   check      --config=FILE [--devices=N] [--config.section.key=value ...]   resolve a config; say what follows from it
+  plan       --config=FILE --topology=v5p-128 [--html=PATH ...]              memory, traffic, time and cost of a run
+  explain    --config=FILE --topology=v5p-128                               which device holds what
   prepare    --config=FILE --workdir=DIR                                    make the tokenizer and the token stores
   tokenizer  --config=FILE --workdir=DIR --out=FILE                         train a tokenizer on a config's sources
   convert    from-hf FOLDER OUT | to-hf CHECKPOINT OUT [--dtype=...]       weights from and to Hugging Face
@@ -178,6 +180,24 @@ def _print_differences(console: Console, config: Config) -> None:
     console.print(table, "")
 
 
+def _plan(args: list[str]) -> int:
+    from maxlm.plan import commands
+
+    values = _flags(args, config=True)
+    commands.define_flags(values)
+    _parse(values, args, required=("config", "topology"))
+    return commands.plan(values, log=_log)
+
+
+def _explain(args: list[str]) -> int:
+    from maxlm.plan import commands
+
+    values = _flags(args, config=True)
+    commands.define_hardware(values)
+    _parse(values, args, required=("config", "topology"))
+    return commands.explain(values, log=_log)
+
+
 def _prepare(args: list[str]) -> int:
     values = _flags(args, config=True)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
@@ -292,6 +312,8 @@ def _log(line: str) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "check": _check,
+    "plan": _plan,
+    "explain": _explain,
     "prepare": _prepare,
     "tokenizer": _tokenizer,
     "generate": _generate,

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+
+COMPILER_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    chip: {
+        "xla_tpu_scoped_vmem_limit_kib": (
+            limit,
+            "large products and attention work on larger tiles: fewer cycles by the compiler's own count",
+        ),
+    }
+    for chip, limit in {"v5p": "98304", "v6e": "98304"}.items()
+}
+"""Options of XLA by chip (`maxlm.chips`): name -> (value, why). Only what was compared, compiled with and without."""
+
+
+def compiler_options(chip: str) -> dict[str, str]:
+    """The options that a step is compiled with on a chip of this name, in training and in planning alike."""
+    return {name: value for name, (value, _) in COMPILER_OPTIONS.get(chip, {}).items()}
 
 
 def use_compilation_cache(folder: str) -> None:

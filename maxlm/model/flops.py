@@ -82,7 +82,7 @@ def ledger(config: ModelConfig, *, sequence_length: int) -> Ledger:
     # Query times key and weight times value: 2 H h FLOPs each for a position seen.
     seen = 2.0 * config.attention.q_heads * (config.attention.head_dim + config.attention.value_dim)
     windows = config.attention.windows
-    positions = [_positions_seen(windows[i % len(windows)], sequence_length) for i in range(config.num_layers)]
+    positions = [positions_seen(windows[i % len(windows)], sequence_length) for i in range(config.num_layers)]
     return Ledger(
         params_by_component=params,
         params_active=active,
@@ -99,7 +99,7 @@ def _component(path: str) -> str:
     return parts[1] if parts[0] in STACKS else parts[0]
 
 
-def _positions_seen(window: int, sequence: int) -> float:
+def positions_seen(window: int, sequence: int) -> float:
     """Positions that a query sees, its own included, on average over a row; window 0 is no limit."""
     reach = min(window or sequence, sequence)
     return (reach * (reach + 1) / 2 + (sequence - reach) * reach) / sequence

@@ -75,13 +75,7 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax
 
     def constrain(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
         context = jax.sharding.get_abstract_mesh()
-        if "residual" in logical and (
-            x.shape[logical.index("residual")] % shards(mesh, "residual") or mesh.shape["pipeline"] > 1
-        ):
-            # A step of decoding, or an odd length: every device of a tensor group keeps all its positions. So it does
-            # within a pipeline, in whose branches XLA would bring weights to such positions by permutes, and those
-            # must not stand in a branch that other stages do not take.
-            logical = tuple("seq" if name == "residual" else name for name in logical)
+        logical = settled(x.shape, logical, mesh.shape)
         if not context.manual_axes:
             return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical))
         rules = {name: tuple(axis for axis in axes if axis not in context.manual_axes) for name, axes in RULES.items()}
@@ -90,6 +84,27 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax
     return constrain
 
 
+def settled(
+    shape: tuple[int, ...], logical: tuple[str | None, ...], sizes: Mapping[str, int]
+) -> tuple[str | None, ...]:
+    """The logical axes that an activation of this shape is pinned by on a mesh of these sizes.
+
+    After a step of decoding, or of an odd length, every device of a tensor group keeps all its positions. So it does
+    within a pipeline, in whose branches XLA would bring weights to such positions by permutes, and those must not stand
+    in a branch that other stages do not take.
+    """
+    if "residual" not in logical:
+        return logical
+    if not shape[logical.index("residual")] % cut(sizes, "residual") and sizes["pipeline"] == 1:
+        return logical
+    return tuple("seq" if name == "residual" else name for name in logical)
+
+
 def shards(mesh: Mesh, name: str) -> int:
     """Into how many parts the table cuts a logical axis on this mesh."""
-    return math.prod(mesh.shape[axis] for axis in RULES[name])
+    return cut(mesh.shape, name)
+
+
+def cut(sizes: Mapping[str, int], name: str | None) -> int:
+    """Into how many parts the table cuts a logical axis on a mesh of these sizes; None is never cut."""
+    return math.prod(sizes[axis] for axis in RULES[name]) if name else 1

@@ -29,13 +29,7 @@ def outlook(config: Config) -> Figures:
     def size(tree: object) -> int:
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
-    phases = sorted(config.data.phases.values(), key=lambda phase: phase.from_step)
-    rows, positions, since, tokens = config.data.batch_size, config.data.sequence_length, 0, 0
-    for phase in phases:
-        tokens += (phase.from_step - since) * rows * positions
-        rows, positions, since = phase.batch_size or rows, phase.sequence_length or positions, phase.from_step
-    tokens += (config.train.steps - since) * rows * positions
-
+    tokens = run_tokens(config)
     total = size((state.params, state.opt_state, state.average))
     figures: Figures = {
         "parameters": {
@@ -65,3 +59,13 @@ def outlook(config: Config) -> Figures:
     if min(sizes) > 0:
         figures["mesh"] = {"devices": math.prod(sizes)}
     return figures
+
+
+def run_tokens(config: Config) -> int:
+    """Positions of all batches of a run, its later phases with their own sizes."""
+    phases = sorted(config.data.phases.values(), key=lambda phase: phase.from_step)
+    rows, positions, since, tokens = config.data.batch_size, config.data.sequence_length, 0, 0
+    for phase in phases:
+        tokens += (phase.from_step - since) * rows * positions
+        rows, positions, since = phase.batch_size or rows, phase.sequence_length or positions, phase.from_step
+    return tokens + (config.train.steps - since) * rows * positions

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from maxlm.chips import chip_of_kind
+from maxlm.compilation import compiler_options
 from maxlm.config import Config, OptimConfig
 from maxlm.data.batch import Batch
 from maxlm.kernels import grouped
@@ -54,8 +56,10 @@ class Setup:
         return jitted.lower(self.abstract_state(), abstract_batch(self.mesh, rows, positions))
 
     def compile(self, rows: int, positions: int) -> jax.stages.Compiled:
-        """The compiled step."""
-        return self.lower(rows, positions).compile()
+        """The compiled step, with the options that do its chip good."""
+        chip = chip_of_kind(self.mesh.devices.flat[0].device_kind)
+        options: dict[str, str | bool] = {**compiler_options(chip.name)} if chip else {}
+        return self.lower(rows, positions).compile(options or None)
 
 
 def make_runtime(config: Config, mesh: Mesh, *, segments: bool, experts_limited: bool = False) -> tuple[Runtime, str]:

@@ -1,0 +1,79 @@
+"""The process that compiles: `python -m maxlm.plan.child FOLDER`, started by `maxlm.plan.compile`.
+
+Reads FOLDER/request.pickle; leaves FOLDER/step.hlo, FOLDER/facts.json and XLA's dumps in FOLDER/dump.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maxlm.parallel.mesh import make_mesh
+from maxlm.plan.compile import Request
+from maxlm.plan.topology import Topology
+from maxlm.train.setup import make_setup
+
+ANALYSIS = ("argument_size", "output_size", "alias_size", "temp_size", "generated_code_size", "peak_memory")
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """Devices to compile for: of a description for TPUs and GPUs, virtual ones for a CPU."""
+    from jax.experimental import topologies
+
+    shape = "x".join(map(str, topology.shape))
+    if topology.chip.platform == "cpu":
+        return jax.devices()
+    if topology.chip.platform == "gpu":
+        from maxlm.plan.cuda import target_config
+
+        name = f"1x{topology.slices}x{topology.shape[0]}"
+        return topologies.get_topology_desc(
+            topology_name=name, platform="cuda", topology=name, target_config=target_config(topology.chip)
+        ).devices
+    more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.chips < topology.chip.devices_per_host // topology.chip.devices_per_chip:
+        more["chips_per_host_bounds"] = (*topology.shape, 1, 1)[:3]
+    if topology.chip.name == "v4":
+        more |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+    return topologies.get_topology_desc(topology_name=f"{topology.chip.name}:{shape}", platform="tpu", **more).devices
+
+
+def place_of(device: Any, topology: Topology) -> list[int]:
+    """As of `compile.Step.places`."""
+    if topology.chip.torus_dims:
+        return [getattr(device, "slice_index", 0), *device.coords[: topology.chip.torus_dims]]
+    return [device.id // topology.devices_per_slice]
+
+
+def run(work: Path) -> None:
+    """Compiles what was asked for."""
+    request: Request = pickle.loads((work / "request.pickle").read_bytes())
+    config = request.config
+    mesh = make_mesh(config.parallel, devices_of(request.topology))
+    setup = make_setup(config, mesh)
+    facts: dict[str, Any] = {
+        "mesh": dict(mesh.shape),
+        "places": [place_of(device, request.topology) for device in mesh.devices.flat],
+        "attention": setup.attention,
+    }
+    (work / "facts.json").write_text(json.dumps(facts))  # the parent may end this process before the compiler ends
+    begun = time.monotonic()
+    with jax.set_mesh(mesh):  # kernels read from it which chip they are for
+        lowered = setup.lower(config.data.batch_size, config.data.sequence_length)
+    traced = time.monotonic()
+    compiled = lowered.compile(dict(request.options) or None)
+    analysis: Any = compiled.memory_analysis()
+    facts["seconds"] = [traced - begun, time.monotonic() - traced]
+    facts["analysis"] = {name: int(getattr(analysis, f"{name}_in_bytes", 0)) for name in ANALYSIS}
+    (work / "step.hlo").write_text(compiled.as_text() or "")
+    (work / "facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))

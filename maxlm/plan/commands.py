@@ -1,0 +1,95 @@
+"""`maxlm plan` and `maxlm explain`: read the flags and call the parts that do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+
+from maxlm.chips import CHIPS, load_chips
+from maxlm.config import Config
+from maxlm.errors import UserError
+from maxlm.plan.topology import Topology, parse_topology
+from maxlm.resolve import resolve
+
+Log = Callable[[str], None]
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of `plan`."""
+    define_hardware(values)
+    flags.DEFINE_string("html", None, "also write a page with charts to this file", flag_values=values)
+    flags.DEFINE_float("price", None, "dollars an hour of a device; the table's", flag_values=values, lower_bound=0.0)
+    flags.DEFINE_bool(
+        "memory_only", False, "stop compiling when the memory is laid out: minutes sooner", flag_values=values
+    )
+    flags.DEFINE_float(
+        "limit_gib", 24.0, "memory that the compiler may take, in GiB", flag_values=values, lower_bound=1.0
+    )
+    flags.DEFINE_string(
+        "plan_cache", "~/.cache/maxlm/plans", "folder of compiled plans; empty: none", flag_values=values
+    )
+
+
+def define_hardware(values: flags.FlagValues) -> None:
+    """The flags that `plan` and `explain` have in common."""
+    flags.DEFINE_string("topology", None, "hardware: v5p-128, 2*v6e-256, h100x8x16, cpu-8", flag_values=values)
+    flags.DEFINE_string("chips", None, "JSON file of chips to add to the table", flag_values=values)
+    flags.DEFINE_string("json", None, "also write the figures to this file", flag_values=values)
+
+
+def plan(values: flags.FlagValues, *, log: Log) -> int:
+    """Compiles the step and prints the page; returns the exit code: 1 where the step does not fit."""
+    config, topology = planned(values)
+    from maxlm.plan.compile import compile_step
+    from maxlm.plan.html import render
+    from maxlm.plan.page import print_plan
+    from maxlm.plan.plan import as_json, make_plan
+
+    step = compile_step(
+        config,
+        topology,
+        whole=not values.memory_only,
+        cache=values.plan_cache or None,
+        limit=int(values.limit_gib * 2**30),
+        log=log,
+    )
+    made = make_plan(config, topology, step, price=values.price)
+    print_plan(made, Console())
+    _write(values.json, as_json(made), log)
+    _write(values.html, render(made), log)
+    return 0 if made.fits else 1
+
+
+def explain(values: flags.FlagValues, *, log: Log) -> int:
+    """Prints the resolved sharding table; returns the exit code."""
+    config, topology = planned(values)
+    from maxlm.plan.explain import as_json, explanation, print_explanation
+
+    told = explanation(config)
+    print_explanation(told, topology, Console())
+    _write(values.json, as_json(told), log)
+    return 0
+
+
+def planned(values: flags.FlagValues) -> tuple[Config, Topology]:
+    """The run that a command is about, and its hardware; the config's mesh has as many devices.
+
+    Raises:
+      UserError: one of them is not known, or they do not go together.
+    """
+    topology = parse_topology(values.topology, load_chips(values.chips) if values.chips else CHIPS)
+    return resolve(values.config, devices=topology.devices), topology
+
+
+def _write(path: str | None, content: Any, log: Log) -> None:
+    if not path:
+        return
+    try:
+        Path(path).expanduser().write_text(content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}); give a file in a folder that exists") from error
+    log(f"written: {path}")

@@ -1,0 +1,320 @@
+"""Compiles a run's training step for hardware that is not here, in a process of its own, and keeps what came of it.
+
+The compiler of a TPU or GPU may need more memory than the machine has, or end its process: the child takes that, and
+the caller gets one sentence. What was compiled is kept by content, so that the same step for the same hardware is
+compiled once: the key is a hash of what shapes the step in the config, of the hardware, of the compiler's options, of
+the versions, and of the sources that make the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import maxlm
+from maxlm.compilation import compiler_options
+from maxlm.config import Config
+from maxlm.errors import UserError
+from maxlm.plan.topology import Topology
+
+GIB = 2**30
+LIMIT = 24 * GIB  # of the compiler's memory
+POLL_SECONDS = 0.5
+CACHE = "~/.cache/maxlm/plans"
+ROOMS = ("config.py", "chips.py", "compilation.py", "tree.py", "model", "kernels", "parallel", "optim", "train", "plan")
+"""Sources that decide what is compiled and how it is read; data/ decides only what goes into it."""
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda12-plugin", "flax", "optax")
+Log = Callable[[str], None]
+
+
+class CompileError(UserError):
+    """The step cannot be compiled for this hardware."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled step, as text.
+
+    program: the scheduled program.
+    whole: whether it was compiled to the end; if not, the program has no cycles and no emitters of collectives yet.
+    refused: what the compiler says against it: that it does not fit the device's memory; "" where it does.
+    buffers, ranges: XLA's reports of it ("" where the platform dumps none).
+    mesh: size of every mesh axis.
+    places: of every device of the mesh in order, its slice and coordinates (see `network.span`).
+    attention: name of the attention back end.
+    analysis: bytes as XLA sums them up: argument, output, alias, temp, generated_code, peak.
+    seconds: (lowering, compiling).
+    compiler_bytes: the most memory that the compiler's process held.
+    versions: of the packages that took part.
+    cached: whether it was there already.
+    """
+
+    program: str
+    whole: bool
+    refused: str
+    buffers: str
+    ranges: str
+    mesh: Mapping[str, int]
+    places: tuple[tuple[int, ...], ...]
+    attention: str
+    analysis: Mapping[str, int]
+    seconds: tuple[float, float]
+    compiler_bytes: int
+    versions: Mapping[str, str]
+    cached: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the child is asked for; `options` are the compiler's, and `whole` as of `Step`."""
+
+    config: Config
+    topology: Topology
+    options: Mapping[str, str]
+    whole: bool
+
+
+def compile_step(
+    config: Config,
+    topology: Topology,
+    *,
+    whole: bool = True,
+    cache: str | None = CACHE,
+    limit: int = LIMIT,
+    options: Mapping[str, str] | None = None,
+    log: Log = lambda line: None,
+) -> Step:
+    """The step of a resolved config for the hardware.
+
+    Args:
+      config: its mesh multiplies to the devices of the hardware.
+      whole: False ends the compiler as soon as it has laid out the memory, a small part of its time.
+      cache: folder of what was compiled before; None: neither read nor written.
+      limit: bytes of memory that the compiler may take.
+      options: of the compiler; None: those of the chip (`maxlm.compilation`).
+
+    Raises:
+      CompileError: the compiler is not installed, needs more than `limit`, failed or died. That the step does not fit
+        the device is no error: the result says so.
+    """
+    chosen = compiler_options(topology.chip.name) if options is None else dict(options)
+    request = Request(config, topology, chosen, whole or topology.chip.platform != "tpu")
+    check_installed(topology)
+    place = Path(cache).expanduser() / content_key(request) if cache else None
+    if place is not None and (place / "step.json").exists():
+        return dataclasses.replace(_read(place), cached=True)
+    with tempfile.TemporaryDirectory(prefix="maxlm-plan-") as folder:
+        work = Path(folder)
+        (work / "request.pickle").write_bytes(pickle.dumps(request))
+        peak = _run_child(work, request, limit=limit, log=log)
+        step = _collect(work, peak)
+    if place is not None:
+        _write(step, place)
+    return step
+
+
+def check_installed(topology: Topology) -> None:
+    """Whether the compiler of this platform is there.
+
+    Raises:
+      CompileError: it is not, with what to type.
+    """
+    package, extra = {"tpu": ("libtpu", "plan"), "gpu": ("jax-cuda12-pjrt", "plan-cuda")}.get(
+        topology.chip.platform, ("jax", "")
+    )
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise CompileError(
+            f"to compile for {topology.name}, {package} has to be installed; type: pip install 'maxlm[{extra}]'"
+        ) from error
+
+
+def content_key(request: Request) -> str:
+    """Equal for requests that compile to the same text."""
+    config = dataclasses.asdict(request.config)
+    for section in ("name", "seed", "checkpoint", "eval"):
+        config.pop(section, None)
+    config["data"] = {
+        name: config["data"][name] for name in ("sequence_length", "batch_size", "mask_documents", "phases")
+    }
+    sources = hashlib.sha256()
+    root = Path(maxlm.__file__).parent
+    for room in ROOMS:
+        for path in sorted((root / room).rglob("*.py")) if (root / room).is_dir() else [root / room]:
+            sources.update(path.read_bytes())
+    chip = dataclasses.asdict(request.topology.chip)
+    content = json.dumps(
+        [config, request.topology.name, request.topology.slices, request.topology.shape, chip["name"]]
+        + [sorted(request.options.items()), request.whole, versions(), sources.hexdigest()],
+        sort_keys=True,
+        default=str,
+    )
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that take part in compiling, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# --- the child -------------------------------------------------------------------------------------------------------
+
+
+def _environment(work: Path, topology: Topology) -> dict[str, str]:
+    environment = dict(os.environ)
+    dump = f"--xla_dump_to={work / 'dump'} --xla_dump_hlo_pass_re=^$"
+    flags = [environment.get("XLA_FLAGS", ""), dump]
+    environment["JAX_PLATFORMS"] = "cuda,cpu" if topology.chip.platform == "gpu" else "cpu"
+    if topology.chip.platform == "tpu":
+        # No questions to a metadata server, and no lock: other processes may be planning too.
+        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    if topology.chip.platform == "cpu":
+        kept = [flag for flag in flags[0].split() if "host_platform_device_count" not in flag]
+        flags = [*kept, f"--xla_force_host_platform_device_count={topology.devices}", dump]
+    environment["XLA_FLAGS"] = " ".join(filter(None, flags))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(Path(maxlm.__file__).parent.parent), environment.get("PYTHONPATH")))
+    )
+    return environment
+
+
+def _run_child(work: Path, request: Request, *, limit: int, log: Log) -> int:
+    """Runs it to its end, or until the memory is laid out; returns the most memory that it held."""
+    topology = request.topology
+    with open(work / "log", "wb") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "maxlm.plan.child", str(work)],
+            env=_environment(work, topology),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    peak, said, begun = 0, 0.0, time.monotonic()
+    try:
+        while child.poll() is None:
+            time.sleep(POLL_SECONDS)
+            peak = max(peak, _resident(child.pid))
+            if peak > limit:
+                raise CompileError(
+                    f"compiling for {topology.name} needs more than {limit / GIB:.3g} GiB of this machine's memory; "
+                    "plan a smaller slice of the same kind, or raise --limit_gib on a larger machine"
+                )
+            if not request.whole and _laid_out(work):
+                return peak
+            if time.monotonic() - begun - said > 60:
+                said = time.monotonic() - begun
+                log(f"compiling for {topology.name}: {said / 60:.0f} min, {peak / GIB:.1f} GiB")
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    if child.returncode:
+        _explain((work / "log").read_text(errors="replace"), child.returncode, work, topology)
+    return peak
+
+
+def _laid_out(work: Path) -> bool:
+    """Whether the reports of the step's memory are there, the last of them for a second."""
+    reports = [path for path in (work / "dump").glob("*memory-usage-report.txt") if "train_step" in path.name]
+    return any(time.time() - path.stat().st_mtime > 1 for path in reports)
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process holds; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+def _explain(text: str, code: int, work: Path, topology: Topology) -> None:
+    """Keeps it as a refusal that the step does not fit the device, whose memory is laid out all the same.
+
+    Raises:
+      CompileError: anything else.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    full = [line for line in lines if "RESOURCE_EXHAUSTED" in line and "memory" in line.lower()]
+    if full and any((work / "dump").glob("*train_step*memory-usage-report.txt")):
+        said = full[0][full[0].index("RESOURCE_EXHAUSTED") :].removeprefix("RESOURCE_EXHAUSTED: ")
+        (work / "refused").write_text(said)
+        return
+    last = " / ".join(lines[-2:]) or "it gave no reason"
+    if code < 0:
+        raise CompileError(f"the compiler for {topology.name} died ({signal.Signals(-code).name}): {last}")
+    raise CompileError(f"the step does not compile for {topology.name}: {last}")
+
+
+def _collect(work: Path, peak: int) -> Step:
+    facts = json.loads((work / "facts.json").read_text())
+    whole = (work / "step.hlo").exists()
+    refused = work / "refused"
+
+    def dumped(ending: str) -> str:
+        found = [path for path in (work / "dump").glob(f"*{ending}") if "train_step" in path.name]
+        return max(found, key=lambda path: path.stat().st_size).read_text() if found else ""
+
+    return Step(
+        program=(work / "step.hlo").read_text() if whole else dumped(".after_optimizations.txt"),
+        whole=whole,
+        refused=refused.read_text() if refused.exists() else "",
+        buffers=dumped("optimizations-buffer-assignment.txt"),
+        ranges=dumped("live-range.txt"),
+        mesh=facts["mesh"],
+        places=tuple(tuple(place) for place in facts["places"]),
+        attention=facts["attention"],
+        analysis=facts.get("analysis", {}),
+        seconds=tuple(facts.get("seconds", (0.0, 0.0))),
+        compiler_bytes=peak,
+        versions=versions(),
+    )
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+_TEXTS = ("program", "buffers", "ranges")
+
+
+def _write(step: Step, place: Path) -> None:
+    """Beside its place, and moved into it, so that it is never half there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=".part-"))
+    for name in _TEXTS:
+        (beside / f"{name}.txt.gz").write_bytes(gzip.compress(getattr(step, name).encode(), 5))
+    facts = {name: value for name, value in vars(step).items() if name not in (*_TEXTS, "cached")}
+    (beside / "step.json").write_text(json.dumps(facts, indent=1))
+    try:
+        beside.rename(place)
+    except OSError:  # another process was first
+        shutil.rmtree(beside)
+
+
+def _read(place: Path) -> Step:
+    facts: dict[str, Any] = json.loads((place / "step.json").read_text())
+    texts: dict[str, Any] = {name: gzip.decompress((place / f"{name}.txt.gz").read_bytes()).decode() for name in _TEXTS}
+    facts["places"] = tuple(tuple(where) for where in facts["places"])
+    facts["seconds"] = tuple(facts["seconds"])
+    return Step(**facts, **texts)

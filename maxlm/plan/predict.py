@@ -1,0 +1,250 @@
+"""How long a compiled step takes, from the compiler's own estimates and stated rules for what it leaves out.
+
+The schedule is walked in its order. An instruction takes the compiler's estimate of its cycles at the chip's clock;
+where there is none (GPUs, CPUs, programs that were not compiled to the end) it takes the longer of its FLOPs at
+`PRODUCTS` of the peak and its bytes at the memory's bandwidth. Kernels that the compiler cannot look into are priced by
+`KERNELS`, collectives by `network.seconds`: a synchronous one stops the device, an asynchronous one only where it is
+not done when its result is asked for. Collectives queue for the links. A loop takes its body's time as often as it
+turns; of a conditional's branches the dearest counts.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import heapq
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from maxlm.config import Config
+from maxlm.model.flops import ledger, positions_seen
+from maxlm.plan.collectives import Collective
+from maxlm.plan.compile import Step
+from maxlm.plan.hlo import Instruction, Module, bytes_of, dims, fused_flops, trips
+from maxlm.plan.memory import readable
+from maxlm.plan.network import seconds as network_seconds
+from maxlm.plan.network import span
+from maxlm.plan.topology import Topology
+
+PRODUCTS = 0.8
+"""Share of the peak that products are taken to reach where the compiler has no estimate; by its own estimates the
+products of an 8B step on v5p reach 0.79."""
+KERNELS = {"attention": 0.5, "grouped product": 0.7, "other": 0.5}
+"""Share of the peak that kernels are taken to reach."""
+_ATTENTION = (("dkv", 4), ("dq", 3), ("fwd", 2), ("splash", 2))
+"""Products of a splash kernel: scores and values forward; backward it computes the scores again."""
+_FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "iota")
+
+
+class Kernel(NamedTuple):
+    """A hand-written kernel: runs and seconds in a step, and by which rule."""
+
+    name: str
+    runs: float
+    flops: float
+    seconds: float
+    rule: str
+
+
+class Busy(NamedTuple):
+    """Time of all instructions that one piece of code became, in a step."""
+
+    made_by: str
+    kind: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """A step in seconds, and what follows from it.
+
+    parts: products, kernels, other work (elementwise, copies), and `waiting for <axes>`.
+    hidden: seconds of communication that other work covers.
+    busiest: the ten pieces of code that take most.
+    by_cycles: whether the compiler estimated the cycles.
+    compiled_flops: of a device in a step; kernels are within it.
+    model_flops: what the model asks of a device (causal-exact, without any recomputation).
+    mfu_causal, mfu_6n: share of the peak in both conventions.
+    """
+
+    seconds: float
+    parts: Mapping[str, float]
+    hidden: float
+    kernels: tuple[Kernel, ...]
+    busiest: tuple[Busy, ...]
+    by_cycles: bool
+    compiled_flops: float
+    model_flops: float
+    tokens: int
+    tokens_per_second: float
+    mfu_causal: float
+    mfu_6n: float
+
+
+def forecast(config: Config, topology: Topology, step: Step, module: Module, sent: list[Collective]) -> Forecast:
+    """The forecast of a step.
+
+    Args:
+      sent: the step's collectives.
+    """
+    walk = _Walk(config, topology, step, module, sent)
+    walk.run(module.entry, 1.0)
+    total = sum(walk.parts.values())
+    counts = ledger(config.model, sequence_length=config.data.sequence_length)
+    tokens = config.data.batch_size * config.data.sequence_length
+    peak = topology.chip.peak(config.train.precision) * topology.devices
+    rate = tokens / total if total else 0.0
+    return Forecast(
+        seconds=total,
+        parts=dict(walk.parts),
+        hidden=walk.hidden,
+        kernels=tuple(Kernel(name, *walk.kernels[name]) for name in walk.kernels),
+        busiest=tuple(
+            Busy(*key, seconds) for key, seconds in heapq.nlargest(10, walk.busy.items(), key=lambda item: item[1])
+        ),
+        by_cycles=walk.by_cycles,
+        compiled_flops=walk.flops,
+        model_flops=counts.causal_exact * tokens / topology.devices,
+        tokens=tokens,
+        tokens_per_second=rate,
+        mfu_causal=counts.causal_exact * rate / peak if peak else 0.0,
+        mfu_6n=counts.six_n * rate / peak if peak else 0.0,
+    )
+
+
+class _Walk:
+    """One pass over the schedule."""
+
+    def __init__(self, config: Config, topology: Topology, step: Step, module: Module, sent: list[Collective]) -> None:
+        self.config, self.chip, self.module = config, topology.chip, module
+        self.parts: dict[str, float] = collections.defaultdict(float)
+        self.busy: dict[tuple[str, str], float] = collections.defaultdict(float)
+        self.kernels: dict[str, tuple[float, float, float, str]] = {}
+        self.hidden, self.flops = 0.0, 0.0
+        self.by_cycles = any(i.cycles for i, _, _ in module.scheduled())
+        self.sent = {
+            c.name: (
+                "waiting for " + "+".join(c.axes),
+                network_seconds(
+                    c.kind, c.payload, span(topology, [step.places[place] for place in c.members]), topology
+                ),
+            )
+            for c in sent
+        }
+
+    def run(self, computation: str, times: float) -> float:
+        """Seconds of one run of a computation; adds `times` of it to the sums."""
+        instructions = self.module.computations[computation]
+        shapes = {i.name: i.shape for i in instructions}
+        clock, links_free = 0.0, 0.0
+        due: dict[str, tuple[float, str]] = {}  # of what was started: when it is done, and what to call waiting for it
+        for instruction in instructions:
+            waited = next((name for name in instruction.operands if name in due), None)
+            if waited is not None and instruction.opcode.endswith("-update"):
+                due[instruction.name] = due.pop(waited)
+            elif waited is not None and instruction.opcode.endswith("-done"):
+                done, name = due.pop(waited)
+                wait = max(0.0, done - clock)
+                self.parts[name] += wait * times
+                self.hidden -= wait * times
+                clock += wait
+            elif instruction.name in self.sent:
+                name, cost = self.sent[instruction.name]
+                links_free = max(clock, links_free) + cost
+                if instruction.opcode.endswith("-start"):
+                    due[instruction.name] = links_free, name
+                    self.hidden += cost * times
+                else:
+                    self.parts[name] += (links_free - clock) * times
+                    clock = links_free
+                    clock += self._work(instruction, shapes, computation, times, fused=True)
+            elif instruction.opcode == "while":
+                turns = trips(self.module, instruction)
+                clock += turns * self.run(instruction.attribute("body").lstrip("%"), times * turns)
+            elif instruction.opcode == "conditional":
+                clock += self._dearest(instruction, times)
+            elif instruction.opcode == "call":
+                clock += self.run(instruction.called[0], times)
+            else:
+                clock += self._work(instruction, shapes, computation, times)
+        return clock
+
+    def _dearest(self, instruction: Instruction, times: float) -> float:
+        before = (self.parts, self.busy, self.kernels, self.hidden, self.flops)
+        results = []
+        for branch in instruction.called:
+            self.parts, self.busy, self.kernels = before[0].copy(), before[1].copy(), dict(before[2])
+            self.hidden, self.flops = before[3:]
+            cost = self.run(branch, times)
+            results.append((cost, (self.parts, self.busy, self.kernels, self.hidden, self.flops)))
+        cost, after = max(results, key=lambda result: result[0])
+        self.parts, self.busy, self.kernels, self.hidden, self.flops = after
+        return cost
+
+    def _work(
+        self,
+        instruction: Instruction,
+        shapes: Mapping[str, str],
+        computation: str,
+        times: float,
+        *,
+        fused: bool = False,
+    ) -> float:
+        """Of an instruction on its own device; `fused` with a collective, whose bytes are not counted again."""
+        if instruction.opcode in _FREE or instruction.opcode.endswith(("-start", "-done", "-update")):
+            return 0.0
+        if instruction.opcode == "custom-call" and (kernel := self._kernel(instruction, shapes)):
+            name, flops, cost, rule = kernel
+            runs, all_flops, all_seconds, _ = self.kernels.get(name, (0.0, 0.0, 0.0, ""))
+            self.kernels[name] = (runs + times, all_flops + flops * times, all_seconds + cost * times, rule)
+            kind = "kernels"
+        else:
+            flops = fused_flops(self.module, computation, instruction)
+            kind = "products" if flops else "other work"
+            if self.by_cycles:
+                cost = instruction.cycles / self.chip.clock
+            else:
+                moved = 0.0 if fused else bytes_of(instruction.shape)
+                moved += 0.0 if fused else sum(bytes_of(shapes.get(name, "")) for name in instruction.operands)
+                cost = max(
+                    flops / (PRODUCTS * self.chip.peak(self.config.train.precision) or float("inf")),
+                    moved / (self.chip.hbm_bandwidth or float("inf")),
+                )
+        self.flops += flops * times
+        if cost:
+            self.parts[kind] += cost * times
+            self.busy[readable(instruction.op_name) or instruction.opcode, kind] += cost * times
+        return cost
+
+    def _kernel(self, instruction: Instruction, shapes: Mapping[str, str]) -> tuple[str, float, float, str] | None:
+        """(name, FLOPs, seconds, rule) of a hand-written kernel; None for another call."""
+        target = instruction.attribute("custom_call_target").strip('"')
+        if target not in ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"):
+            return None
+        name = re.sub(r"[.\d]+$", "", instruction.name)
+        kind, flops = _kernel_flops(name, instruction, shapes, self.config)
+        peak = self.chip.peak(self.config.train.precision)
+        moved = bytes_of(instruction.shape) + sum(bytes_of(shapes.get(operand, "")) for operand in instruction.operands)
+        share = KERNELS[kind]
+        cost = max(flops / (share * peak), moved / self.chip.hbm_bandwidth)
+        return name, flops, cost, f"{kind}, {share:.0%} of the peak"
+
+
+def _kernel_flops(name: str, instruction: Instruction, shapes: Mapping[str, str], config: Config) -> tuple[str, float]:
+    operands = [dims(shapes.get(operand, "")) for operand in instruction.operands]
+    if "splash" in name or "attention" in instruction.op_name and "gmm" not in name:
+        wide = [shape for shape in operands if len(shape) == 4]
+        if wide:
+            rows, heads, length, head_dim = max(wide, key=lambda shape: shape[1])
+            windows = config.model.attention.windows
+            seen = sum(positions_seen(window, length) for window in windows) / len(windows)
+            products = next((count for part, count in _ATTENTION if part in name), 2)
+            return "attention", products * 2.0 * rows * heads * length * seen * head_dim
+    if "gmm" in name or "grouped" in instruction.op_name:
+        arrays = [*operands, dims(instruction.shape)]
+        matrices = [shape for shape in arrays if len(shape) == 3]
+        flat = [shape for shape in arrays if len(shape) == 2]
+        if matrices and flat:
+            return "grouped product", 2.0 * max(shape[0] for shape in flat) * matrices[0][1] * matrices[0][2]
+    return "other", 0.0

@@ -1,0 +1,148 @@
+"""Reading compiled programs: what is counted in one agrees with what was traced."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxlm.model.flops import count_matmul_flops
+from maxlm.plan import collectives, hlo
+
+# Lines as the TPU compiler writes them, shortened.
+TPU = """
+HloModule jit_train_step, is_scheduled=true
+
+%turns (arg: (s32[], f32[8,16])) -> pred[] {
+  %five = s32[]{:T(128)} constant(5)
+  %arg = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %five), direction=LT
+}
+
+%scattered (p: f32[64,32]) -> f32[16,32] {
+  %p = f32[64,32]{1,0:T(8,128)} parameter(0)
+  %sum = f32[64,32]{1,0:T(8,128)} all-reduce(%p), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  ROOT %cut = f32[16,32]{1,0} dynamic-slice(%sum, %where, %zero), dynamic_slice_sizes={16,32}
+}
+
+%body (arg.1: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %arg.1 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %x = f32[8,16]{1,0:T(8,128)} get-tuple-element(%arg.1), index=1
+  %g = f32[64,32]{1,0:T(8,128)} broadcast(%x), dimensions={}
+  %scatter = f32[16,32]{1,0:T(8,128)} fusion(%g), kind=kCustom, calls=%scattered, metadata={op_name="jit(train_step)/b"}, backend_config={"collective_algorithm_config":{"emitter":"SingleInputAllReduceScatterFusion"}}
+  %gather = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, dimensions={0}, backend_config={"collective_algorithm_config":{"emitter":"1DAllGatherNonMajorDimImbalanced"}}
+  %start = (f32[8,16]{1,0}, f32[8,16]{1,0}) collective-permute-start(%x), source_target_pairs={{0,2},{2,4},{4,6},{6,0},{1,3},{3,5},{5,7},{7,1}}
+  %busy = f32[8,16]{1,0:T(8,128)} add(%x, %x), backend_config={"window_config":{"estimated_cycles":"700"}}
+  %done = f32[8,16]{1,0} collective-permute-done(%start)
+  %one = s32[]{:T(128)} constant(1)
+  ROOT %out = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) tuple(%one, %done)
+}
+
+ENTRY %main (param: f32[8,16]) -> f32[8,16] {
+  %param = f32[8,16]{1,0:T(8,128)} parameter(0), metadata={op_name="state.params[\\'w\\']"}
+  %param.1 = f32[8,16]{1,0:T(8,128)} parameter(1), metadata={op_name="state.opt_state[\\'adamw\\'].mu"}
+  %zero = s32[]{:T(128)} constant(0)
+  %start.1 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) tuple(%zero, %param)
+  %kernel = f32[2,32]{1,0} custom-call(%param), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof": "{}"
+}}, metadata={op_name="jit(train_step)/kernel"}
+  %loop = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) while(%start.1), condition=%turns, body=%body, metadata={op_name="jit(train_step)/while"}
+  %all = f32[2101]{0} all-reduce(%kernel), replica_groups=[1,8]<=[8], to_apply=%add, metadata={op_name="jit(train_step)/reduce_scatter"}, backend_config={"collective_algorithm_config":{"emitter":"RotatedPincerEmitter"}}
+  ROOT %result = f32[8,16]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_loop_without_a_known_count_turns_as_its_condition_says():
+    module = hlo.parse(TPU)
+    assert module.runs == {"main": 1.0, "body": 5.0}
+    assert sum(i.cycles * times for i, _, times in module.scheduled()) == 3500
+    kernel = next(i for i in module.computations["main"] if i.name == "kernel")
+    assert kernel.op_name == "jit(train_step)/kernel"  # behind a text of several lines
+
+
+def test_collectives_are_what_the_compiler_emits_over_the_axes_that_their_groups_span():
+    mesh = {"data": 4, "fsdp": 2}
+    found = {c.name: c for c in collectives.find(hlo.parse(TPU), mesh)}
+    scatter, gather, permute, whole = (found[name] for name in ("scatter", "gather", "start", "all"))
+    assert (scatter.kind, scatter.asked, scatter.axes) == ("reduce-scatter", "all-reduce", ("data",))
+    assert (scatter.payload, scatter.times, scatter.wire) == (64 * 32 * 4, 5, 64 * 32 * 4 * 3 / 4)
+    assert (gather.kind, gather.axes, gather.members) == ("all-gather", ("data",), (0, 2, 4, 6))
+    assert not gather.asynchronous
+    assert (permute.kind, permute.axes, permute.group) == ("collective-permute", ("data",), 4)
+    assert permute.asynchronous and permute.hidden_cycles == 700
+    # Explicit reduce-scatters over all of a slice become all-reduces, and move twice as much.
+    assert (whole.kind, whole.axes, whole.wire) == ("all-reduce", ("data", "fsdp"), 2 * 2101 * 4 * 7 / 8)
+    traffic = collectives.by_kind_and_axes(list(found.values()))
+    assert traffic[0].kind == "all-gather" and traffic[0].payload == 5 * 64 * 128 * 2
+    assert collectives.emitted_kind("all-gather", "RotatedPincerEmitter") == "all-reduce"
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x", (0, 1)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", (0, 1)),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", (0, 4)),
+        ("replica_groups=mesh['a'=8] {'a':(4)2}", (0, 1)),
+        ("replica_groups={}", tuple(range(8))),
+    ],
+)
+def test_groups_in_every_form_that_xla_writes(text, group):
+    instruction = hlo.Instruction("x", "all-reduce", "f32[]", (), text, False)
+    assert collectives.first_group(instruction, 8) == group
+
+
+@pytest.mark.parametrize(
+    ("line", "shapes", "flops"),
+    [
+        # A product of a stacked pair of dims: heads are a window that covers the input, so each output meets all.
+        (
+            "f32[2,8192,4096,1]{1,2,3,0} convolution(%a, %b), window={size=1x32}, dim_labels=0b1f_1io0->0bf1",
+            {"a": "bf16[2,8192,32,128]", "b": "bf16[32,128,4096,1]"},
+            2 * 2 * 8192 * 4096 * 32 * 128,
+        ),
+        (
+            "f32[2,512,4096]{2,1,0} convolution(%a, %b), window={size=1}, dim_labels=0bf_oi0->0bf",
+            {"a": "bf16[2,512,128256]", "b": "bf16[4096,128256,1]"},
+            2 * 2 * 512 * 4096 * 128256,
+        ),
+        # A batch of products as a window with padding and spread: only one position in each window meets an element.
+        (
+            "f32[4,8,16]{2,1,0} convolution(%a, %b), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, "
+            "dim_labels=0bf_0io->0bf",
+            {"a": "f32[4,8,32]", "b": "f32[4,32,16]"},
+            2 * 4 * 8 * 16 * 32,
+        ),
+        ("f32[3,5]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+         {"a": "f32[3,7]", "b": "f32[7,5]"}, 2 * 3 * 5 * 7),
+    ],
+)  # fmt: skip
+def test_flops_of_products_in_the_forms_that_compilers_make_of_them(line, shapes, flops):
+    assert hlo.product_flops(hlo._instruction(f"  %x = {line}"), shapes) == flops
+
+
+def test_a_program_compiled_here_has_the_flops_and_gathers_of_the_traced_one():
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    place = {name: NamedSharding(mesh, spec) for name, spec in {"x": P("data"), "w": P(None, "fsdp")}.items()}
+
+    def step(w, x):
+        def layer(x, w):
+            w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+            return jnp.tanh(x @ w), None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    w = jax.ShapeDtypeStruct((6, 32, 32), jnp.float32, sharding=place["w"])
+    x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=place["x"])
+    traced = jax.jit(step, out_shardings=place["x"]).trace(w, x)
+    module = hlo.parse(traced.lower().compile().as_text())
+    assert hlo.total_flops(module) == count_matmul_flops(traced.jaxpr) / 2  # two devices share the rows
+    gathers = [c for c in collectives.find(module, {"data": 2, "fsdp": 4}) if c.kind == "all-gather"]
+    assert gathers and {c.axes for c in gathers} == {("fsdp",)}
+    assert sum(c.payload * c.times for c in gathers) == 6 * 32 * 32 * 4

@@ -1,0 +1,134 @@
+"""From a compiled step to a forecast, and to the pages that say it."""
+
+import dataclasses
+import json
+
+import pytest
+from rich.console import Console
+
+from maxlm.config import AttentionConfig, Config, DataConfig, MlpConfig, ModelConfig, StoreConfig, TrainConfig
+from maxlm.plan import compile as compiling
+from maxlm.plan import network
+from maxlm.plan.compile import CompileError, Request, Step, compile_step, content_key
+from maxlm.plan.explain import explanation
+from maxlm.plan.html import render
+from maxlm.plan.page import headlines, print_plan
+from maxlm.plan.plan import as_json, make_plan
+from maxlm.plan.topology import parse_topology
+from maxlm.resolve import resolve
+from tests.plan.test_hlo import TPU
+from tests.plan.test_memory import BUFFERS, RANGES
+
+MODEL = ModelConfig(
+    vocab_size=512, embed_dim=32, num_layers=2, attention=AttentionConfig(q_heads=4, kv_heads=2), mlp=MlpConfig(dim=64)
+)
+
+
+def tiny(devices=8, **parallel) -> Config:
+    config = Config(
+        name="tiny",
+        model=MODEL,
+        data=DataConfig(stores={"x": StoreConfig()}, sequence_length=16, batch_size=8),
+        train=TrainConfig(steps=1000),
+    )
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **parallel))
+    return resolve(config, devices=devices)
+
+
+def fake_step(**changes) -> Step:
+    places = tuple((0, x, y, 0) for x in range(2) for y in range(4))
+    facts = {"mesh": {"data": 4, "fsdp": 2}, "places": places, "attention": "splash", "analysis": {}}
+    facts |= {"seconds": (1.0, 2.0), "compiler_bytes": 10**9, "versions": {"jax": "1"}, "whole": True, "refused": ""}
+    return Step(program=TPU, buffers=BUFFERS, ranges=RANGES, **{**facts, **changes})
+
+
+def test_a_step_takes_its_cycles_and_what_it_waits_for():
+    topology = parse_topology("v5p:2x4x1")
+    plan = make_plan(tiny(data=4, fsdp=2), topology, fake_step(), price=2.0)
+    ahead, clock = plan.forecast, topology.chip.clock
+    assert ahead.parts["other work"] == pytest.approx(5 * 700 / clock)
+    # Of the permute, as much as the work issued beside it takes is hidden; for the rest the step waits.
+    assert ahead.hidden == pytest.approx(5 * 700 / clock)
+    assert ahead.seconds == pytest.approx(sum(ahead.parts.values()))
+    assert set(ahead.parts) >= {"waiting for data", "waiting for data+fsdp", "kernels"}
+    assert plan.days == pytest.approx(1000 * ahead.seconds / 86_400)
+    assert plan.dollars == pytest.approx(plan.days * 24 * 8 * 2.0)
+    assert ahead.mfu_causal == pytest.approx(ahead.model_flops / ahead.seconds / 459e12)
+
+
+def test_collectives_take_what_the_links_of_their_group_allow():
+    torus, mesh, nodes = parse_topology("v5p:4x4x4"), parse_topology("v5p:2x2x2"), parse_topology("h100x8x2")
+    ring = network.span(torus, [(0, x, 0, 0) for x in range(4)])
+    assert ring == network.Span(devices=4, slices=1, lanes=2.0)  # both ways round
+    plane = network.span(torus, [(0, x, y, 0) for x in range(4) for y in range(4)])
+    assert plane.lanes == 4.0
+    assert network.span(mesh, [(0, x, 0, 0) for x in range(2)]).lanes == 1.0  # an open side ends
+    size = 4e9
+    once = network.seconds("all-gather", size, ring, torus)
+    assert once == pytest.approx(size * 3 / 4 / 200e9, rel=1e-3)
+    assert network.seconds("all-reduce", size, ring, torus) == pytest.approx(2 * once)
+    both = network.span(nodes, [(node,) for node in (0, 1) for _ in range(8)])
+    assert both == network.Span(devices=16, slices=2, lanes=1.0)
+    # Within the node behind the switch, then half of it between the nodes over eight interfaces.
+    expected = size * 7 / 8 / 450e9 + size / 2 / (8 * 50e9)
+    assert network.seconds("all-gather", size, both, nodes) == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_pages_say_whether_it_fits_and_by_how_much():
+    topology = parse_topology("v5p:2x4x1")
+    fits = make_plan(tiny(data=4, fsdp=2), topology, fake_step())
+    assert fits.fits and "it fits: " in headlines(fits)[1]
+    small = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, usable_bytes=4000.0))
+    full = make_plan(tiny(data=4, fsdp=2), small, fake_step(refused="Ran out of memory"))
+    assert not full.fits and "1.6 KiB too much" in headlines(full)[1]
+    console = Console(record=True, width=130)
+    print_plan(fits, console)
+    text = console.export_text()
+    for part in ("optimizer", "reduce-scatter (written as all-reduce)", "waiting for data+fsdp"):
+        assert part in text
+    page = render(fits)
+    assert page.count("<svg") == 3 and "optimizer" in page and "http" not in page
+    said = json.loads(as_json(fits))
+    assert said["memory"]["total"] == sum(said["memory"]["components"].values())
+    assert said["fits"] and said["traffic"][0]["kind"] == "all-gather"
+
+
+def test_a_compiler_that_needs_too_much_memory_is_ended_with_one_sentence(tmp_path):
+    with pytest.raises(CompileError, match="needs more than .* GiB of this machine's memory; plan a smaller slice"):
+        compile_step(tiny(data=8), parse_topology("cpu-8"), cache=None, limit=2**20)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    def missing(name):
+        raise compiling.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(compiling.importlib.metadata, "version", missing)
+    with pytest.raises(CompileError, match=r"libtpu has to be installed; type: pip install 'maxlm\[plan\]'"):
+        compile_step(tiny(data=8), parse_topology("v5e-8"))
+
+
+def test_what_was_compiled_is_read_again_and_found_by_content(tmp_path):
+    config, topology = tiny(data=8), parse_topology("v5e:2x4")
+    request = Request(config, topology, {}, True)
+    key = content_key(request)
+    for other in (
+        dataclasses.replace(request, topology=parse_topology("v5e:4x4")),
+        dataclasses.replace(request, options={"x": "1"}),
+        dataclasses.replace(request, config=tiny(data=4, fsdp=2)),
+    ):
+        assert content_key(other) != key
+    assert content_key(dataclasses.replace(request, config=dataclasses.replace(config, name="another"))) == key
+    compiling._write(fake_step(), tmp_path / key)
+    assert compiling._read(tmp_path / key) == fake_step()
+
+
+def test_explain_gives_every_array_its_axes_and_a_devices_share():
+    told = explanation(tiny(data=2, fsdp=2, tensor=2))
+    held = {item.what: item for item in told.parameters}
+    query = held["layers/attention/query"]
+    assert query.mesh_axes == ("", "fsdp 2", "tensor 2", "")
+    assert query.device_bytes * 4 == query.bytes == 2 * 32 * 4 * 8 * 4
+    stream = [item for item in told.activations if item.logical == ("batch", "residual", "")]
+    assert stream and stream[0].mesh_axes == ("data 2 + fsdp 2", "tensor 2", "")
+    assert told.rules["vocab"] == "tensor 2" and told.rules["expert"] == ""
