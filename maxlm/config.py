@@ -147,6 +147,9 @@ class ModelConfig:
     rope: RopeConfig = branch(RopeConfig)
     mlp: MlpConfig = branch(MlpConfig)
     moe: MoeConfig = branch(MoeConfig)
+    mtp_layers: int = leaf(
+        0, "layers after the stack that each predict one token further, in training only (DeepSeek-V3)", low=0
+    )
     learned_positions: int = leaf(0, "rows of a table of position vectors added to the embedding; 0: none", low=0)
     norm: str = leaf(
         "rms",
@@ -334,6 +337,7 @@ class TrainConfig:
     remat_names: tuple[str, ...] = leaf((), "activations kept under remat=custom (see docs/config.md)")
     loss_chunk: int = leaf(1024, "positions whose float32 logits exist at once", unit="tokens", low=1)
     z_loss: float = leaf(0.0, "weight of the squared log normaliser (Chowdhery et al. 2022)", low=0.0)
+    mtp_weight: float = leaf(0.3, "weight of the loss of model.mtp_layers, the mean over them", low=0.0)
     log_every: int = leaf(10, "steps between progress lines", unit="steps", low=1)
     norms_every: int = leaf(100, "steps between per-layer norms; 0: none", unit="steps", low=0)
     profile: tuple[int, ...] = leaf((), "(first step, steps) of a profiler window; SIGUSR1 opens one too", low=1)

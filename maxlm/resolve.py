@@ -220,6 +220,8 @@ def _check_mesh(config: Config) -> Iterator[str]:
         ),
         "fsdp": (("model.embed_dim", config.model.embed_dim),),
     }
+    if config.model.mtp_layers:  # their projection has the stream and an embedding side by side
+        dims["tensor"] += (("twice model.embed_dim", 2 * config.model.embed_dim),)
     for axis, sharded in dims.items():
         for path, dim in sharded:
             if sizes[axis] > 1 and dim % sizes[axis]:

@@ -100,6 +100,7 @@ def test_config_dict_is_locked_and_typed():
         ("parallel__virtual_stages", 2, "parallel.virtual_stages is 2, but parallel.pipeline is 1"),
         ("parallel__expert", 2, "the model has no experts to spread; type parallel.expert=1"),
         ("model__moe__dense_layers", 1, "every layer of a model without experts is dense"),
+        ("model__mtp_layers", 512, "no token of a row of data.sequence_length 512 is that far from the next; use less"),
         ("data__batch_size", 12, "use a multiple of 8"),
         ("data__mixture", (("pile", 1.0),), "names 'pile', which is not in data.stores (stdlib)"),
         ("data__mixture", (("stdlib", 1.0, 2),), "entries are (str, float)"),
@@ -196,6 +197,7 @@ def test_mesh_that_does_not_fit_the_devices():
             "3 cycles of model.attention.windows do not divide into parallel.pipeline 2 x parallel.virtual_stages 1 "
             "parts; use two whose product is one of 1, 3",
         ),
+        ({"model__mtp_layers": 1}, "but no stage of a pipeline has layers that predict further tokens"),
         (
             {"model__num_layers": 5, "model__attention__windows": (8, 0)},
             "which 2 entries of model.attention.windows do",

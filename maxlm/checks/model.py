@@ -36,6 +36,11 @@ def check_model(config: Config) -> Iterator[str]:
             f"model.head_init is {model.head_init:g}, but with model.tie_embeddings there is no head of its own; type "
             "model.head_init=1 or model.tie_embeddings=False"
         )
+    if model.mtp_layers >= config.data.sequence_length:
+        yield (
+            f"model.mtp_layers is {model.mtp_layers}, but no token of a row of data.sequence_length "
+            f"{config.data.sequence_length} is that far from the next; use less"
+        )
     longest = max([config.data.sequence_length, *(phase.sequence_length for phase in config.data.phases.values())])
     if 0 < model.learned_positions < longest:
         yield (

@@ -35,6 +35,11 @@ def check_pipeline(config: Config) -> Iterator[str]:
             f"model.moe.dense_layers is {model.moe.dense_layers} with parallel.pipeline {stages}, but a pipeline "
             "spreads layers of one structure; type parallel.pipeline=1 or model.moe.dense_layers=0"
         )
+    if model.mtp_layers:
+        yield (
+            f"model.mtp_layers is {model.mtp_layers} with parallel.pipeline {stages}, but no stage of a pipeline has "
+            "layers that predict further tokens; type parallel.pipeline=1 or model.mtp_layers=0"
+        )
     cycle = len(model.attention.windows)
     if model.num_layers % (stages * virtual * cycle):
         units = f"{model.num_layers // cycle} cycles of model.attention.windows" if cycle > 1 else "layers"

@@ -20,7 +20,7 @@ from maxlm.checkpoint.blocks import BlockReader, BlockWriter
 from maxlm.checkpoint.reader import ArrayInfo
 from maxlm.config import Config, ModelConfig
 from maxlm.convert.errors import ConversionError
-from maxlm.convert.folder import CONFIG, HuggingFaceFolder, carry, open_folder
+from maxlm.convert.folder import CONFIG, HuggingFaceFolder, carry, described_by, open_folder
 from maxlm.convert.safetensors import ShardWriter, TensorInfo
 from maxlm.convert.stored import CARRIED, CHECKPOINTS, StoredModel, open_stored
 from maxlm.convert.tiles import Region, Tile, chunks, tiles
@@ -56,16 +56,19 @@ def family_model(family: Family, model: ModelConfig) -> FamilyModel:
     return FamilyModel(family, model, tree.paths(specs), bind(family.table(model), specs))
 
 
-def open_model(path: Path) -> tuple[HuggingFaceFolder, FamilyModel]:
+def open_model(path: Path, *, further: bool = True) -> tuple[HuggingFaceFolder, FamilyModel]:
     """A Hugging Face folder with its family, after checking names and shapes of all tensors.
+
+    Args:
+      further: whether layers that predict further tokens are wanted, where there are such.
 
     Raises:
       ConversionError, FamilyError: the folder is not whole, its family is unknown, or tensors are missing, unexpected
         or of the wrong shape; all of them are listed.
     """
     folder = open_folder(path)
-    family = family_of(folder.config)
-    described = family_model(family, family.from_hf(folder.config))
+    family, model = described_by(folder.config, folder.tensors)
+    described = family_model(family, model if further else dataclasses.replace(model, mtp_layers=0))
     if (outer := family.table(described.model).outer) and not any(name.startswith(outer) for name in folder.tensors):
         folder = folder._replace(tensors={outer + name: tensor for name, tensor in folder.tensors.items()})
     _check_tensors(folder, described)
@@ -142,6 +145,10 @@ def to_hf(
         for row in described.rows
         for name, _ in row.tensors()
     }
+    copies: dict[str, list[str]] = {}
+    for name, original in described.family.table(described.model).repeats.items():
+        copies.setdefault(original, []).append(name)
+        tensors[name] = tensors[original]
     log(f"{source}, step {stored.record.step}: {described.family.name}, {len(tensors)} tensors")
     with staged(out, log=log) as place:
         if stored.carried:
@@ -155,9 +162,10 @@ def to_hf(
                     path: reader.read(f"{stored.part}/{path}", region).astype(out_dtypes[path], copy=False)
                     for path, region in tile.regions.items()
                 }
-                for name, rows in tile.theirs(blocks):
-                    writer.write(name, rows.astype(tensors[name].dtype, copy=False), row=tile.rows.start)
-                    progress.advance(rows.nbytes)
+                for original, rows in tile.theirs(blocks):
+                    for name in (original, *copies.get(original, ())):
+                        writer.write(name, rows.astype(tensors[name].dtype, copy=False), row=tile.rows.start)
+                        progress.advance(rows.nbytes)
         for path, region in _padding(described.specs, stored.specs).items():
             reader.read(f"{stored.part}/{path}", region)  # its digest is that of the whole array
         reader.prove()
@@ -196,6 +204,7 @@ def _all_tiles(described: FamilyModel) -> Iterator[Tile]:
 
 def _check_tensors(folder: HuggingFaceFolder, described: FamilyModel) -> None:
     table = described.family.table(described.model)
+    copies = {**table.copies, **table.repeats}
     expected = {name: row.shape for row in described.rows for name, _ in row.tensors()}
     found = {name: tensor.info for name, tensor in folder.tensors.items()}
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
@@ -203,7 +212,7 @@ def _check_tensors(folder: HuggingFaceFolder, described: FamilyModel) -> None:
     problems += [
         f"{name} {list(info.shape)} is unexpected"
         for name, info in found.items()
-        if name not in expected and name not in table.copies and not ignored.fullmatch(name)
+        if name not in expected and name not in copies and not ignored.fullmatch(name)
     ]
     problems += [
         f"{name} is {list(found[name].shape)}, expected {list(shape)}"
@@ -217,8 +226,8 @@ def _check_tensors(folder: HuggingFaceFolder, described: FamilyModel) -> None:
     ]
     if not problems:
         problems = [
-            f"{name} differs from {original}, to which config.json ties it"
-            for name, original in table.copies.items()
+            f"{name} differs from {original}, of which it has to be a copy"
+            for name, original in copies.items()
             if name in found and not _same(folder, name, original)
         ]
     if problems:

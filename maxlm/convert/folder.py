@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from maxlm.config import ModelConfig
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.quantised import unquantised
 from maxlm.convert.safetensors import INDEX, StoredTensor, TensorInfo, read_header
+from maxlm.model.family import Family, family_of
 
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -76,6 +79,38 @@ def open_folder(path: Path) -> HuggingFaceFolder:
         stored |= header
     tensors = {name: Tensor(tensor.info, tensor.read) for name, tensor in stored.items()}
     return HuggingFaceFolder(path, config, unquantised(tensors, config))
+
+
+def described_by(config: Mapping[str, Any], names: Collection[str] | None) -> tuple[Family, ModelConfig]:
+    """The family and the model of a config.json and the tensors beside it.
+
+    Layers that predict further tokens may be left out though the config speaks of them, as `transformers` does.
+
+    Args:
+      names: of the tensors; None: not known.
+
+    Raises:
+      FamilyError: the family is unknown, or does not have a setting.
+    """
+    family = family_of(config)
+    model = family.from_hf(config)
+    if model.mtp_layers and names is not None:
+        rows = [row for row in family.table(model).rows if row.pieces[0].ours.startswith("mtp/")]
+        if not any(row.theirs.format(layer=model.num_layers, expert=0) in names for row in rows):
+            model = dataclasses.replace(model, mtp_layers=0)
+    return family, model
+
+
+def folder_model(path: Path) -> ModelConfig:
+    """The model of a Hugging Face folder, whose weights need not all be there.
+
+    Raises:
+      ConversionError, FamilyError: as of `read_config` and `described_by`.
+    """
+    config, names = read_config(path), None
+    if (path / INDEX).is_file() or len(list(path.glob("*.safetensors"))) == 1:
+        names = {name for file, named in _shards(path).items() for name in named or read_header(path / file)}
+    return described_by(config, names)[1]
 
 
 def _shards(path: Path) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from maxlm import tree
 from maxlm.checkpoint.reader import PARAMS, ArrayInfo, CheckpointReader, Record, describe
 from maxlm.config import ModelConfig
 from maxlm.convert.errors import ConversionError
-from maxlm.convert.folder import CONFIG, is_huggingface_folder, read_config
+from maxlm.convert.folder import CONFIG, folder_model, is_huggingface_folder, read_config
 from maxlm.model.decoder import split_model
 from maxlm.model.family import family_of
 from maxlm.model.param import ParamSpec
@@ -79,8 +79,7 @@ def model_config(path: str | Path) -> ModelConfig:
     """
     folder = Path(path).expanduser()
     if is_huggingface_folder(folder):
-        hf = read_config(folder)
-        return family_of(hf).from_hf(hf)
+        return folder_model(folder)
     return open_stored(folder, log=lambda _: None).model
 
 

@@ -35,7 +35,8 @@ Place = Callable[[Mapping[str, Any]], dict[str, Any]]
 def open_weights(path: str | Path, model: ModelConfig, *, log: Log) -> Place:
     """What brings the weights at `path` onto devices, after checking that they are those of `model`.
 
-    The vocabulary of `model` may have more rows than a Hugging Face folder's; they are zeros.
+    The vocabulary of `model` may have more rows than a Hugging Face folder's; they are zeros. It may be without the
+    layers there that predict further tokens.
 
     Raises:
       ConversionError, FamilyError, CheckpointError: there are none, they are damaged, or they are of another model; the
@@ -43,7 +44,7 @@ def open_weights(path: str | Path, model: ModelConfig, *, log: Log) -> Place:
     """
     source = Path(path).expanduser()
     if is_huggingface_folder(source):
-        folder, described = open_model(source)
+        folder, described = open_model(source, further=bool(model.mtp_layers))
         longer = max(model.vocab_size, described.model.vocab_size)
         _check(source, model, dataclasses.replace(described.model, vocab_size=longer))
         return lambda shardings: _from_folder(folder, described, model, shardings)

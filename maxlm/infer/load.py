@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from maxlm import tree
 from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
 from maxlm.config import Config, ModelConfig, ParallelConfig
 from maxlm.convert.errors import ConversionError
+from maxlm.convert.folder import is_huggingface_folder
 from maxlm.convert.stored import carried_files, model_config
 from maxlm.convert.weights import open_weights
 from maxlm.data.prepare import prepare_data
@@ -100,6 +102,8 @@ def load_model(path: Path, *, dtype: str, log: Log, devices: Sequence[jax.Device
       UserError: there is none, or it is damaged.
     """
     model = model_config(path)
+    if is_huggingface_folder(path):  # nothing here has a use for layers that predict further tokens
+        model = dataclasses.replace(model, mtp_layers=0)
     mesh = generation_mesh(model, devices or jax.local_devices())
     parts = split_model(model)
     shardings = tree.map_paths(lambda _, spec: named_sharding(mesh, spec.logical), parts.specs)

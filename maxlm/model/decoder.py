@@ -1,5 +1,7 @@
 """The decoder language model: embedding, one or two scanned stacks of blocks, a final norm and the output head.
 
+In training, layers of another kind may follow that predict further tokens (`mtp`).
+
 Shapes: B batch, S sequence, t new tokens, C cache slots, D embed, V vocab, L layers.
 
 A block is composed of an attention and a feed-forward module by `make_block`; another family hands `Decoder` another
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -26,13 +28,14 @@ from maxlm.model.latent import LatentAttention
 from maxlm.model.layers import Embedding, Head, capped_logits, make_norm
 from maxlm.model.mlp import FeedForwardOut, Mlp
 from maxlm.model.moe import MoeMlp
+from maxlm.model.mtp import FurtherOut, MtpLayer, run_mtp
 from maxlm.model.param import param_specs, stack
 from maxlm.model.runtime import Runtime
 from maxlm.model.stack import LayerOut, Memories, run_stack
 
 Params = dict[str, Any]
 
-STACKS = ("prefix", "layers")  # what the paths of stacked parameters begin with
+STACKS = ("prefix", "layers", "mtp")  # what the paths of stacked parameters begin with
 
 
 class HiddenOut(NamedTuple):
@@ -152,6 +155,8 @@ class Decoder(nnx.Module):
         self.layers = stack(functools.partial(make_block, config), rngs=rngs, count=config.num_layers - first)
         self.final_norm = make_norm(config, rngs=rngs)
         self.head = None if config.tie_embeddings else Head(config, rngs=rngs)
+        more = functools.partial(MtpLayer, config, make_block=make_block)
+        self.mtp = stack(lambda own: more(rngs=own), rngs=rngs, count=config.mtp_layers) if config.mtp_layers else None
 
     def hidden(
         self,
@@ -169,10 +174,37 @@ class Decoder(nnx.Module):
           segments_BS: int32 document numbers; a token sees its own document only. None: a row is one document.
           real_BS: bool, False at padding, which then takes no part in a router's counts. None: all hold tokens.
         """
-        longest = jnp.max(positions_BS) + 1
-        sight = Sight(positions_BS, segments_BS, segments_BS, real=real_BS, longest=longest)
+        sight = _whole_rows(positions_BS, segments_BS, real_BS)
         out = self._run(tokens_BS, sight=sight, runtime=runtime, memory=None)
         return HiddenOut(out.x, {"residual": out.rms}, out.aux)
+
+    def further(
+        self,
+        hidden_BSD: jax.Array,
+        tokens_BS: Sequence[jax.Array],
+        *,
+        positions_BS: jax.Array,
+        segments_BS: jax.Array | None,
+        runtime: Runtime,
+        real_BS: jax.Array | None = None,
+    ) -> FurtherOut:
+        """What `config.mtp_layers` layers predict further tokens from; arguments besides as of `hidden`.
+
+        Args:
+          hidden_BSD: of the model proper.
+          tokens_BS: of each layer, int32: at position i of that of layer k stands token i + k, k counted from 1.
+        """
+        windows, first = self.config.attention.windows, self.config.num_layers
+        if self.mtp is None:
+            raise ValueError("model.mtp_layers is 0: there are no layers that predict further tokens")
+        return run_mtp(
+            self.mtp,
+            hidden_BSD,
+            [self.embed(tokens, positions_BS, runtime=runtime) for tokens in tokens_BS],
+            sight=_whole_rows(positions_BS, segments_BS, real_BS),
+            windows=tuple(windows[(first + k) % len(windows)] for k in range(self.config.mtp_layers)),
+            runtime=runtime,
+        )
 
     def decode(self, tokens_Bt: jax.Array, *, cache: Cache, runtime: Runtime) -> DecodeOut:
         """Continues every row of the cache by t tokens: a prefill with t > 1, a decoding step with t = 1.
@@ -234,6 +266,10 @@ class Decoder(nnx.Module):
     def stacks(self) -> list[Block]:
         """The stacks of layers, in their order."""
         return [self.layers] if self.prefix is None else [self.prefix, self.layers]
+
+
+def _whole_rows(positions: jax.Array, segments: jax.Array | None, real: jax.Array | None) -> Sight:
+    return Sight(positions, segments, segments, real=real, longest=jnp.max(positions) + 1)
 
 
 def stack_windows(config: ModelConfig) -> tuple[tuple[int, ...], ...]:

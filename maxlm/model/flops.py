@@ -26,10 +26,12 @@ TRAINING = 3  # forward, and two products of the backward pass for each
 class Ledger:
     """Counts for a model and a sequence length. FLOPs are a token's, averaged over the positions of a row.
 
-    params_by_component: embedding, attention, mlp, norms, head (absent if tied).
+    params_by_component: embedding, attention, mlp, norms, head (absent if tied), mtp (all of the layers that predict
+      further tokens; absent if there are none).
     params_active: parameters that a token meets: all but those of the routed experts that it is not sent to.
-    forward: FLOPs of the forward pass by component: attention (projections), scores (both products of attention, over
-      the positions that causality and windows leave), mlp, head. Documents that end within a row see less still.
+    forward: FLOPs of the forward pass in training by component: attention (projections), scores (both products of
+      attention, over the positions that causality and windows leave), mlp, head (once more for each layer of mtp), mtp
+      (its projections and feed-forward halves). Documents that end within a row see less still.
     scores_as_computed: what `scores` is where all S positions are multiplied and masked afterwards.
     six_n: 6 N, N being the active parameters without the tables that are only looked up (Kaplan et al. 2020).
     """
@@ -78,22 +80,26 @@ def ledger(config: ModelConfig, *, sequence_length: int) -> Ledger:
             forward[component] = forward.get(component, 0.0) + 2.0 * met
     if config.tie_embeddings:
         forward["head"] = 2.0 * specs["embedding/table"].size
+    forward["head"] *= 1 + config.mtp_layers
+    layers = config.num_layers + config.mtp_layers
     looked_up = params["embedding"] - (specs["embedding/table"].size if config.tie_embeddings else 0)
     # Query times key and weight times value: 2 H h FLOPs each for a position seen.
     seen = 2.0 * config.attention.q_heads * (config.attention.head_dim + config.attention.value_dim)
     windows = config.attention.windows
-    positions = [positions_seen(windows[i % len(windows)], sequence_length) for i in range(config.num_layers)]
+    positions = [positions_seen(windows[i % len(windows)], sequence_length) for i in range(layers)]
     return Ledger(
         params_by_component=params,
         params_active=active,
         forward=forward | {"scores": seen * sum(positions)},
-        scores_as_computed=seen * sequence_length * config.num_layers,
+        scores_as_computed=seen * sequence_length * layers,
         six_n=6.0 * (active - looked_up),
     )
 
 
 def _component(path: str) -> str:
     parts = path.split("/")
+    if parts[0] == "mtp":
+        return "mtp"
     if any(part.endswith("norm") for part in parts[:-1]):
         return "norms"
     return parts[1] if parts[0] in STACKS else parts[0]

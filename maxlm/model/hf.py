@@ -16,6 +16,7 @@ from maxlm.model.family import FamilyError, HFConfig
 from maxlm.model.table import Row, Table, joined, row
 
 LAYER = "model.layers.{layer}."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROTARY = r".*\.rotary_emb\.inv_freq"
 """Frequencies that old files hold besides the weights."""
 
@@ -242,16 +243,44 @@ def layered(model: ModelConfig, *, common: Sequence[Row], dense: Sequence[Row], 
     """The rows of all layers: what they have in common, and the feed-forward halves of the first, which are dense, and
     of those with experts. All are written as if they were of one stack that begins at layer 0."""
     first = model.moe.dense_layers
-    early = [
-        dataclasses.replace(
-            each,
-            pieces=tuple(piece._replace(ours=piece.ours.replace("layers/", "prefix/", 1)) for piece in each.pieces),
-            layers=range(first),
-        )
-        for each in (*common, *dense)
-    ]
+    early = [dataclasses.replace(each, layers=range(first)) for each in _moved([*common, *dense], "prefix/")]
     late = [dataclasses.replace(each, layers=range(first, model.num_layers)) for each in (*common, *experts)]
     return early + late if first else late
+
+
+def with_mtp_rows(model: ModelConfig, table: Table, block: Sequence[Row]) -> Table:
+    """The table with the layers that predict further tokens, as DeepSeek names them: they are numbered on after the
+    stack, and each has copies of the embedding and of the head.
+
+    Args:
+      block: rows of their blocks, written as if they were of the stack `layers`.
+    """
+    first, count = model.num_layers, model.mtp_layers
+    if not count:  # they may be there all the same, and are left alone
+        return dataclasses.replace(table, ignored=(*table.ignored, rf"model\.layers\.{first}\..*"))
+    own = [
+        *_moved(block, "mtp/block/"),
+        row(LAYER + "enorm.weight", "mtp/embed_norm/scale"),
+        row(LAYER + "hnorm.weight", "mtp/hidden_norm/scale"),
+        row(LAYER + "eh_proj.weight", "mtp/projection", "F D -> D F"),
+        row(LAYER + "shared_head.norm.weight", "mtp/out_norm/scale"),
+    ]
+    numbered = range(first, first + count)
+    rows = [dataclasses.replace(each, layers=numbered) for each in own]
+    head = EMBEDDING if model.tie_embeddings else HEAD
+    copies = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": head}
+    repeats = {LAYER.format(layer=i) + name: original for i in numbered for name, original in copies.items()}
+    return dataclasses.replace(table, rows=(*table.rows, *rows), repeats=repeats)
+
+
+def _moved(rows: Sequence[Row], stack: str) -> list[Row]:
+    """Rows of `layers` as those of another stack."""
+    return [
+        dataclasses.replace(
+            each, pieces=tuple(piece._replace(ours=piece.ours.replace("layers/", stack, 1)) for piece in each.pieces)
+        )
+        for each in rows
+    ]
 
 
 def norm_rows(**names: str) -> list[Row]:
@@ -364,8 +393,7 @@ def latent_rows(model: ModelConfig) -> list[Row]:
 
 def whole_table(model: ModelConfig, layers: Sequence[Row]) -> Table:
     """The rows of the layers, with the embedding, the last norm and the head around them."""
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    rows = [row(embedding, "embedding/table"), *layers, row("model.norm.weight", "final_norm/scale")]
+    rows = [row(EMBEDDING, "embedding/table"), *layers, row("model.norm.weight", "final_norm/scale")]
     if model.tie_embeddings:
-        return Table(tuple(rows), copies={head: embedding}, ignored=(ROTARY,))
-    return Table((*rows, row(head, "head/kernel", "D V -> V D")), ignored=(ROTARY,))
+        return Table(tuple(rows), copies={HEAD: EMBEDDING}, ignored=(ROTARY,))
+    return Table((*rows, row(HEAD, "head/kernel", "D V -> V D")), ignored=(ROTARY,))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from maxlm import tree
 from maxlm.config import ModelConfig, MoeConfig
 from maxlm.kernels.experts import Experts, Linear, Routes
 from maxlm.kernels.matmul import product
@@ -233,8 +234,12 @@ def moved_biases(params: dict[str, Any], load: jax.Array, *, rate: float) -> dic
     the mean (Wang et al. 2024, "Auxiliary-loss-free load balancing").
 
     Args:
-      load: (L, E) tokens sent to each expert, of the whole batch.
+      load: (L, E) tokens sent to each expert, of the whole batch; those of `mtp` come after those of `layers`.
     """
-    layers = params["layers"]
     step = rate * jnp.sign(jnp.mean(load, axis=1, keepdims=True) - load)
-    return params | {"layers": layers | {"mlp": layers["mlp"] | {BIAS: layers["mlp"][BIAS] + step}}}
+    flat, done = tree.paths(params), 0
+    for path in ("layers/mlp/" + BIAS, "mtp/block/mlp/" + BIAS):
+        if path in flat:
+            flat[path] = flat[path] + step[done : done + flat[path].shape[0]]
+            done += flat[path].shape[0]
+    return tree.from_paths(flat)

@@ -65,8 +65,12 @@ class Runtime:
     remat_names: tuple[str, ...] = ()
 
 
-def rematerialised(block: BlockFn, runtime: Runtime) -> BlockFn:
+def rematerialised(block: BlockFn, runtime: Runtime, *, prevent_cse: bool = False) -> BlockFn:
     """The block, recomputing in the backward pass what `runtime.remat` does not keep.
+
+    Args:
+      prevent_cse: for a block outside a scan. In one, XLA cannot merge the recomputation with the forward pass, and the
+        barriers against that are left out.
 
     Raises:
       ValueError: the policy or one of its names is unknown.
@@ -85,8 +89,7 @@ def rematerialised(block: BlockFn, runtime: Runtime) -> BlockFn:
             policy = policies.save_only_these_names(*runtime.remat_names)
         case other:
             raise ValueError(f"remat is {other!r}; it can be none, full, matmuls or custom")
-    # In a scan XLA cannot merge the recomputation with the forward pass; the barriers against that are left out.
-    return jax.checkpoint(block, prevent_cse=False, policy=policy)
+    return jax.checkpoint(block, prevent_cse=prevent_cse, policy=policy)
 
 
 def cheap(function: ArrayFn) -> ArrayFn:

@@ -76,12 +76,14 @@ class Table:
     """A family's correspondence; every parameter of the model is in exactly one row.
 
     copies: name of theirs -> the name that it repeats (a tied head written out): checked on reading, never written.
+    repeats: the same, but always written: files are expected to hold such copies.
     ignored: patterns of names that carry no weights (rotary frequencies, masks): skipped, never written.
     outer: what old files leave out at the beginning of all names, with its dot; it is always written.
     """
 
     rows: tuple[Row, ...]
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     outer: str = ""
 

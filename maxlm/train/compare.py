@@ -99,7 +99,7 @@ def distances(got: Computed, expected: Computed) -> list[Distance]:
     and 1e-7 of the norm of all, since some are truly zero.
     """
     found = []
-    for name in ("loss", "z_loss", "balance_loss", "router_z_loss"):
+    for name in ("loss", "z_loss", "mtp_loss", "balance_loss", "router_z_loss"):
         if name in expected.metrics:
             there, here = float(expected.metrics[name]), float(got.metrics[name])
             found.append(Distance(_share(abs(here - there), 1e-5 * abs(there) + 1e-7), name))

@@ -36,7 +36,8 @@ def make_train_step(
     """The function `(state, batch) -> (state, metrics)`; jit it with the state donated.
 
     The batch is the global one: int32 and float32 arrays (B, S) over the whole mesh. The loss is the mean over all
-    loss-bearing positions of the global batch, so that neither accumulation nor the mesh changes it. Metrics are
+    loss-bearing positions of the global batch, so that neither accumulation nor the mesh changes it; so is that of
+    each layer that predicts further tokens, over the positions that have such a token. Metrics are
     scalars (of the experts' load the mean over layers), and `norms`, a dict of per-layer float32 arrays that is filled
     every `norms_every` steps. `pipeline` takes the place of accumulation where layers are spread over stages.
     """
@@ -44,28 +45,41 @@ def make_train_step(
     separate = separates_documents(config.data)
     shifts = jnp.array([phase.from_step for phase in config.data.phases.values()], jnp.int32)
 
-    def loss(params: dict, batch: Batch, denominator: jax.Array, scale: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: dict, batches: tuple[Batch, ...], denominators: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         """A microbatch's share of the loss, times the loss scale."""
-        model = merge(parts.graphdef, params)
-        segments = batch.segments if separate else None
-        out = model.hidden(
-            batch.tokens,
-            positions_BS=batch.positions,
-            segments_BS=segments,
-            real_BS=batch.segments > 0,
-            runtime=runtime,
-        )
-        total, terms = head_loss(config, model, out.hidden_BSD, batch, denominator=denominator, runtime=runtime)
+        model, (batch, *more) = merge(parts.graphdef, params), batches
+        rows: Any = {
+            "positions_BS": batch.positions,
+            "segments_BS": batch.segments if separate else None,
+            "real_BS": batch.segments > 0,
+            "runtime": runtime,
+        }
+        out = model.hidden(batch.tokens, **rows)
+        total, terms = head_loss(config, model, out.hidden_BSD, batch, denominator=denominators[0], runtime=runtime)
+        counts = out.aux
+        if more:
+            ahead = model.further(out.hidden_BSD, [one.tokens for one in more], **rows)
+            counts = jax.tree.map(lambda *layers: jnp.concatenate(layers), counts, ahead.aux)
+            found = [
+                head_loss(config, model, hidden, one, denominator=denominator, runtime=runtime)
+                for hidden, one, denominator in zip(ahead.hidden, more, denominators[1:], strict=True)
+            ]
+            total += config.train.mtp_weight * sum(part for part, _ in found) / len(more)
+            terms["mtp_loss"] = sum(own["loss"] for _, own in found) / len(more)
         # Of the rows of the whole batch, as the denominator is of its positions.
-        aux = moe.auxiliary_losses(config.model.moe, out.aux, rows=batch.tokens.shape[0] * config.train.accumulation)
+        aux = moe.auxiliary_losses(config.model.moe, counts, rows=batch.tokens.shape[0] * config.train.accumulation)
         return (total + aux.total) * scale, terms | {"experts": aux.terms, "activations": out.norms}
 
-    def gradients(params: dict, batch: Batch, denominator: jax.Array, scale: jax.Array) -> tuple[Metrics, dict]:
+    def gradients(
+        params: dict, batches: tuple[Batch, ...], denominators: jax.Array, scale: jax.Array
+    ) -> tuple[Metrics, dict]:
         """Loss terms and float32 gradients of the whole batch, a microbatch at a time."""
         count = config.train.accumulation
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         if count == 1 and pipeline is None:
-            (_, terms), grads = value_and_grad(params, batch, denominator, scale)
+            (_, terms), grads = value_and_grad(params, batches, denominators, scale)
             return terms, grads
 
         def split(x: jax.Array) -> jax.Array:
@@ -73,15 +87,15 @@ def make_train_step(
             x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
             return runtime.constrain(x, (None, "batch", "seq"))
 
-        def add(total: tuple, micro: Batch) -> tuple[tuple, None]:
-            (_, terms), grads = value_and_grad(params, micro, denominator, scale)
+        def add(total: tuple, micro: tuple[Batch, ...]) -> tuple[tuple, None]:
+            (_, terms), grads = value_and_grad(params, micro, denominators, scale)
             return jax.tree.map(jnp.add, total, (terms, grads)), None
 
-        micros = jax.tree.map(split, batch)
+        micros = jax.tree.map(split, batches)
         if pipeline is not None:
-            return pipeline(params, micros, denominator, scale)
+            return pipeline(params, micros[0], denominators[0], scale)
         shapes = jax.eval_shape(
-            lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), denominator, scale)
+            lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), denominators, scale)
         )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
         (terms, grads), _ = jax.lax.scan(add, zeros, micros)
@@ -89,9 +103,12 @@ def make_train_step(
         return terms, grads
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens = batch.weights.sum()
+        batches = with_further(batch, config.model.mtp_layers)
+        counted = jnp.stack([one.weights.sum() for one in batches])
         with jax.named_scope("loss_and_gradients"):
-            terms, grads = gradients(state.params, runtime.arrange(batch), jnp.maximum(tokens, 1.0), state.scale.scale)
+            terms, grads = gradients(
+                state.params, runtime.arrange(batches), jnp.maximum(counted, 1.0), state.scale.scale
+            )
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / state.scale.scale, grads)
 
         with jax.named_scope("optimizer"):
@@ -135,10 +152,11 @@ def make_train_step(
             metrics = {
                 "loss": terms["loss"],
                 "z_loss": terms["z_loss"],
+                **{name: terms[name] for name in ("mtp_loss",) if name in terms},
                 **moe.scalars(experts),
                 "grad_norm": clipped.norm,
                 "lr": lr,
-                "tokens": tokens,
+                "tokens": counted[0],
                 "batch": digest_array(batch.tokens)[0],  # which tokens these were, on any mesh
                 "accepted": accept,
                 "rejections_in_row": new.guard.in_row,
@@ -168,6 +186,24 @@ def head_loss(
     )
     nll, z = sums.nll_sum / denominator, sums.z_sum / denominator
     return nll + config.train.z_loss * z, {"loss": nll, "z_loss": z}
+
+
+def with_further(batch: Batch, layers: int) -> tuple[Batch, ...]:
+    """The batch, and what each layer of `mtp` is given: tokens and targets that are one position further each time.
+
+    A target counts where it and all that lead to it count: they are of one document then, also where documents see each
+    other. The last position of a row has none. Needs the positions of a row in their order.
+    """
+
+    def shifted(x: jax.Array) -> jax.Array:
+        return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+
+    batches = [batch]
+    for _ in range(layers):
+        last = batches[-1]
+        weights = jnp.minimum(last.weights, shifted(last.weights))
+        batches.append(last._replace(tokens=last.targets, targets=shifted(last.targets), weights=weights))
+    return tuple(batches)
 
 
 def separates_documents(data: DataConfig) -> bool:

@@ -215,7 +215,9 @@ CASES = {
         },
     ),
     "deepseek_v2-lite": Case("DeepseekV2Config", LATENT | {"n_routed_experts": 6, "q_lora_rank": None}),
-    "deepseek_v3": Case("DeepseekV3Config", LATENT | {"n_routed_experts": 6, "n_group": 3, "topk_group": 2}),
+    "deepseek_v3": Case(
+        "DeepseekV3Config", LATENT | {"n_routed_experts": 6, "n_group": 3, "topk_group": 2, "num_mtp_layers": 0}
+    ),
     "gpt_oss": Case(
         "GptOssConfig",
         {

@@ -19,6 +19,11 @@ VARIANTS = {
     "experts, shared ones, a dense prefix": {
         "moe": MoeConfig(experts=6, active=2, dim=16, shared_dim=8, shared_gate=True, dense_layers=1)
     },
+    "further tokens": {
+        "moe": MoeConfig(experts=6, active=2, dim=16, dense_layers=1),
+        "attention": {"windows": (0, 3)},
+        "mtp_layers": 2,
+    },
     "windows and a suffix": {"attention": {"windows": (3, 0), "kv_heads": 1, "qk_norm": "head", "bias": True}},
 }
 
@@ -29,17 +34,25 @@ def _loss(tiny, config, *, rows, length, runtime):
 
     def total(params):
         model = merge(graphdef, params)
-        hidden = tiny.hidden(model, tokens, runtime=runtime).hidden_BSD
-        return chunked_cross_entropy(
-            hidden,
-            model.head_matrix(),
-            tokens,
-            jnp.ones((rows, length)),
-            chunk=8,
-            softcap=0.0,
-            z_loss=0.0,
-            constrain=runtime.constrain,
-        ).nll_sum
+        hidden = [tiny.hidden(model, tokens, runtime=runtime).hidden_BSD]
+        if config.mtp_layers:
+            places = jnp.broadcast_to(jnp.arange(length), (rows, length))
+            ahead = [tokens] * config.mtp_layers
+            more = model.further(hidden[0], ahead, positions_BS=places, segments_BS=None, runtime=runtime)
+            hidden += list(more.hidden)
+        return sum(
+            chunked_cross_entropy(
+                one,
+                model.head_matrix(),
+                tokens,
+                jnp.ones((rows, length)),
+                chunk=8,
+                softcap=0.0,
+                z_loss=0.0,
+                constrain=runtime.constrain,
+            ).nll_sum
+            for one in hidden
+        )
 
     return total, jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 

@@ -1,8 +1,8 @@
-"""DeepSeek-V3 and R1 (DeepSeek-AI 2024b): DeepSeek-V2 with sigmoid scores and a bias in the choice of experts."""
+"""DeepSeek-V3 and R1 (DeepSeek-AI 2024b): DeepSeek-V2 with sigmoid scores and a bias in the choice of experts, and
+a layer that predicts one token further."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -22,6 +22,7 @@ from maxlm.model.hf import (
     model_to_hf,
     norm_rows,
     whole_table,
+    with_mtp_rows,
 )
 from maxlm.model.table import Table, row
 
@@ -49,7 +50,8 @@ def _from_hf(hf: HFConfig) -> ModelConfig:
         weight_scale=float(hf.get("routed_scaling_factor", 2.5)),
         dense_layers=hf.get("first_k_dense_replace", 3),
     )
-    return model_from_hf(hf, rope=rope, attention=latent_from_hf(hf, rope), moe=moe)
+    further = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0))
+    return model_from_hf(hf, rope=rope, attention=latent_from_hf(hf, rope), moe=moe, mtp_layers=further)
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
         routed_scaling_factor=moe.weight_scale,
         first_k_dense_replace=moe.dense_layers,
         moe_layer_freq=1,
+        num_nextn_predict_layers=model.mtp_layers,
         **latent_to_hf(model),
     )
 
@@ -79,8 +82,7 @@ def _table(model: ModelConfig) -> Table:
     common = [*norm_rows(**PRE_NORMS), *latent_rows(model)]
     experts = [*expert_rows(model), bias]
     table = whole_table(model, layered(model, common=common, dense=mlp_rows(model), experts=experts))
-    # Past the last layer stands the head that predicts one token more, which is not part of the model proper.
-    return dataclasses.replace(table, ignored=(*table.ignored, rf"model\.layers\.{model.num_layers}\..*"))
+    return with_mtp_rows(model, table, [*common, *experts])
 
 
 _V3 = ModelConfig(
@@ -110,6 +112,7 @@ _V3 = ModelConfig(
         selection_bias=True,
         dense_layers=3,
     ),
+    mtp_layers=1,
     norm_epsilon=1e-6,
 )
 
