@@ -24,12 +24,16 @@ from maxlm.convert.folder import CONFIG, HuggingFaceFolder, carry, described_by,
 from maxlm.convert.safetensors import ShardWriter, TensorInfo
 from maxlm.convert.stored import CARRIED, CHECKPOINTS, StoredModel, open_stored
 from maxlm.convert.tiles import Region, Tile, chunks, tiles
+from maxlm.convert.tokenizer import TOKENIZERS, write_tokenizer
+from maxlm.data.prepare import prepare_data
+from maxlm.data.tokenizers import TokenizerError
 from maxlm.data.workers import Progress
+from maxlm.errors import UserError
 from maxlm.model.decoder import split_model
 from maxlm.model.family import Family, FamilyError, families, family_of, hf_config, unlike
 from maxlm.model.param import ParamSpec
 from maxlm.model.table import BoundRow, bind
-from maxlm.resolve import as_config_dict
+from maxlm.resolve import as_config_dict, resolve
 
 FLOATS: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 SHARD_BYTES = 5 * 10**9
@@ -153,6 +157,7 @@ def to_hf(
     with staged(out, log=log) as place:
         if stored.carried:
             carry(stored.carried, place)
+        content = _with_tokenizer(content, stored, source, place, log=log)
         (place / CONFIG).write_text(json.dumps(_with_dtype(content, tensors), indent=2) + "\n")
         reader = BlockReader(stored.folder, stored.record)
         total = sum(info.nbytes for info in tensors.values())
@@ -299,6 +304,24 @@ def _content(stored: StoredModel, described: FamilyModel) -> dict[str, Any]:
     if family_of(stored.hf) is not described.family or unlike(described.model, described.family.from_hf(content)):
         content |= hf_config(described.family, described.model)
     return content
+
+
+def _with_tokenizer(
+    content: dict[str, Any], stored: StoredModel, source: Path, place: Path, *, log: Log
+) -> dict[str, Any]:
+    """The content with the begin and end tokens of the tokenizer that a run was trained with, whose files are written
+    where none came along."""
+    if any((place / name).is_file() for name in TOKENIZERS) or "tokenizer" not in stored.record.metadata:
+        return content
+    try:
+        tokenizer = prepare_data(resolve(stored.record.metadata["config"]), source, build=False).tokenizer
+        if tokenizer.fingerprint != stored.record.metadata["tokenizer"]:
+            raise TokenizerError(f"the stores of {source} have another tokenizer than the checkpoint")
+    except UserError as error:
+        log(f"no tokenizer is written: {error}")
+        return content
+    write_tokenizer(tokenizer, place)
+    return content | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 def _with_dtype(content: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:

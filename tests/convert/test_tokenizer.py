@@ -1,0 +1,69 @@
+"""A tokenizer that is written for `transformers` gives the ids that it gives here."""
+
+import json
+
+import pytest
+
+from maxlm.convert.tokenizer import write_tokenizer
+from maxlm.data.tokenizers import KINDS, PROBE, ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from maxlm.infer.pretrained import PretrainedText
+from tests.data.test_tokenizers import CODE, byte_level
+
+TEXTS = [
+    PROBE,
+    *CODE[:5],
+    "",
+    " ",
+    "\n\n\n",
+    "a  b\t\tc   ",
+    "über 你好 🙂 \x00\x7f",
+    "aaaaaaa return returned\n        self.",
+]
+
+
+def made(kind):
+    if kind == "bytes":
+        return ByteTokenizer()
+    data = train_sentencepiece(CODE, 600) if kind == "sentencepiece" else byte_level().to_str().encode()
+    return KINDS[kind](data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_give_the_same_ids(kind, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="NOT tested with transformers: pip install maxlm[parity]")
+    ours = made(kind)
+    write_tokenizer(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.bos_token_id == ours.bos_id and theirs.eos_token_id == ours.eos_id
+    assert len(theirs) == ours.vocab_size
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode(text), text
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+    if kind != "huggingface":  # whose file says by itself what it begins texts with
+        assert theirs(TEXTS[0])["input_ids"] == [ours.bos_id, *ours.encode(TEXTS[0])]
+        assert PretrainedText(tmp_path).encode(TEXTS[0]) == [ours.bos_id, *ours.encode(TEXTS[0])]
+
+
+def test_a_model_that_the_file_cannot_express_is_kept_as_it_is(tmp_path):
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CODE * 3),
+        model_writer=model,
+        vocab_size=400,
+        model_type="unigram",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    write_tokenizer(SentencePieceTokenizer(model.getvalue()), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+    assert (tmp_path / "tokenizer.model").read_bytes() == model.getvalue()
