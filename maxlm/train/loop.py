@@ -120,11 +120,20 @@ def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> d
     """The parameters that the run begins with, on its mesh; None: they are drawn.
 
     The config.json, tokenizer and templates that belong to them are copied into the workdir, for generation and export.
+
+    Raises:
+      UserError: on every process, if one of them does not find them there.
     """
     if not config.train.init_from:
         return None
     source = Path(config.train.init_from).expanduser()
-    params = open_weights(source, config.model, log=log)(setup.shardings.params)
+    found: str | UserError = "weights"
+    try:
+        place = open_weights(source, config.model, log=log)
+    except UserError as error:
+        found = error
+    agree_on("train.init_from", found)
+    params = place(setup.shardings.params)
     belonging = carried_files(source)
     if belonging and jax.process_index() == 0:
         carry(belonging, workdir / CARRIED)

@@ -1,6 +1,9 @@
 """Weights brought onto a mesh, from a folder and from a checkpoint; a run that begins with them and hands them back."""
 
 import dataclasses
+import json
+import math
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +15,7 @@ from maxlm.convert import model_config, tiles
 from maxlm.convert.engine import family_model, from_hf, to_hf
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.folder import open_folder
+from maxlm.convert.stored import CARRIED
 from maxlm.convert.weights import open_weights
 from maxlm.model.family import family_of
 from maxlm.model.table import to_ours
@@ -19,6 +23,7 @@ from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import named_sharding
 from maxlm.train.loop import train
 from tests.convert.folders import CONFIG, write_folder
+from tests.runs import Runs
 from tests.tiny import tiny_config, write_corpus
 
 HF = CONFIG | {"vocab_size": 264}
@@ -47,11 +52,13 @@ def shardings(model, mesh):
     return tree.from_paths({path: named_sharding(mesh, spec.logical) for path, spec in specs.items()})
 
 
+@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "pipeline": 3}], ids=["tensor", "pipeline"])
 @pytest.mark.parametrize("source", ["hf", "ours"])
-def test_weights_come_onto_the_mesh_in_float32(place, source, monkeypatch):
+def test_weights_come_onto_the_mesh_in_float32(place, source, mesh, monkeypatch):
     monkeypatch.setattr(tiles, "TILE_BYTES", 3000)
     model = model_config(place / source)
-    wanted = shardings(model, make_mesh(ParallelConfig(data=1, fsdp=4, tensor=2)))
+    devices = jax.devices()[: math.prod(mesh.values())]
+    wanted = shardings(model, make_mesh(ParallelConfig(data=1, **mesh), devices))
     found = tree.paths(open_weights(place / source, model, log=quiet)(wanted))
     for path, value in expected_params(place / "hf").items():
         assert found[path].dtype == np.float32
@@ -94,10 +101,49 @@ def test_a_run_begins_with_them_and_hands_them_back(place, tmp_path):
     assert given.keys() == back.keys()
     for name, tensor in given.items():
         assert tensor.read(slice(None)).tobytes() == back[name].read(slice(None)).tobytes(), name
-    assert (tmp_path / "back" / "generation_config.json").exists()
+    for file in ("generation_config.json", "tokenizer_config.json"):  # the folder has no tokenizer, but a template
+        was, became = (json.loads((path / file).read_text()) for path in (place / "hf", tmp_path / "back"))
+        assert was == {name: became[name] for name in was}
     # The run's own checkpoint is a beginning, too.
     model = model_config(tmp_path / "run")
     wanted = shardings(model, make_mesh(ParallelConfig(data=8)))
     found = tree.paths(open_weights(tmp_path / "run", model, log=quiet)(wanted))
     for path, value in expected_params(place / "hf").items():
         np.testing.assert_array_equal(jax.device_get(found[path]), value.astype(np.float32))
+    # As if it had been trained from nothing: what is written says all that `transformers` needs.
+    shutil.rmtree(tmp_path / "run" / CARRIED)
+    lines = []
+    to_hf(tmp_path / "run", tmp_path / "alone", family="llama", log=lines.append)
+    assert not any("no tokenizer" in line for line in lines)
+    transformers = pytest.importorskip("transformers", reason="NOT tested with transformers: pip install maxlm[parity]")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "alone")
+    assert tokenizer("Grüße\n")["input_ids"] == [256, *"Grüße\n".encode()]
+    peer, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "alone", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert peer.config.bos_token_id == 256 and peer.config.eos_token_id is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["hf", "ours"])
+def test_processes_with_a_pipeline_begin_with_them(tmp_path, source):
+    """Two processes of two devices: stages are on different ones, and so are the shards of each matrix."""
+    write_folder(tmp_path / "hf", config=HF | {"num_hidden_layers": 2})
+    from_hf(tmp_path / "hf", tmp_path / "ours", log=quiet)
+    runs = Runs(
+        tmp_path,
+        steps=2,
+        model=model_config(tmp_path / "hf"),
+        train__init_from=str(tmp_path / source),
+        train__accumulation=2,
+        parallel=ParallelConfig(data=1, fsdp=2, pipeline=2),
+        optim__peak_lr=0.0,
+        optim__weight_decay=0.0,
+        eval__prompts=(),
+    )
+    processes = runs.start_together("run", processes=2, devices=2)
+    assert [process.wait(timeout=600) for process in processes] == [0, 0], runs.log("run")
+    to_hf(tmp_path / "run", tmp_path / "back", dtype="bfloat16", log=quiet)
+    given, back = open_folder(tmp_path / "hf").tensors, open_folder(tmp_path / "back").tensors
+    assert given.keys() == back.keys()
+    for name, tensor in given.items():
+        assert tensor.read(slice(None)).tobytes() == back[name].read(slice(None)).tobytes(), name
