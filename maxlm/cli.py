@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if argv is None and args[0] == "train":
         _use_huge_pages()
+        faulthandler.enable()  # a process that dies in C++ says where its threads were
     flags.FLAGS.mark_as_parsed()  # libraries below read absl's global flags, which this program does not use
     try:
         return command([f"maxlm {args[0]}", *args[1:]])
@@ -123,7 +124,6 @@ def _train(args: list[str]) -> int:
     from maxlm.rollcall import run_facts
     from maxlm.train.loop import train  # JAX starts here, after the config is known to be sound
 
-    faulthandler.enable()  # a process that dies in C++ says where its threads were
     joined = join(
         run_facts(config),
         coordinator=values.coordinator,
