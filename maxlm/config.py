@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-ACTIVATION_NAMES = ("attention_qkv", "attention_out", "mlp_hidden", "mlp_out")
+ACTIVATION_NAMES = ("attention_qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_out")
 """What remat=custom can keep for the backward pass; the model marks these by `checkpoint_name`."""
 
 
@@ -335,7 +335,7 @@ class TrainConfig:
         choices=("none", "full", "matmuls", "custom"),
     )
     remat_names: tuple[str, ...] = leaf((), "activations kept under remat=custom (see docs/config.md)")
-    loss_chunk: int = leaf(1024, "positions whose float32 logits exist at once", unit="tokens", low=1)
+    loss_chunk: int = leaf(1024, "positions of a device whose float32 logits exist at once", unit="tokens", low=1)
     z_loss: float = leaf(0.0, "weight of the squared log normaliser (Chowdhery et al. 2022)", low=0.0)
     mtp_weight: float = leaf(0.3, "weight of the loss of model.mtp_layers, the mean over them", low=0.0)
     log_every: int = leaf(10, "steps between progress lines", unit="steps", low=1)

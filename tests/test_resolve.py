@@ -107,7 +107,7 @@ def test_config_dict_is_locked_and_typed():
         ("data__stores", {}, "data.stores is empty"),
         ("optim__decay_rules", (("(", 1.0),), "is not a regular expression"),
         ("train__remat", "custom", "remat=custom and a list of names go together"),
-        ("train__remat_names", ("mlp_hiden",), "did you mean 'mlp_hidden'?"),
+        ("train__remat_names", ("mlp_gat",), "did you mean 'mlp_gate'?"),
         ("eval__overlap", 512, "use at most 511"),
         ("checkpoint__keep_best", 1, "set eval.every_steps"),
         ("model", 3, "model is 3, but it is a section"),

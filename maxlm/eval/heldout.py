@@ -164,8 +164,7 @@ def batch_sums(params: Any, batch: Batch, *, graphdef: Any, runtime: Runtime, ch
         targets,
         chunk=chunk,
         softcap=softcap,
-        constrain=runtime.constrain,
-        shards=runtime.sequence_shards,
+        spread=runtime.spread_loss,
     )
     return Sums(nll=(nll * weights).sum(), weight=weights.sum())
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.chunked import chunked
 from maxlm.kernels.heads_loop import BLOCK_ROWS, heads_loop
 from maxlm.kernels.mask import MASKED, Mask, visible
-from maxlm.kernels.matmul import product
+from maxlm.kernels.matmul import ATTENTION_NAME, product
 
 __all__ = [
     "BACKENDS",
@@ -59,23 +60,25 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         sinks = mask.sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
     weights = jax.nn.softmax(scores)[..., :t]
-    return product("bkgst,btkh->bskgh", weights, v, dtype=q.dtype).reshape(b, s, heads, v.shape[-1])
+    out = product("bkgst,btkh->bskgh", weights, v, dtype=q.dtype).reshape(b, s, heads, v.shape[-1])
+    return checkpoint_name(out, ATTENTION_NAME)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """cuDNN's fused attention on NVIDIA GPUs; arguments and result as of `plain`, features as the table says."""
     # jax counts the positions to the left of the query, without the query's own.
     window = (mask.window - 1, 0) if mask.window else None
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, scale=mask.scale, is_causal=mask.causal, local_window_size=window, implementation="cudnn"
     )
+    return checkpoint_name(out, ATTENTION_NAME)
 
 
 def triton(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """`kernels/triton.py`, imported where it is used: Pallas takes a while to load."""
     from maxlm.kernels import triton
 
-    return triton.triton(q, k, v, mask)
+    return checkpoint_name(triton.triton(q, k, v, mask), ATTENTION_NAME)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.mask import MASKED, Mask, static, visible, with_sinks
-from maxlm.kernels.matmul import SAVED_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME
 from maxlm.kernels.opaque import opaque
 
 BLOCK = 512  # rows of a block at most: positions of keys, or positions times G of queries
@@ -379,8 +379,8 @@ def _operands(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> tuple[Que
 
 
 def _attend_forward(way: Way, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> tuple[Attended, Any]:
-    # A remat policy that saves products saves the outcome too, and so need not attend again.
-    out = checkpoint_name(opaque(functools.partial(_attended, way))(q, k, v, rows), SAVED_NAME)
+    # A remat policy that saves the outcome need not attend again.
+    out = checkpoint_name(opaque(functools.partial(_attended, way))(q, k, v, rows), ATTENTION_NAME)
     return out, (q, k, v, rows, out)
 
 

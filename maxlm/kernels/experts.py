@@ -136,8 +136,8 @@ def through_experts(
             y = (y.astype(jnp.float32) + own).astype(dtype)
         return checkpoint_name(y, name)
 
-    gate = None if experts.gate is None else project(rows, experts.gate, "mlp_hidden")
-    return project(hidden(gate, project(rows, experts.up, "mlp_hidden")), experts.down, "mlp_out")
+    gate = None if experts.gate is None else project(rows, experts.gate, "mlp_gate")
+    return project(hidden(gate, project(rows, experts.up, "mlp_up")), experts.down, "mlp_out")
 
 
 def local_experts(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.mask import MASKED, Mask, static, visible, with_sinks
-from maxlm.kernels.matmul import SAVED_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME
 from maxlm.kernels.opaque import opaque
 
 # The least and the most query rows of a block, and how many widths of keys there are.
@@ -208,8 +208,8 @@ def _loop(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Arr
 
 def _loop_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> Any:
     run = opaque(lambda heads: jax.lax.map(functools.partial(_head_forward, static(mask)), heads))
-    # A remat policy that saves products saves these too, and so need not run the loop again.
-    out, normaliser = checkpoint_name(run(_heads(q, k, v, mask)), SAVED_NAME)
+    # A remat policy that saves these need not run the loop again.
+    out, normaliser = checkpoint_name(run(_heads(q, k, v, mask)), ATTENTION_NAME)
     batch = q.shape[0]
     return (_join_heads(out, batch), _join_heads(normaliser[..., None], batch)[..., 0]), (
         q,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 SAVED_NAME = "matmul"  # what a remat policy calls the products' results, in their final dtype
+ATTENTION_NAME = "attention_out"  # and attention's, its normalisers with them where a kernel's gradient needs those
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any) -> jax.Array:

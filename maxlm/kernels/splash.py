@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from maxlm.kernels.mask import Mask
-from maxlm.kernels.matmul import SAVED_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME
 
 # The longest that fit into the vector memory that XLA grants a kernel by default, on v4 and later; longer ones gain
 # about a fifth of the cycles and need --xla_tpu_scoped_vmem_limit_kib.
@@ -41,7 +41,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, interpret: b
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=mask.softcap or None,
-        residual_checkpoint_name=SAVED_NAME,
+        residual_checkpoint_name=ATTENTION_NAME,
         interpret=interpret,
     )
 

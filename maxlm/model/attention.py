@@ -113,7 +113,7 @@ class GroupedQueryAttention(nnx.Module):
             key, value = (kept.astype(runtime.dtype) for kept in seen)
         sinks = self.sink_bias[...] if self.sink_bias is not None else None
         found = runtime.attend(query, key, value, attention_mask(self.config, sight, window=window, sinks=sinks))
-        found = checkpoint_name(runtime.constrain(found, ("batch", "seq", "q_heads", None)), "attention_out")
+        found = runtime.constrain(found, ("batch", "seq", "q_heads", None))
         out = einsum("bsnh,nhd->bsd", found, self.output[...], dtype=runtime.dtype)
         out = runtime.constrain(out, ("batch", "residual", None))
         if self.output_bias is not None:

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config import ModelConfig, MoeConfig
+from maxlm.kernels.cross_entropy import capped_logits
 from maxlm.model.attention import AttentionOut, GroupedQueryAttention, KeyValues, Sight, init_memory
 from maxlm.model.latent import LatentAttention
-from maxlm.model.layers import Embedding, Head, capped_logits, make_norm
+from maxlm.model.layers import Embedding, Head, make_norm
 from maxlm.model.mlp import FeedForwardOut, Mlp
 from maxlm.model.moe import MoeMlp
 from maxlm.model.mtp import FurtherOut, MtpLayer, run_mtp

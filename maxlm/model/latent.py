@@ -81,5 +81,4 @@ class LatentAttention(nnx.Module):
             query = jnp.concatenate([inward, rotated], axis=-1)
             gathered = runtime.attend(query, jnp.concatenate([kept, turned_keys], axis=-1), kept, mask)
             seen = on_heads(einsum("bsnc,cnw->bsnw", gathered, self.value[...], dtype=runtime.dtype))
-        seen = checkpoint_name(seen, "attention_out")
         return AttentionOut(einsum("bsnw,nwd->bsd", seen, self.output[...], dtype=runtime.dtype), memory)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config import ModelConfig
-from maxlm.kernels.matmul import product
 from maxlm.model.param import Initializer, constant, fan_in_normal, normal, parameter
 from maxlm.model.runtime import Runtime, cheap
 
@@ -132,13 +131,3 @@ class Head(nnx.Module):
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x + bias in float32, so that the bias's gradient, a sum over all positions, adds up in float32; x's dtype."""
     return (x.astype(jnp.float32) + bias).astype(x.dtype)
-
-
-def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """cap * tanh(x / cap), or x itself where cap is 0."""
-    return cap * jnp.tanh(x / cap) if cap else x
-
-
-def capped_logits(hidden: jax.Array, head: jax.Array, *, softcap: float) -> jax.Array:
-    """(B, S, D) x (D, V) -> float32 logits (B, S, V); operands in hidden's dtype, float32 sums."""
-    return soft_cap(product("bsd,dv->bsv", hidden, head, dtype=hidden.dtype, out_dtype=jnp.float32), softcap)

@@ -84,17 +84,17 @@ class Mlp(nnx.Module):
         """(B, S, D) -> (B, S, D)."""
         del sight  # every position is treated alike
 
-        def inward(kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        def inward(kernel: nnx.Param, bias: nnx.Param | None, name: str) -> jax.Array:
             y = einsum("bsd,df->bsf", x, kernel[...], dtype=runtime.dtype)
             if bias is not None:
                 y = add_bias(y, bias[...])
-            return checkpoint_name(runtime.constrain(y, ("batch", "seq", "mlp")), "mlp_hidden")
+            return checkpoint_name(runtime.constrain(y, ("batch", "seq", "mlp")), name)
 
-        up = inward(self.up, self.up_bias)
+        up = inward(self.up, self.up_bias, "mlp_up")
         if self.gate is None:
             hidden = cheap(UNGATED[self.kind])(up)
         else:
-            hidden = cheap(GATED[self.kind])(inward(self.gate, self.gate_bias), up)
+            hidden = cheap(GATED[self.kind])(inward(self.gate, self.gate_bias, "mlp_gate"), up)
         y = einsum("bsf,fd->bsd", hidden, self.down[...], dtype=runtime.dtype)
         y = runtime.constrain(y, ("batch", "residual", None))
         if self.down_bias is not None:

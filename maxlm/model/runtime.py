@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from maxlm.config import ACTIVATION_NAMES
 from maxlm.kernels import attention
+from maxlm.kernels.cross_entropy import SpreadFn, alone
 from maxlm.kernels.experts import local_experts
-from maxlm.kernels.matmul import SAVED_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME, SAVED_NAME
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, attention.Mask], jax.Array]
 LookupFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -44,9 +45,9 @@ class Runtime:
     lookup: (table (V,D), tokens (B,S)) -> (B,S,D), as `take`.
     arrange: brings a tree of (B, S) arrays into the order of positions that `attend` expects. Whoever calls the model
       with whole rows hands every array of the batch to it first; nothing else may depend on the order.
-    sequence_shards: into how many parts the positions of a row are cut.
     attend: (q (B,S,H,h), k (B,T,K,h), v (B,T,K,h), Mask) -> (B,S,H,h).
     experts: as `kernels.experts.local_experts`, which it is on one device.
+    spread_loss: as `kernels.cross_entropy.alone`, which it is on one device.
     experts_limited: whether experts refuse tokens beyond `model.moe.capacity_factor`: in training they do.
     remat: what the backward pass finds saved: `none` (everything), `full` (block inputs only), `matmuls` (the products
       of `kernels.matmul.einsum` and attention's result besides), `custom` (block inputs and `remat_names`, out of
@@ -57,9 +58,9 @@ class Runtime:
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = _unconstrained
     lookup: LookupFn = take
     arrange: Callable[[Any], Any] = _as_it_is
-    sequence_shards: int = 1
     attend: AttentionFn = attention.plain
     experts: ExpertsFn = local_experts
+    spread_loss: SpreadFn = alone
     experts_limited: bool = False
     remat: str = "none"
     remat_names: tuple[str, ...] = ()
@@ -82,7 +83,7 @@ def rematerialised(block: BlockFn, runtime: Runtime, *, prevent_cse: bool = Fals
         case "full":
             policy = policies.nothing_saveable
         case "matmuls":
-            policy = policies.save_only_these_names(SAVED_NAME, "attention_out")
+            policy = policies.save_only_these_names(SAVED_NAME, ATTENTION_NAME)
         case "custom":
             if unknown := set(runtime.remat_names) - set(ACTIVATION_NAMES):
                 raise ValueError(f"remat_names has {sorted(unknown)}; choose from {', '.join(ACTIVATION_NAMES)}")

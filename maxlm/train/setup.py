@@ -25,6 +25,7 @@ from maxlm.optim.optimizers import Optimizer, make_optimizer
 from maxlm.parallel.context import arrange, choose_method, context_attention
 from maxlm.parallel.experts import sharded_experts
 from maxlm.parallel.islands import sharded_attention, sharded_lookup
+from maxlm.parallel.loss import sharded_loss
 from maxlm.parallel.sharding import constrainer, named_sharding
 from maxlm.train.pipeline import make_pipeline
 from maxlm.train.state import TrainState, abstract_state, state_shardings
@@ -77,8 +78,8 @@ def make_runtime(config: Config, mesh: Mesh, *, segments: bool, experts_limited:
         lookup=sharded_lookup(mesh),
         attend=attend,
         arrange=functools.partial(arrange, devices=devices),
-        sequence_shards=devices,
         experts=sharded_experts(grouped.choose(mesh.devices.flat[0].platform), mesh),
+        spread_loss=sharded_loss(mesh),
         experts_limited=experts_limited,
         remat=config.train.remat,
         remat_names=config.train.remat_names,

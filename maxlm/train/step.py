@@ -181,8 +181,7 @@ def head_loss(
         chunk=config.train.loss_chunk,
         softcap=config.model.logits_softcap,
         z_loss=config.train.z_loss,
-        constrain=runtime.constrain,
-        shards=runtime.sequence_shards,
+        spread=runtime.spread_loss,
     )
     nll, z = sums.nll_sum / denominator, sums.z_sum / denominator
     return nll + config.train.z_loss * z, {"loss": nll, "z_loss": z}

@@ -17,7 +17,7 @@ from maxlm.kernels import heads_loop as loop_module
 from maxlm.kernels import splash as splash_module
 from maxlm.kernels import triton as triton_module
 from maxlm.kernels.attention import Mask, heads_loop, plain
-from maxlm.kernels.matmul import SAVED_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME
 
 DIM = 8
 
@@ -144,7 +144,7 @@ def kernel(name):
 @pytest.mark.parametrize("name", ["heads_loop", "chunked_loop"])
 def test_under_remat_the_forward_pass_runs_once(name):
     q, k, v, g = operands(batch=1, length=8, kv_heads=2, groups=1)
-    policy = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
+    policy = jax.checkpoint_policies.save_only_these_names(ATTENTION_NAME)
 
     def loops(remat):
         loss = lambda q: jnp.sum(kernel(name)(jnp.sin(q), k, v, Mask(scale=1.0)) * g)  # noqa: E731

@@ -49,7 +49,6 @@ def _loss(tiny, config, *, rows, length, runtime):
                 chunk=8,
                 softcap=0.0,
                 z_loss=0.0,
-                constrain=runtime.constrain,
             ).nll_sum
             for one in hidden
         )
@@ -83,7 +82,7 @@ def test_remat_policies_recompute_what_they_say(tiny):
     assert recomputed(remat="matmuls") == scores / 2  # query times key: kernels keep no scores for the policy
     everything = counts.forward["attention"] + counts.forward["mlp"] + scores - down
     assert recomputed(remat="full") == everything
-    assert recomputed(remat="custom", remat_names=("mlp_hidden",)) == everything - counts.forward["mlp"] + down
+    assert recomputed(remat="custom", remat_names=("mlp_gate", "mlp_up")) == everything - counts.forward["mlp"] + down
     assert recomputed(remat="custom", remat_names=("attention_out",)) == everything - scores / 2
 
 

@@ -11,10 +11,6 @@ from maxlm.model.flops import count_matmul_flops
 from maxlm.model.loss import chunked_cross_entropy, token_nll
 
 
-def _same(x, logical):
-    return x
-
-
 def _naive(hidden, head, targets, *, softcap):
     logits = jnp.einsum("bsd,dv->bsv", hidden, head)
     if softcap:
@@ -43,9 +39,7 @@ def test_value_and_gradients_equal_the_naive_loss(batch, sequence, chunk, softca
     hidden, head, targets, weights = _inputs(batch, sequence)
 
     def chunked(hidden, head):
-        out = chunked_cross_entropy(
-            hidden, head, targets, weights, chunk=chunk, softcap=softcap, z_loss=z_loss, constrain=_same
-        )
+        out = chunked_cross_entropy(hidden, head, targets, weights, chunk=chunk, softcap=softcap, z_loss=z_loss)
         return (out.nll_sum + z_loss * out.z_sum) * 0.37, out
 
     def naive(hidden, head):
@@ -55,7 +49,7 @@ def test_value_and_gradients_equal_the_naive_loss(batch, sequence, chunk, softca
 
     @jax.jit  # in one program, since nearly all the time goes into compiling
     def everything(hidden, head):
-        nll = token_nll(hidden, head, targets, chunk=chunk, softcap=softcap, constrain=_same)
+        nll = token_nll(hidden, head, targets, chunk=chunk, softcap=softcap)
         grads = [jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(hidden, head) for f in (chunked, naive)]
         return grads, chunked(hidden, head)[1], (nll, _naive(hidden, head, targets, softcap=softcap)[0])
 
@@ -72,9 +66,7 @@ def _grad(z_weight, *, z_loss, dtype=jnp.float32):
     hidden, head, targets, weights = _inputs(2, 6, dtype=dtype)
 
     def total(hidden, head):
-        out = chunked_cross_entropy(
-            hidden, head, targets, weights, chunk=4, softcap=0.0, z_loss=z_loss, constrain=_same
-        )
+        out = chunked_cross_entropy(hidden, head, targets, weights, chunk=4, softcap=0.0, z_loss=z_loss)
         return out.nll_sum + z_weight * out.z_sum
 
     return jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, head)
@@ -100,9 +92,7 @@ def _program(*, differentiate):
     hidden, head, targets, weights = _inputs(2, 64, dim=8, vocab=128)
 
     def total(hidden, head):
-        return chunked_cross_entropy(
-            hidden, head, targets, weights, chunk=16, softcap=0.0, z_loss=0.0, constrain=_same
-        ).nll_sum
+        return chunked_cross_entropy(hidden, head, targets, weights, chunk=16, softcap=0.0, z_loss=0.0).nll_sum
 
     return jax.make_jaxpr(jax.grad(total, argnums=(0, 1)) if differentiate else total)(hidden, head)
 

@@ -14,7 +14,7 @@ from maxlm.config import ParallelConfig
 from maxlm.kernels import chunked
 from maxlm.kernels.attention import Mask, plain
 from maxlm.kernels.mask import visible
-from maxlm.kernels.matmul import SAVED_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME
 from maxlm.model.decoder import merge, split_model
 from maxlm.model.loss import chunked_cross_entropy, token_nll
 from maxlm.model.runtime import Runtime
@@ -194,7 +194,7 @@ def test_remat_keeps_the_result_of_a_ring():
     """Saving products saves attention's result and normalisers: the backward pass does not attend again."""
     attend = context_attention(mesh_of(context=2), method="ring", together=False)
     q, k, v, g, _ = operands()
-    policy = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
+    policy = jax.checkpoint_policies.save_only_these_names(ATTENTION_NAME)
 
     def loops(remat):
         loss = lambda q: jnp.sum(attend(jnp.sin(q), k, v, Mask(scale=1.0)) * g)  # noqa: E731
@@ -214,7 +214,7 @@ def loss_and_gradients(config, runtime):
         out = model.hidden(
             batch.tokens, positions_BS=batch.positions, segments_BS=batch.segments, runtime=runtime
         ).hidden_BSD
-        how = dict(chunk=40, softcap=0.0, constrain=runtime.constrain, shards=runtime.sequence_shards)
+        how = dict(chunk=40, softcap=0.0, spread=runtime.spread_loss)
         sums = chunked_cross_entropy(out, model.head_matrix(), batch.targets, batch.weights, z_loss=0.1, **how)
         nll = token_nll(out, model.head_matrix(), batch.targets, **how)
         return (sums.nll_sum + 0.1 * sums.z_sum) / 512, (nll * batch.weights).sum() / sums.nll_sum
