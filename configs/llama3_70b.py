@@ -1,0 +1,55 @@
+"""Llama 3 70B (Dubey et al. 2024) from scratch, 1.4 trillion tokens: 20 a parameter.
+
+maxlm train --config=configs/llama3_70b.py:v5p-256 --workdir=runs/llama3_70b
+
+The word after the colon is the hardware, one of `PLACES`; without it, v5p-256. Text and tokenizer are yours to name:
+--config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
+for a folder that holds the published tokenizer.json.
+"""
+
+from maxlm.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    ParallelConfig,
+    StoreConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from maxlm.model.family import preset
+from maxlm.recipe import Place, at
+from maxlm.resolve import as_config_dict
+
+TOKENS, LENGTH = 1.4e12, 8192
+PLACES = {
+    "v5p-256": Place(128, ParallelConfig(data=2, fsdp=64)),
+}
+
+
+def get_config(topology="v5p-256"):
+    place = at(PLACES, topology)
+    return as_config_dict(
+        Config(
+            name="llama3_70b",
+            model=preset("llama-3-70b"),
+            data=DataConfig(
+                stores={"web": StoreConfig(source="tfds:c4/en/train", heldout_permille=1)},
+                tokenizer=TokenizerConfig(kind="huggingface", path="tokenizers/Meta-Llama-3-70B"),
+                sequence_length=LENGTH,
+                batch_size=place.rows,
+            ),
+            optim=OptimConfig(peak_lr=1.5e-4, warmup_steps=2000),
+            parallel=place.parallel,
+            train=TrainConfig(
+                steps=round(TOKENS / (place.rows * LENGTH)),
+                accumulation=place.accumulation,
+                remat=place.remat,
+                remat_names=place.kept,
+                loss_chunk=2048,
+            ),
+            checkpoint=CheckpointConfig(every_steps=1000, keep_every_steps=10_000),
+            eval=EvalConfig(every_steps=2000, batch_size=place.rows, documents=4096),
+        )
+    )
