@@ -218,7 +218,11 @@ def _check_mesh(config: Config) -> Iterator[str]:
             ("model.mlp.dim", config.model.mlp.dim),
             ("model.vocab_size", config.model.vocab_size),
         ),
-        "fsdp": (("model.embed_dim", config.model.embed_dim),),
+        "fsdp": (
+            ("model.embed_dim", config.model.embed_dim),
+            ("model.attention.latent.kv_dim", config.model.attention.latent.kv_dim),
+            ("model.attention.latent.query_dim", config.model.attention.latent.query_dim),
+        ),
     }
     if config.model.mtp_layers:  # their projection has the stream and an embedding side by side
         dims["tensor"] += (("twice model.embed_dim", 2 * config.model.embed_dim),)

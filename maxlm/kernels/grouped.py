@@ -25,7 +25,7 @@ RowsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation. Operands come in the compute dtype; sums and results are float32.
+    """One implementation. Operands come in the compute dtype; sums and results are float32, megablox's rows excepted.
 
     rows: (x (N, D), w (E, D, F), sizes (E,)) -> (N, F); rows of no group come out undefined.
     rows_transposed: (g (N, F), w (E, D, F), sizes) -> (N, D), likewise.
@@ -51,7 +51,7 @@ def grouped_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, backend: Ba
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(backend: Backend, dtype: Any, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return grouped_rows(x, w.astype(dtype), sizes, backend=backend, transposed=False).astype(dtype)
+    return grouped_rows(x, w.astype(dtype), sizes, backend=backend, transposed=False)
 
 
 def _forward(backend: Backend, dtype: Any, x: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
@@ -63,7 +63,7 @@ def _backward(backend: Backend, dtype: Any, kept: Any, g: jax.Array) -> tuple[ja
     g = g.astype(dtype)
     dx = grouped_rows(g, w.astype(dtype), sizes, backend=backend, transposed=True)
     dw = grouped_outer(x, g, sizes, backend=backend)
-    return dx.astype(x.dtype), dw.astype(w.dtype), None
+    return dx, dw.astype(w.dtype), None
 
 
 _product.defvjp(_forward, _backward)
@@ -81,8 +81,8 @@ NAMES = ("grouped_rows", "grouped_outer")
 
 @functools.partial(jax.jit, static_argnames=("backend", "transposed"))
 def grouped_rows(x: jax.Array, w: jax.Array, sizes: jax.Array, *, backend: Backend, transposed: bool) -> jax.Array:
-    """Every row by its group's matrix, or by its transpose; 2 N D F FLOPs."""
-    return (backend.rows_transposed if transposed else backend.rows)(x, w, sizes)
+    """Every row by its group's matrix, or by its transpose, in x's dtype; 2 N D F FLOPs."""
+    return (backend.rows_transposed if transposed else backend.rows)(x, w, sizes).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("backend",))
@@ -194,11 +194,14 @@ def _megablox(x: jax.Array, contracted: int, out: int) -> tuple[jax.Array, tuple
 def _megablox_rows(
     x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool = False, interpret: bool = False
 ) -> jax.Array:
-    """Megablox (Gale et al. 2023) as Pallas kernels, which visit the tiles of groups that have rows."""
+    """Megablox (Gale et al. 2023) as Pallas kernels, which visit the tiles of groups that have rows.
+
+    Sums are float32 inside the kernel, which writes them in x's dtype: XLA cannot fuse a cast with it.
+    """
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     filled, tiles = _megablox(x, x.shape[1], w.shape[1 if transposed else 2])
-    out = gmm(filled, w, sizes, jnp.float32, tiles, transpose_rhs=transposed, interpret=interpret)
+    out = gmm(filled, w, sizes, x.dtype, tiles, transpose_rhs=transposed, interpret=interpret)
     return out[: x.shape[0]]
 
 

@@ -32,15 +32,17 @@ class LatentAttention(nnx.Module):
         dims = self.config.latent
         plain = self.config.head_dim - dims.rope_dim
         embed, heads, inner = {"embed": config.embed_dim}, {"q_heads": self.config.q_heads}, fan_in_normal(1.0)
-        latent, values = {"latent": dims.kv_dim}, heads | {"head_dim": dims.value_dim}
+        # Of the matrices that make a latent `embed` is spread over the mesh, of those that take one the latent dim.
+        made, latent = {"latent_out": dims.kv_dim}, {"latent": dims.kv_dim}
+        values = heads | {"head_dim": dims.value_dim}
         source = {"latent": dims.query_dim} if dims.query_dim else embed
-        lower = bool(dims.query_dim)
-        self.query_down = parameter(rngs, embed | source, contract=("embed",), init=inner) if lower else None
-        self.query_latent_norm = RMSNorm(config, rngs=rngs, dims=source) if lower else None
+        lower, lowered = bool(dims.query_dim), {"latent_out": dims.query_dim}
+        self.query_down = parameter(rngs, embed | lowered, contract=("embed",), init=inner) if lower else None
+        self.query_latent_norm = RMSNorm(config, rngs=rngs, dims=lowered) if lower else None
         queries = source | heads | {"head_dim": self.config.head_dim}
         self.query = parameter(rngs, queries, contract=tuple(source), init=inner)
-        self.latent = parameter(rngs, embed | latent, contract=("embed",), init=inner)
-        self.latent_norm = RMSNorm(config, rngs=rngs, dims=latent)
+        self.latent = parameter(rngs, embed | made, contract=("embed",), init=inner)
+        self.latent_norm = RMSNorm(config, rngs=rngs, dims=made)
         self.shared_key = parameter(rngs, embed | {"head_dim": dims.rope_dim}, contract=("embed",), init=inner)
         self.key = parameter(rngs, latent | heads | {"head_dim": plain}, contract=("latent",), init=inner)
         self.value = parameter(rngs, latent | values, contract=("latent",), init=inner)

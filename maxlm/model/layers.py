@@ -104,8 +104,8 @@ class Embedding(nnx.Module):
 
         The positions are used by a learned table only.
         """
-        # Looked up in float32 and cast after, so that the gradient of a frequent token adds up in float32.
-        rows = runtime.lookup(self.table[...], tokens) * self.scale
+        dtype = runtime.dtype if self.positions is None else jnp.float32  # rounded once, after the sum
+        rows = runtime.lookup(self.table[...], tokens, scale=self.scale, dtype=dtype)
         if self.positions is not None:
             rows += jnp.take(runtime.constrain(self.positions[...], (None, None)), positions, axis=0)
         return runtime.constrain(rows.astype(runtime.dtype), ("batch", "residual", None))

@@ -16,7 +16,7 @@ from maxlm.kernels.experts import local_experts
 from maxlm.kernels.matmul import ATTENTION_NAME, SAVED_NAME
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, attention.Mask], jax.Array]
-LookupFn = Callable[[jax.Array, jax.Array], jax.Array]
+LookupFn = Callable[..., jax.Array]
 ExpertsFn = Callable[..., jax.Array]
 BlockFn = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 ArrayFn = Callable[..., jax.Array]
@@ -27,9 +27,12 @@ def _unconstrained(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
     return x
 
 
-def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of a table (V, D) by number: (B, S) int32 -> (B, S, D); NaN for a number outside the table."""
-    return jnp.take(table, tokens, axis=0)
+def take(table: jax.Array, tokens: jax.Array, *, scale: float, dtype: Any) -> jax.Array:
+    """Rows of a float32 table (V, D) by number, times `scale`: (B, S) int32 -> (B, S, D) in `dtype`.
+
+    A number outside the table gives NaN. The gradient of a frequent row adds up in float32.
+    """
+    return (jnp.take(table, tokens, axis=0) * scale).astype(dtype)
 
 
 def _as_it_is(tree: Any) -> Any:
@@ -42,7 +45,7 @@ class Runtime:
 
     dtype: of activations and of the operands of products; parameters, norms, softmax and loss are float32 regardless.
     constrain: pins an activation with these logical axes, e.g. ('batch', 'seq', None), to its devices.
-    lookup: (table (V,D), tokens (B,S)) -> (B,S,D), as `take`.
+    lookup: as `take`, which it is on one device.
     arrange: brings a tree of (B, S) arrays into the order of positions that `attend` expects. Whoever calls the model
       with whole rows hands every array of the batch to it first; nothing else may depend on the order.
     attend: (q (B,S,H,h), k (B,T,K,h), v (B,T,K,h), Mask) -> (B,S,H,h).

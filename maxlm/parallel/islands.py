@@ -8,6 +8,7 @@ communication.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from maxlm.kernels.attention import Mask
 from maxlm.parallel.sharding import partition, shards
 
-LookupFn = Callable[[jax.Array, jax.Array], jax.Array]
+LookupFn = Callable[..., jax.Array]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
 
 
@@ -58,22 +59,22 @@ def sharded_attention(kernel: AttentionFn, mesh: Mesh) -> AttentionFn:
 
 
 def sharded_lookup(mesh: Mesh) -> LookupFn:
-    """Looks up rows of a table (V, D) that is spread over `vocab` and `embed`, without gathering the vocabulary.
+    """`model.runtime.take` of a table that is spread over `vocab` and `embed`, without gathering the vocabulary.
 
-    Every device of a tensor group looks up what its part of the vocabulary has, and the parts are summed. Left to
-    itself XLA may move the operands between devices by a permute, which deadlocks where stages of a pipeline do
-    different things.
+    The table comes together along `embed` in the dtype of the result. Every device of a tensor group looks up what its
+    part of the vocabulary has, and the parts are summed. Left to itself XLA may move the operands between devices by a
+    permute, which deadlocks where stages of a pipeline do different things.
     """
 
-    def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def lookup(table: jax.Array, tokens: jax.Array, *, scale: float, dtype: Any) -> jax.Array:
         # The sum over `tensor` leaves each of its devices a part of the positions, as the stream has them.
         scattered = tokens.shape[1] % shards(mesh, "residual") == 0
 
         def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
-            table = jax.lax.all_gather(table, "fsdp", axis=1, tiled=True)
             own = tokens - jax.lax.axis_index("tensor") * table.shape[0]
             held = (own >= 0) & (own < table.shape[0])
-            rows = jnp.where(held[..., None], jnp.take(table, jnp.where(held, own, 0), axis=0), 0.0)
+            rows = _wide_rows(scale, jnp.dtype(dtype), table, jnp.where(held, own, 0))
+            rows = jnp.where(held[..., None], rows, 0.0)
             known = (tokens >= 0) & (tokens < table.shape[0] * mesh.shape["tensor"])
             rows = jnp.where(known[..., None], rows, jnp.nan)
             if scattered:
@@ -85,6 +86,28 @@ def sharded_lookup(mesh: Mesh) -> LookupFn:
         return island(local, mesh, in_specs=specs, out_specs=out)(table, tokens)
 
     return lookup
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _wide_rows(scale: float, dtype: Any, table: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Rows of what the devices along `fsdp` hold, side by side: (V, D / fsdp), (B, S) -> (B, S, D) in `dtype`."""
+    wide = jax.lax.all_gather((table * scale).astype(dtype), "fsdp", axis=1, tiled=True)
+    return jnp.take(wide, numbers, axis=0)
+
+
+def _wide_rows_forward(scale: float, dtype: Any, table: jax.Array, numbers: jax.Array) -> Any:
+    return _wide_rows(scale, dtype, table, numbers), (table.shape[0], numbers)
+
+
+def _wide_rows_backward(scale: float, dtype: Any, kept: Any, g: jax.Array) -> Any:
+    del dtype
+    count, numbers = kept
+    # In float32 from here on: a frequent row's gradient has many summands.
+    wide = jnp.zeros((count, g.shape[-1]), jnp.float32).at[numbers].add(g.astype(jnp.float32))
+    return jax.lax.psum_scatter(wide, "fsdp", scatter_dimension=1, tiled=True) * scale, None
+
+
+_wide_rows.defvjp(_wide_rows_forward, _wide_rows_backward)
 
 
 def mask_specs(mask: Mask, *, seq: str | None = None) -> Mask:

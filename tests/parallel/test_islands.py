@@ -1,5 +1,7 @@
 """Islands: the lookup equals a plain one, gradients and strangers included, whatever the mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +20,16 @@ def test_lookup_equals_a_plain_one(positions):
     keys = jax.random.split(jax.random.key(0), 3)
     table, g = jax.random.normal(keys[0], (12, 4)), jax.random.normal(keys[1], (4, positions, 4))
     tokens = jax.random.randint(keys[2], (4, positions), 0, 12)
+    how = {"scale": 1.5, "dtype": jnp.float32}
 
     def run(lookup):
-        return jax.jit(lambda table: jax.vjp(lambda t: lookup(t, tokens), table)[1](g)[0])(table)
+        return jax.jit(lambda table: jax.vjp(lambda t: lookup(t, tokens, **how), table)[1](g)[0])(table)
 
     sharded = sharded_lookup(mesh)
-    assert np.array_equal(jax.jit(sharded)(table, tokens), take(table, tokens))
+    assert np.array_equal(jax.jit(functools.partial(sharded, **how))(table, tokens), take(table, tokens, **how))
     np.testing.assert_allclose(run(sharded), run(take), rtol=1e-6, atol=1e-6)
     strangers = tokens.at[0, 0].set(12).at[1, 1].set(-1)
-    found = np.isnan(jax.jit(sharded)(table, strangers)).any(-1)
+    found = np.isnan(jax.jit(functools.partial(sharded, **how))(table, strangers)).any(-1)
     assert found[0, 0] and found[1, 1] and found.sum() == 2
 
 
