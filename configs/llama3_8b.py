@@ -5,6 +5,9 @@ maxlm train --config=configs/llama3_8b.py:v5p-128 --workdir=runs/llama3_8b
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. Text and tokenizer are yours to name:
 --config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
 for a folder that holds the published tokenizer.json.
+
+The compiler (libtpu 0.0.42) lays out 40.9 GiB a chip on v5p-128, of 95, keeping all but a layer's gate for the backward
+pass, and 24.0 on v6e-256, of 31, keeping block inputs alone.
 """
 
 from maxlm.config import (

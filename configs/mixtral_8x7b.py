@@ -5,6 +5,9 @@ maxlm train --config=configs/mixtral_8x7b.py:v5p-128 --workdir=runs/mixtral_8x7b
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. Text and tokenizer are yours to name:
 --config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
 for a folder that holds the published tokenizer.json.
+
+The compiler (libtpu 0.0.42) lays out 35.1 GiB a chip on v5p-128, of 95, almost half of it for rows that experts might
+get and, where load is even, do not: no token is dropped.
 """
 
 from maxlm.config import (
