@@ -112,7 +112,6 @@ def _activations(config: Config, sizes: Mapping[str, int]) -> list[Placed]:
     runtime = Runtime(
         dtype=jnp.dtype(config.train.precision),
         constrain=record,
-        sequence_shards=sizes["context"],
         remat=config.train.remat,
         remat_names=config.train.remat_names,
     )
