@@ -30,7 +30,7 @@ from maxlm.model.layers import Embedding, Head, make_norm
 from maxlm.model.mlp import FeedForwardOut, Mlp
 from maxlm.model.moe import MoeMlp
 from maxlm.model.mtp import FurtherOut, MtpLayer, run_mtp
-from maxlm.model.param import param_specs, stack
+from maxlm.model.param import DECLARE, param_specs, stack
 from maxlm.model.runtime import Runtime
 from maxlm.model.stack import LayerOut, Memories, run_stack
 
@@ -305,7 +305,8 @@ def init_cache(
 
 def split_model(config: ModelConfig) -> ModelParts:
     """The model's structure and parameter declarations, without computing anything."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    rngs: Any = {"params": 0, DECLARE: 0}
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(**rngs)))
     return ModelParts(nnx.graphdef(model), param_specs(model))
 
 

@@ -22,6 +22,9 @@ Initializer = Callable[[jax.Array, tuple[int, ...], int, Any], jax.Array]
 
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
+DECLARE = "declare"
+"""A stream of `nnx.Rngs` by this name says that only declarations are wanted: draws take most of the time to trace."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -77,6 +80,8 @@ def parameter(
     if stray := set(contract) - set(dims):
         raise ValueError(f"parameter with dims {dict(dims)}: contract names {sorted(stray)}; name axes of dims only")
     fan_in = math.prod(dims[axis] for axis in contract)
+    if DECLARE in rngs:
+        init = constant(0.0)
     value = init(rngs.params(), tuple(dims.values()), fan_in, dtype)
     return nnx.Param(value, logical=tuple(dims), contract=contract, trained=trained)
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxlm import tree
 from maxlm.config import Config
-from maxlm.model.decoder import ModelParts, init_params
+from maxlm.model.decoder import ModelParts, init_params, split_model
 from maxlm.optim import guard, scaling
 from maxlm.optim.optimizers import Optimizer
 from maxlm.parallel.sharding import named_sharding
@@ -61,7 +61,9 @@ def initial_state(config: Config, optimizer: Optimizer, params: dict[str, Any] |
 
 def abstract_shapes(config: Config, optimizer: Optimizer) -> TrainState:
     """Shapes and dtypes of the state, without computing anything."""
-    return jax.eval_shape(lambda: initial_state(config, optimizer))
+    specs = split_model(config.model).specs
+    params = tree.map_paths(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
+    return jax.eval_shape(lambda params: initial_state(config, optimizer, params=params), params)
 
 
 def state_shardings(config: Config, parts: ModelParts, optimizer: Optimizer, mesh: Mesh) -> TrainState:
