@@ -198,14 +198,15 @@ class Decoder(nnx.Module):
         windows, first = self.config.attention.windows, self.config.num_layers
         if self.mtp is None:
             raise ValueError("model.mtp_layers is 0: there are no layers that predict further tokens")
-        return run_mtp(
-            self.mtp,
-            hidden_BSD,
-            [self.embed(tokens, positions_BS, runtime=runtime) for tokens in tokens_BS],
-            sight=_whole_rows(positions_BS, segments_BS, real_BS),
-            windows=tuple(windows[(first + k) % len(windows)] for k in range(self.config.mtp_layers)),
-            runtime=runtime,
-        )
+        with jax.named_scope("mtp"):
+            return run_mtp(
+                self.mtp,
+                hidden_BSD,
+                [self.embed(tokens, positions_BS, runtime=runtime) for tokens in tokens_BS],
+                sight=_whole_rows(positions_BS, segments_BS, real_BS),
+                windows=tuple(windows[(first + k) % len(windows)] for k in range(self.config.mtp_layers)),
+                runtime=runtime,
+            )
 
     def decode(self, tokens_Bt: jax.Array, *, cache: Cache, runtime: Runtime) -> DecodeOut:
         """Continues every row of the cache by t tokens: a prefill with t > 1, a decoding step with t = 1.
