@@ -49,7 +49,7 @@ class Converted(NamedTuple):
     params: Any
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def converted(name):
     model = peer(name)
     with tempfile.TemporaryDirectory() as folder:  # in memory, experts are joined

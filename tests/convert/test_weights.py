@@ -131,7 +131,7 @@ def test_processes_with_a_pipeline_begin_with_them(tmp_path, source):
     from_hf(tmp_path / "hf", tmp_path / "ours", log=quiet)
     runs = Runs(
         tmp_path,
-        steps=2,
+        steps=3,
         model=model_config(tmp_path / "hf"),
         train__init_from=str(tmp_path / source),
         train__accumulation=2,
