@@ -185,10 +185,12 @@ def _environment(work: Path, topology: Topology) -> dict[str, str]:
     environment = dict(os.environ)
     dump = f"--xla_dump_to={work / 'dump'} --xla_dump_hlo_pass_re=^$"
     flags = [environment.get("XLA_FLAGS", ""), dump]
-    environment["JAX_PLATFORMS"] = "cuda,cpu" if topology.chip.platform == "gpu" else "cpu"
+    environment["JAX_PLATFORMS"] = "cpu"  # the others' compilers are asked by their descriptions, not as devices
     if topology.chip.platform == "tpu":
         # No questions to a metadata server, and no lock: other processes may be planning too.
-        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    if topology.chip.platform == "gpu":
+        flags.append("--xla_gpu_autotune_level=0")  # would try kernels out on a device
     if topology.chip.platform == "cpu":
         kept = [flag for flag in flags[0].split() if "host_platform_device_count" not in flag]
         flags = [*kept, f"--xla_force_host_platform_device_count={topology.devices}", dump]

@@ -237,7 +237,7 @@ def _closing(line: str, at: int) -> int:
 
 
 def product_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
-    """FLOPs of a `dot` or `convolution` (what TPUs make of a dot); 0 for anything else.
+    """FLOPs of a `dot`, a `convolution` (what TPUs make of a dot) or a call of cuBLAS; 0 for anything else.
 
     Positions of a window that lie in the padding or between spread-out elements do not count.
 
@@ -248,6 +248,11 @@ def product_flops(instruction: Instruction, shapes: Mapping[str, str]) -> float:
         left = dims(shapes[instruction.operands[0]])
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
         contracted = [left[int(axis)] for axis in axes[1].split(",") if axis] if axes else []
+        return 2.0 * math.prod(dims(instruction.shape)) * math.prod(contracted)
+    if instruction.opcode == "custom-call" and "__cublas$" in instruction.rest:
+        numbers = instruction.backend["gemm_backend_config"]["dot_dimension_numbers"]
+        left = dims(shapes[instruction.operands[0]])
+        contracted = [left[int(axis)] for axis in numbers["lhs_contracting_dimensions"]]
         return 2.0 * math.prod(dims(instruction.shape)) * math.prod(contracted)
     if instruction.opcode != "convolution":
         return 0.0
@@ -315,6 +320,6 @@ def fused_flops(module: Module, computation: str, instruction: Instruction) -> f
     if instruction.opcode == "fusion":
         called = instruction.called[0]
         return sum(fused_flops(module, called, inner) for inner in module.computations[called])
-    if instruction.opcode not in ("dot", "convolution"):
+    if instruction.opcode not in ("dot", "convolution", "custom-call"):
         return 0.0
     return product_flops(instruction, {i.name: i.shape for i in module.computations[computation]})

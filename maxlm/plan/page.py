@@ -97,6 +97,8 @@ def _largest(plan: Plan) -> Table:
 
 def _time(plan: Plan) -> Table:
     table = _table("time of a step", "part", "seconds", "share")
+    if not plan.forecast.seconds:  # of a CPU the table of chips knows no rates
+        return table
     for name, seconds in sorted(plan.forecast.parts.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{seconds:.4g}", f"{seconds / plan.forecast.seconds:.1%}")
     table.add_row("(communication behind other work)", f"{plan.forecast.hidden:.4g}", "")

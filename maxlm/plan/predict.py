@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -32,8 +33,9 @@ PRODUCTS = 0.8
 products of an 8B step on v5p reach 0.79."""
 KERNELS = {"attention": 0.5, "grouped product": 0.7, "other": 0.5}
 """Share of the peak that kernels are taken to reach."""
-_ATTENTION = (("dkv", 4), ("dq", 3), ("fwd", 2), ("splash", 2))
-"""Products of a splash kernel: scores and values forward; backward it computes the scores again."""
+_ATTENTION = (("dkv", 4), ("dq", 3), ("mha_backward", 5), ("mha_forward", 2), ("fwd", 2))
+"""Products of an attention kernel: scores and values forward; backward it computes the scores again, and splash in both
+of its kernels."""
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "iota")
 
 
@@ -233,14 +235,15 @@ class _Walk:
 
 def _kernel_flops(name: str, instruction: Instruction, shapes: Mapping[str, str], config: Config) -> tuple[str, float]:
     operands = [dims(shapes.get(operand, "")) for operand in instruction.operands]
-    if "splash" in name or "attention" in instruction.op_name and "gmm" not in name:
-        wide = [shape for shape in operands if len(shape) == 4]
-        if wide:
-            rows, heads, length, head_dim = max(wide, key=lambda shape: shape[1])
-            windows = config.model.attention.windows
-            seen = sum(positions_seen(window, length) for window in windows) / len(windows)
-            products = next((count for part, count in _ATTENTION if part in name), 2)
-            return "attention", products * 2.0 * rows * heads * length * seen * head_dim
+    called = f"{name} {instruction.op_name}"
+    wide = [shape for shape in operands if len(shape) == 4]
+    products = next((count for part, count in _ATTENTION if part in called), 0)
+    if products and wide:  # queries are the largest: (B, H, S, h) or (B, S, H, h), and positions outnumber heads
+        rows, *sides, head_dim = max(wide, key=math.prod)
+        length, heads = max(sides), min(sides)
+        windows = config.model.attention.windows
+        seen = sum(positions_seen(window, length) for window in windows) / len(windows)
+        return "attention", products * 2.0 * rows * heads * length * seen * head_dim
     if "gmm" in name or "grouped" in instruction.op_name:
         arrays = [*operands, dims(instruction.shape)]
         matrices = [shape for shape in arrays if len(shape) == 3]

@@ -119,6 +119,12 @@ def test_groups_in_every_form_that_xla_writes(text, group):
             {"a": "f32[4,8,32]", "b": "f32[4,32,16]"},
             2 * 4 * 8 * 16 * 32,
         ),
+        (
+            '(bf16[128,64]{1,0}, s8[4]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config='
+            '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
+            {"a": "bf16[128,256]", "b": "bf16[256,64]"},
+            2 * 128 * 64 * 256,
+        ),
         ("f32[3,5]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
          {"a": "f32[3,7]", "b": "f32[7,5]"}, 2 * 3 * 5 * 7),
     ],

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from maxlm.config import AttentionConfig, Config, DataConfig, MlpConfig, ModelConfig, StoreConfig, TrainConfig
 from maxlm.plan import compile as compiling
-from maxlm.plan import network
+from maxlm.plan import hlo, network, predict
 from maxlm.plan.compile import CompileError, Request, Step, compile_step, content_key
 from maxlm.plan.explain import explanation
 from maxlm.plan.html import render
@@ -72,6 +72,23 @@ def test_collectives_take_what_the_links_of_their_group_allow():
     # Within the node behind the switch, then half of it between the nodes over eight interfaces.
     expected = size * 7 / 8 / 450e9 + size / 2 / (8 * 50e9)
     assert network.seconds("all-gather", size, both, nodes) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "products"),
+    [
+        ("splash_mha_fwd_residuals", (2, 8, 128, 64), 2),
+        ("splash_mha_dkv", (2, 8, 128, 64), 4),
+        ("mha_backward", None, 5),
+    ],
+)
+def test_attention_kernels_cost_the_positions_that_causality_leaves(name, shape, products):
+    rows, heads, length, dim = 2, 8, 128, 64
+    text = ",".join(map(str, shape or (rows, length, heads, dim)))  # on GPUs positions come before heads
+    call = f'  %{name}.1 = bf16[{text}]{{3,2,1,0}} custom-call(%q), custom_call_target="tpu_custom_call"'
+    shapes = {"q": f"bf16[{text}]{{3,2,1,0}}"}
+    kind, flops = predict._kernel_flops(name, hlo._instruction(call), shapes, tiny(data=8))
+    assert (kind, flops) == ("attention", products * 2 * rows * heads * dim * length * (length + 1) / 2)
 
 
 def test_the_pages_say_whether_it_fits_and_by_how_much():
