@@ -30,6 +30,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "limit_gib", 24.0, "memory that the compiler may take, in GiB", flag_values=values, lower_bound=1.0
     )
     flags.DEFINE_string(
+        "options", None, "the compiler's, as name=value,...; none: its defaults; those of the chip", flag_values=values
+    )
+    flags.DEFINE_string(
         "plan_cache", "~/.cache/maxlm/plans", "folder of compiled plans; empty: none", flag_values=values
     )
 
@@ -55,6 +58,7 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
         whole=not values.memory_only,
         cache=values.plan_cache or None,
         limit=int(values.limit_gib * 2**30),
+        options=_options(values.options),
         log=log,
     )
     made = make_plan(config, topology, step, price=values.price)
@@ -83,6 +87,15 @@ def planned(values: flags.FlagValues) -> tuple[Config, Topology]:
     """
     topology = parse_topology(values.topology, load_chips(values.chips) if values.chips else CHIPS)
     return resolve(values.config, devices=topology.devices), topology
+
+
+def _options(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",") if part and text != "none"]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise UserError(f"--options has {wrong[0]!r}; write name=value,name=value, or none")
+    return {name: value for name, _, value in pairs}
 
 
 def _write(path: str | None, content: Any, log: Log) -> None:

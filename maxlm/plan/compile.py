@@ -57,7 +57,7 @@ class Step:
     places: of every device of the mesh in order, its slice and coordinates (see `network.span`).
     attention: name of the attention back end.
     analysis: bytes as XLA sums them up: argument, output, alias, temp, generated_code, peak.
-    seconds: (lowering, compiling).
+    seconds: (lowering, compiling); of what was ended early, (0, all of it).
     compiler_bytes: the most memory that the compiler's process held.
     versions: of the packages that took part.
     cached: whether it was there already.
@@ -120,8 +120,9 @@ def compile_step(
     with tempfile.TemporaryDirectory(prefix="maxlm-plan-") as folder:
         work = Path(folder)
         (work / "request.pickle").write_bytes(pickle.dumps(request))
+        begun = time.monotonic()
         peak = _run_child(work, request, limit=limit, log=log)
-        step = _collect(work, peak)
+        step = _collect(work, peak, elapsed=time.monotonic() - begun)
     if place is not None:
         _write(step, place)
     return step
@@ -269,7 +270,7 @@ def _explain(text: str, code: int, work: Path, topology: Topology) -> None:
     raise CompileError(f"the step does not compile for {topology.name}: {last}")
 
 
-def _collect(work: Path, peak: int) -> Step:
+def _collect(work: Path, peak: int, *, elapsed: float) -> Step:
     facts = json.loads((work / "facts.json").read_text())
     whole = (work / "step.hlo").exists()
     refused = work / "refused"
@@ -288,7 +289,7 @@ def _collect(work: Path, peak: int) -> Step:
         places=tuple(tuple(place) for place in facts["places"]),
         attention=facts["attention"],
         analysis=facts.get("analysis", {}),
-        seconds=tuple(facts.get("seconds", (0.0, 0.0))),
+        seconds=tuple(facts.get("seconds", (0.0, elapsed))),
         compiler_bytes=peak,
         versions=versions(),
     )

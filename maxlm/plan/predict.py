@@ -207,8 +207,7 @@ class _Walk:
             if self.by_cycles:
                 cost = instruction.cycles / self.chip.clock
             else:
-                moved = 0.0 if fused else bytes_of(instruction.shape)
-                moved += 0.0 if fused else sum(bytes_of(shapes.get(name, "")) for name in instruction.operands)
+                moved = 0.0 if fused else _moved(instruction, shapes)
                 cost = max(
                     flops / (PRODUCTS * self.chip.peak(self.config.train.precision) or float("inf")),
                     moved / (self.chip.hbm_bandwidth or float("inf")),
@@ -231,6 +230,17 @@ class _Walk:
         share = KERNELS[kind]
         cost = max(flops / (share * peak), moved / self.chip.hbm_bandwidth)
         return name, flops, cost, f"{kind}, {share:.0%} of the peak"
+
+
+def _moved(instruction: Instruction, shapes: Mapping[str, str]) -> float:
+    """Bytes that an instruction reads and writes; of a stack that a layer is taken from or put into, that layer."""
+    result = bytes_of(instruction.shape)
+    taken = [bytes_of(shapes.get(name, "")) for name in instruction.operands]
+    if "dynamic_update" in instruction.op_name or "dynamic-update" in instruction.name:
+        return 2.0 * sum(size for size in taken if size < result)
+    if "dynamic_slice" in instruction.op_name or "dynamic-slice" in instruction.name:
+        taken = [min(size, result) for size in taken]
+    return result + sum(taken)
 
 
 def _kernel_flops(name: str, instruction: Instruction, shapes: Mapping[str, str], config: Config) -> tuple[str, float]:

@@ -34,7 +34,9 @@ def test_the_memory_is_what_the_compiler_reports(planned):
     assert plan.memory.components["optimizer"] == pytest.approx(2 * plan.memory.components["parameters"], rel=0.05)
     # What is donated comes back as outputs; batch and metrics are small.
     assert state <= step.analysis["argument_size"] <= 1.1 * state
-    assert plan.memory.total >= step.analysis["peak_memory"] > 0.8 * plan.memory.total
+    # Of so small a step most of the region is what cannot be packed; what is in use at once is within it.
+    used = plan.memory.total - plan.memory.components["gaps"]
+    assert plan.memory.total >= step.analysis["peak_memory"] >= 0.9 * used
 
 
 def test_the_step_gathers_weights_and_reduces_gradients_over_fsdp_and_sums_them_over_data(planned):

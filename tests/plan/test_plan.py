@@ -91,6 +91,17 @@ def test_attention_kernels_cost_the_positions_that_causality_leaves(name, shape,
     assert (kind, flops) == ("attention", products * 2 * rows * heads * dim * length * (length + 1) / 2)
 
 
+def test_a_layer_put_into_a_stack_or_taken_from_it_moves_alone():
+    shapes = {"stack": "bf16[32,100]{1,0}", "layer": "bf16[1,100]{1,0}"}
+    lines = {
+        "put": "  %put = bf16[32,100]{1,0} fusion(%stack, %layer), metadata={op_name='x/dynamic_update_slice'}",
+        "take": "  %take = bf16[1,100]{1,0} fusion(%stack), metadata={op_name='x/dynamic_slice'}",
+        "add": "  %add = bf16[32,100]{1,0} add(%stack, %stack)",
+    }
+    moved = {name: predict._moved(hlo._instruction(line.replace("'", '"')), shapes) for name, line in lines.items()}
+    assert moved == {"put": 2 * 200, "take": 2 * 200, "add": 3 * 32 * 200}
+
+
 def test_the_pages_say_whether_it_fits_and_by_how_much():
     topology = parse_topology("v5p:2x4x1")
     fits = make_plan(tiny(data=4, fsdp=2), topology, fake_step())
