@@ -22,7 +22,7 @@ USAGE = """usage: maxlm <command> [flags]
 
   train      --config=FILE --workdir=DIR [--config.section.key=value ...]   train, or continue, a run
   check      --config=FILE [--devices=N] [--config.section.key=value ...]   resolve a config; say what follows from it
-  plan       --config=FILE --topology=v5p-128 [--html=PATH ...]              memory, traffic, time and cost of a run
+  plan       --config=FILE --topology=v5p-128 [--search|--html=PATH ...]     memory, traffic, time and cost of a run
   explain    --config=FILE --topology=v5p-128                               which device holds what
   prepare    --config=FILE --workdir=DIR                                    make the tokenizer and the token stores
   tokenizer  --config=FILE --workdir=DIR --out=FILE                         train a tokenizer on a config's sources
@@ -135,7 +135,19 @@ def _train(args: list[str]) -> int:
     if joined.why:
         _log(joined.why)
     workdir = Path(values.workdir).absolute()
-    return joined.run(lambda: train(config, workdir, log=_log, heartbeat=joined.heartbeat))
+    return joined.run(lambda: _in_memory(config, lambda: train(config, workdir, log=_log, heartbeat=joined.heartbeat)))
+
+
+def _in_memory(config: Config, run: Callable[[], int]) -> int:
+    """The run; where memory is short, the error says what would fit. The training loop knows nothing of plans."""
+    try:
+        return run()
+    except Exception as error:
+        from maxlm.plan.shortage import explained, is_shortage
+
+        if not is_shortage(error):
+            raise
+        raise explained(error, config) from error
 
 
 def _use_huge_pages() -> None:

@@ -80,11 +80,18 @@ def resolve(given: ConfigDict | Mapping[str, Any] | Config, *, devices: int | No
     if problems:  # relations between values are checked only once the values themselves are sound
         raise ConfigError(problems)
     config = dataclasses.replace(config, model=_filled_model(config.model), parallel=_filled_mesh(config, devices))
-    problems = [problem for check in _CHECKS for problem in check(config)]
-    problems += _check_devices(config, devices)
-    if problems:
+    if problems := relations(config, devices=devices):
         raise ConfigError(problems)
     return config
+
+
+def relations(config: Config, *, devices: int | None = None) -> list[str]:
+    """The problems in the relations between settings of a config whose values are sound and filled in; [] if it stands.
+
+    Args: as of `resolve`.
+    """
+    problems = [problem for check in _CHECKS for problem in check(config)]
+    return [*problems, *_check_devices(config, devices)]
 
 
 def resolve_model(given: Mapping[str, Any]) -> ModelConfig:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from rich.console import Console
 
 from maxlm.chips import CHIPS, load_chips
 from maxlm.config import Config
 from maxlm.errors import UserError
+from maxlm.plan import searching
 from maxlm.plan.topology import Topology, parse_topology
 from maxlm.resolve import resolve
 
@@ -35,6 +37,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "plan_cache", "~/.cache/maxlm/plans", "folder of compiled plans; empty: none", flag_values=values
     )
+    searching.define_flags(values)
 
 
 def define_hardware(values: flags.FlagValues) -> None:
@@ -47,6 +50,9 @@ def define_hardware(values: flags.FlagValues) -> None:
 def plan(values: flags.FlagValues, *, log: Log) -> int:
     """Compiles the step and prints the page; returns the exit code: 1 where the step does not fit."""
     config, topology = planned(values)
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
+    if values.search:
+        return searching.run_search(values, config, topology, log=log)
     from maxlm.plan.compile import compile_step
     from maxlm.plan.html import render
     from maxlm.plan.page import print_plan
@@ -62,7 +68,15 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
         log=log,
     )
     made = make_plan(config, topology, step, price=values.price)
+    if topology.chip.platform == "cpu":
+        from maxlm.plan.forecast import on_this_machine
+
+        made = on_this_machine(made, config)
     print_plan(made, Console())
+    if not made.fits:
+        searching.print_changes(made, config, topology, log=log)
+    if values.mtbf:
+        searching.print_failures(values, config, topology, log=log)
     _write(values.json, as_json(made), log)
     _write(values.html, render(made), log)
     return 0 if made.fits else 1

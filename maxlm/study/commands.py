@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ def define_flags(values: flags.FlagValues) -> None:
     """The flags of all verbs."""
     flags.DEFINE_string("dir", None, "folder of the study; studies/NAME", flag_values=values)
     flags.DEFINE_string("json", None, "plan, fit: also write the figures to this file", flag_values=values)
+    flags.DEFINE_string(
+        "topology", None, "plan: hardware whose time and price count, such as v5e-8", flag_values=values
+    )
     flags.DEFINE_integer("jobs", 0, "run: runs at a time; 0: as the study says", flag_values=values, lower_bound=0)
     flags.DEFINE_float("flops", 0.0, "predict: compute of the larger run", flag_values=values, lower_bound=0.0)
     flags.DEFINE_string("prediction", None, "judge: name of the prediction; the only one", flag_values=values)
@@ -52,9 +56,11 @@ def main(verb: str, path: str, values: flags.FlagValues, *, log: Log) -> int:
 
 
 def _plan(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
-    from maxlm.study.plan import plan, seconds_in_all
+    from maxlm.study.plan import machine_of, plan, seconds_in_all
     from maxlm.train.progress import format_duration
 
+    if values.topology:
+        study = dataclasses.replace(study, machine=machine_of(values.topology, study))
     runs, machine = plan(study), study.machine
     table = Table("run", "N", "N, all", "tokens", "FLOPs", "steps", "batch", "rate", "time", box=None, pad_edge=False)
     rows: list[dict[str, Any]] = []

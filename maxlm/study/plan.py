@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from maxlm.config import Config
+from maxlm.plan.topology import parse_topology
 from maxlm.resolve import as_config_dict, resolve
 from maxlm.study import ladder
 from maxlm.study.spec import Isoflops, Machine, Rungs, Study, StudyError, Sweep, Trunks
@@ -64,6 +65,30 @@ def plan(study: Study) -> list[PlannedRun]:
             "the rules' head_dim"
         )
     return runs
+
+
+UTILISATION = 0.4
+"""Share of the peak that training is taken to reach on accelerators, causal-exact (others report 0.33 to 0.55)."""
+
+
+def machine_of(name: str, study: Study) -> Machine:
+    """Hardware of the planner's chip table as the machine of a study: all its devices for each run.
+
+    Raises:
+      UserError: the hardware is not known, or its speed is not in the table.
+    """
+    topology = parse_topology(name)
+    rate = topology.devices * topology.chip.peak(study.base.train.precision) * UTILISATION
+    if not rate:
+        raise StudyError(
+            f"the speed of {name} is not in the chip table; leave --topology away, and set Machine.flops_per_second"
+        )
+    return dataclasses.replace(
+        study.machine,
+        name=topology.describe(),
+        flops_per_second=rate,
+        dollars_per_hour=topology.devices * topology.chip.price,
+    )
 
 
 def seconds_in_all(runs: Sequence[PlannedRun], machine: Machine) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,7 +13,7 @@ from maxlm.infer.generate import encode_prompts, generate_text
 from maxlm.infer.load import runnable
 from maxlm.infer.sampling import Sampling
 from maxlm.model.flops import ledger as flop_ledger
-from maxlm.train.report import Facts, Sample, write_report
+from maxlm.train.report import Facts, Foretold, Sample, write_report
 
 if TYPE_CHECKING:
     from maxlm.train.loop import Run
@@ -81,7 +82,20 @@ def facts(run: Run, samples: list[Sample], baselines: Baselines | None) -> Facts
         goodput=run.goodput.summary(),
         train_command=f"maxlm train --config={run.workdir}/config.py --workdir={run.workdir}",
         generate_command=f"maxlm generate --workdir={run.workdir} --prompt='...'",
+        foretold=foretold(run),
         extra=data_figures(run),
+    )
+
+
+def foretold(run: Run) -> Foretold | None:
+    """What a plan that lies in the workdir said of this run: `maxlm plan --json=WORKDIR/plan.json`."""
+    try:
+        plan = json.loads((run.workdir / "plan.json").read_text())
+        said = plan["forecast"]["seconds"], plan["memory"]["total"], plan["topology"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Foretold(
+        hardware=str(said[2]), seconds=float(said[0]), device_bytes=float(said[1]), device_bytes_held=run.device_bytes
     )
 
 

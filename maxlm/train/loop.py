@@ -44,6 +44,7 @@ from maxlm.train.progress import Cost, Progress
 from maxlm.train.setup import Setup, make_setup, memory_line, place_batch
 from maxlm.train.signals import EXIT_PREEMPTED, Signals
 from maxlm.train.state import TrainState, fresh_loss_scale, make_state
+from maxlm.train.watermark import Watermark
 
 Log = Callable[[str], None]
 
@@ -178,6 +179,8 @@ class Run:
     goodput: Ledger
     signals: Signals
     log: Log
+    watermark: Watermark | None = None  # since the last program was compiled
+    device_bytes: float | None = None  # the most that steps held on a device, before the first save or evaluation
 
     def steps(self, state: TrainState, start: int) -> tuple[TrainState, str | None]:
         """Consumes the batches from `start` on; the second value names the signal that ended it early, if one did."""
@@ -219,6 +222,8 @@ class Run:
                 if stop or evaluate or save or done == total or profiler.closing(step):
                     self.read(behind, progress)
                     behind = None
+                    if self.device_bytes is None and self.watermark is not None:
+                        self.device_bytes = self.watermark.device_bytes(state)
                     profiler.after(step)
                     with progress.paused():
                         held_out = self.evaluate(state, done) if evaluate else {}
@@ -255,6 +260,7 @@ class Run:
                 f"compiled the step for {shape[0]} x {shape[1]} tokens in {time.perf_counter() - began:.1f} s"
             )
             progress.note(memory_line(program))
+        self.watermark = Watermark()
         return program
 
     def batch(self, step: int) -> Any:

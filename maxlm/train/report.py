@@ -33,6 +33,20 @@ class Sample(NamedTuple):
     text: str  # the continuation alone
 
 
+class Foretold(NamedTuple):
+    """A plan of the run, made before it.
+
+    hardware: that it was made for.
+    seconds: of a step.
+    device_bytes: of a device; device_bytes_held: what steps did hold; None where nobody knows.
+    """
+
+    hardware: str
+    seconds: float
+    device_bytes: float
+    device_bytes_held: float | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What the report says that metrics.jsonl does not hold."""
@@ -46,6 +60,7 @@ class Facts:
     train_command: str  # the same again continues
     generate_command: str
     extra: Mapping[str, str | int | float | None]  # further figures, such as compile_seconds
+    foretold: Foretold | None = None  # None: no plan was made
 
 
 class Totals(NamedTuple):
@@ -55,6 +70,7 @@ class Totals(NamedTuple):
     updates: int
     tokens: int  # loss-bearing
     seconds: float  # on completed steps
+    median_seconds: float | None  # of a step
     last_loss: float | None  # of the last accepted step, nats a token
     tokens_per_second: float | None
     mfu_6n: float | None
@@ -89,6 +105,7 @@ def add_up(records: Sequence[Mapping[str, Any]]) -> Totals:
     steps = updates = 0
     tokens = seconds = six_n = causal = possible = 0.0
     known = True
+    taken: list[float] = []
     last_loss: float | None = None
     cost: Mapping[str, Any] = {"peak_flops": None, "peak_source": "", "flops_6n": 0.0, "flops_causal": 0.0}
     devices: dict[str, None] = {}
@@ -100,6 +117,7 @@ def add_up(records: Sequence[Mapping[str, Any]]) -> Totals:
             steps += 1
             tokens += record["tokens"]
             seconds += record["seconds"]
+            taken.append(record["seconds"])
             if record["accepted"]:
                 updates += 1
                 last_loss = record["loss"]
@@ -113,6 +131,7 @@ def add_up(records: Sequence[Mapping[str, Any]]) -> Totals:
         updates=updates,
         tokens=round(tokens),
         seconds=seconds,
+        median_seconds=sorted(taken)[len(taken) // 2] if taken else None,
         last_loss=last_loss,
         tokens_per_second=tokens / seconds if seconds else None,
         mfu_6n=utilisation(six_n, ceiling),
@@ -161,6 +180,9 @@ def _figures(facts: Facts, totals: Totals, evaluations: Sequence[Mapping[str, An
         "train_loss": totals.last_loss,
         "model": dict(facts.model),
         "samples": [sample._asdict() for sample in facts.samples],
+        "foretold": None
+        if facts.foretold is None
+        else facts.foretold._asdict() | {"seconds_taken": totals.median_seconds},
     }
     if repeated := figures.keys() & facts.extra.keys():
         raise ValueError(f"extra figures {sorted(repeated)} are in the report already; give them other names")
@@ -190,6 +212,7 @@ def _page(facts: Facts, totals: Totals, figures: Mapping[str, Any]) -> str:
         "![Loss while training, and held-out bits per byte beside general-purpose compressors](loss.png)",
         *_quality(facts, figures),
         *_speed(figures),
+        *_foretold(figures["foretold"]),
         *_goodput(facts.goodput),
         "## What was trained",
         _table(
@@ -236,6 +259,20 @@ def _speed(figures: Mapping[str, Any]) -> list[str]:
         ("MFU, causal-exact", _percent(figures["mfu_causal"]), against),
     ]
     return ["## Speed", _table(("", "", ""), rows)]
+
+
+def _foretold(figures: Mapping[str, Any] | None) -> list[str]:
+    if figures is None:
+        return []
+    rows = []
+    for name, said, found, unit in (
+        ("a step", figures["seconds"], figures["seconds_taken"], 1.0),
+        ("memory of a device, GiB", figures["device_bytes"], figures["device_bytes_held"], 2.0**30),
+    ):
+        ratio = f"{said / found:.2f}" if said and found else "–"
+        rows.append((name, said / unit, None if found is None else found / unit, ratio))
+    header = ("", "forecast", "actual", "forecast / actual")
+    return ["## Forecast and actual", f"By the plan for {figures['hardware']}.", _table(header, rows)]
 
 
 def _goodput(goodput: Summary) -> list[str]:

@@ -99,24 +99,30 @@ def _make_attention(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Atte
         return context_attention(mesh, method=method, together=platform != "cpu"), f"chunked {chosen}"
     names: dict[str, None] = {}
     lengths = [config.data.sequence_length, *(phase.sequence_length for phase in config.data.phases.values())]
-    for windows, length in itertools.product(attention.windows, filter(None, lengths)):
-        asked = {
-            "segments": segments,
-            "windows": bool(windows),
-            "softcap": bool(attention.softcap),
-            "sinks": attention.sinks,
-            "value_dim": attention.value_dim != attention.head_dim,
-        }
+    for window, length in itertools.product(attention.windows, filter(None, lengths)):
         backend = choose(
             platform=platform,
             dtype=jnp.dtype(config.train.precision),
             head_dim=attention.head_dim,
-            needs=frozenset(name for name, wanted in asked.items() if wanted),
+            needs=attention_needs(config, window=window, segments=segments),
             queries=length,
             keys=length,
         )
         names[backend.name] = None
     return sharded_attention(dispatch(platform), mesh), " and ".join(names)
+
+
+def attention_needs(config: Config, *, window: int, segments: bool) -> frozenset[str]:
+    """What a layer with this window asks of an attention back end (`kernels.attention.FEATURES`)."""
+    attention = config.model.attention
+    asked = {
+        "segments": segments,
+        "windows": bool(window),
+        "softcap": bool(attention.softcap),
+        "sinks": attention.sinks,
+        "value_dim": attention.value_dim != attention.head_dim,
+    }
+    return frozenset(name for name, wanted in asked.items() if wanted)
 
 
 def make_setup(

@@ -13,7 +13,7 @@ from maxlm.config import Config
 from maxlm.eval.baselines import Baselines
 from maxlm.train.goodput import BUCKETS, Summary
 from maxlm.train.metrics import MetricsWriter
-from maxlm.train.report import Facts, Sample, write_report
+from maxlm.train.report import Facts, Foretold, Sample, write_report
 
 BASELINES = Baselines(
     xz=1.546, xz_joined=1.318, zlib=1.621, zlib_joined=1.556, documents=38, bytes=789089, sampled=False
@@ -191,3 +191,22 @@ def test_the_plot_is_a_picture_and_changes_with_the_run(run):
 def test_plotting_is_not_paid_for_at_the_start_of_a_run():
     code = "import sys; import maxlm.train.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_forecast_stands_beside_what_came(tmp_path):
+    with MetricsWriter(tmp_path, Config(), process_index=0) as out:
+        out.truncate(0)
+        out.write("cost", 0, COST)
+        for number, seconds in enumerate((9.0, 0.5, 0.4), start=1):
+            step(out, number, seconds=seconds)
+    foretold = Foretold(hardware="cpu-8", seconds=0.4, device_bytes=3 * 2**30, device_bytes_held=4 * 2**30)
+    figures = write_report(tmp_path, facts(foretold=foretold))
+    assert figures["foretold"]["seconds_taken"] == 0.5  # the median: the first step waits for the compiler
+    page = (tmp_path / "report.md").read_text()
+    assert "| a step | 0.4 | 0.5 | 0.80 |" in page and "| 3 | 4 | 0.75 |" in page and "cpu-8" in page
+    assert "Forecast" not in write_page(tmp_path, facts())
+
+
+def write_page(folder, given):
+    write_report(folder, given)
+    return (folder / "report.md").read_text()

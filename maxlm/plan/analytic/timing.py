@@ -1,0 +1,232 @@
+"""Seconds of a step, from the config alone: products, attention, memory, collectives by mesh axis, and the bubble.
+
+The amounts are those of the traced step (`anatomy.py`), FLOPs of attention those of the ledger, the rates those of
+the chip table, and collectives go by the rule of `plan/network.py`. Nothing is measured: `RATES` says what share of a
+chip's figures such programs reach.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from maxlm.config import MESH_AXES, Config, ModelConfig
+from maxlm.model.flops import ledger
+from maxlm.parallel.context import choose_method
+from maxlm.parallel.pipeline.schedule import build, report
+from maxlm.plan import network
+from maxlm.plan.analytic.memory import Facts, state_bytes
+from maxlm.plan.analytic.symbols import values
+from maxlm.plan.analytic.walk import KINDS
+from maxlm.plan.topology import Topology
+
+PARTS = ("products", "attention", "memory", "bubble", *(f"network: {axis}" for axis in MESH_AXES))
+
+
+class Rates(NamedTuple):
+    """Shares of a chip's figures.
+
+    products: of its peak. attention: of its peak, in kernels that leave out what a causal mask hides. memory: of its
+      bandwidth. hidden: share of the collectives of weights that other work is done beside.
+    """
+
+    products: float
+    attention: float
+    memory: float
+    hidden: float
+
+
+RATES: Mapping[str, Rates] = {
+    # XLA's own cycle estimates of an 8B step (docs/performance.md), and splash with blocks of 512.
+    "tpu": Rates(products=0.8, attention=0.5, memory=0.8, hidden=0.0),
+    # What published runs on H100s reach (docs/performance.md); XLA runs collectives on streams of their own.
+    "gpu": Rates(products=0.7, attention=0.45, memory=0.8, hidden=0.7),
+    "cpu": Rates(products=1.0, attention=1.0, memory=1.0, hidden=0.0),
+}
+
+BACKWARD = 2.5  # products of attention's backward pass over those of the forward: five for two
+
+
+class Time(NamedTuple):
+    """Seconds of a step by part; they add up to the whole."""
+
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(self.parts.values())
+
+
+@functools.lru_cache(maxsize=64)
+def _scores(model: ModelConfig, sequence: int) -> float:
+    """FLOPs of attention's two products, of a token through all layers."""
+    return ledger(model, sequence_length=sequence).forward["scores"]
+
+
+class _Schedule(NamedTuple):
+    """bubble: the share of the time in which a stage does nothing. ticks: of the table."""
+
+    bubble: float
+    ticks: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _schedule(name: str, stages: int, microbatches: int, virtual: int) -> _Schedule:
+    table = build(name, stages=stages, microbatches=microbatches, virtual=virtual)
+    return _Schedule(report(table).bubble, len(table.ticks))
+
+
+def _pipeline(config: Config) -> _Schedule:
+    parallel = config.parallel
+    return _schedule(parallel.pipeline_schedule, parallel.pipeline, config.train.accumulation, parallel.virtual_stages)
+
+
+def step_time(config: Config, topology: Topology, known: Facts) -> Time:
+    """Of a resolved config with a whole mesh (no -1) on a topology of as many devices."""
+    parallel, chip = config.parallel, topology.chip
+    rates, peak = RATES[chip.platform], chip.peak(config.train.precision)
+    amounts = known.anatomy.amounts(values(config))
+    if parallel.pipeline > 1:  # the trace is of one microbatch
+        amounts = amounts * config.train.accumulation
+    done = dict(zip(KINDS, np.maximum(known.anatomy.kinds @ amounts, 0.0).tolist(), strict=True))
+
+    attention = _attention_flops(config, done)
+    state = state_bytes(config, known.state)
+    # Products run at the rate of the slower of the two; the optimizer reads and writes the state, and reads gradients.
+    products = max(done["product"] / (peak * rates.products), done["operands"] / (chip.hbm_bandwidth * rates.memory))
+    parts = {
+        "products": products,
+        "attention": attention / (peak * rates.attention),
+        "memory": (done["traffic"] + 2.5 * sum(state.values())) / (chip.hbm_bandwidth * rates.memory),
+    }
+    busy = sum(parts.values())
+    bubble = 0.0
+    if parallel.pipeline > 1:
+        lost = _pipeline(config).bubble
+        bubble = busy * lost / (1 - lost)
+    exposed = _network(config, topology, done, gradients=state["parameters"], hidden=rates.hidden)
+    return Time(parts | {"bubble": bubble} | {f"network: {axis}": exposed.get(axis, 0.0) for axis in MESH_AXES})
+
+
+def _attention_flops(config: Config, done: Mapping[str, float]) -> float:
+    """Of a device, recomputation included."""
+    model, parallel = config.model, config.parallel
+    devices = math.prod(parallel.sizes.values())
+    tokens = config.data.batch_size * config.data.sequence_length / devices
+    forward = _scores(model, config.data.sequence_length) * tokens
+    layers = model.num_layers / parallel.pipeline * max(config.train.accumulation, 1)
+    return forward * (done["attention_forward"] + BACKWARD * done["attention_backward"]) / layers
+
+
+# --- collectives -----------------------------------------------------------------------------------------------------
+
+
+def _network(
+    config: Config, topology: Topology, done: Mapping[str, float], *, gradients: float, hidden: float
+) -> dict[str, float]:
+    """Seconds of collectives that nothing else is done beside, by mesh axis."""
+    parallel = config.parallel
+    sides = tuple(zip(topology.shape, topology.wrapped, strict=True)) if topology.chip.torus_dims else ()
+    spans = axis_spans(tuple(parallel.sizes.items()), parallel.across_slices, slices=topology.slices, sides=sides)
+
+    def take(axis: str, kind: str, payload: float) -> float:
+        return network.seconds(kind, payload, spans[axis], topology) if parallel.sizes[axis] > 1 else 0.0
+
+    weights = take("fsdp", "all-gather", done["gather_weights"])
+    weights += take("fsdp", "reduce-scatter", done["reduce_weights"])
+    stream = _stream_bytes(config)
+    exposed = {
+        "data": take("data", "all-reduce", gradients) * (1 - hidden),
+        "fsdp": weights * (1 - hidden),
+        "tensor": take("tensor", "all-gather", done["gather_stream"])
+        + take("tensor", "reduce-scatter", done["reduce_stream"]),
+        "expert": take("expert", "ragged-all-to-all", done["experts"]),
+    }
+    if parallel.context > 1:
+        exposed["context"] = _context(config, take)
+    if parallel.pipeline > 1:
+        exposed["pipeline"] = 2 * _pipeline(config).ticks * take("pipeline", "collective-permute", stream)
+    return {axis: float(seconds) for axis, seconds in exposed.items() if seconds}
+
+
+def _stream_bytes(config: Config) -> float:
+    """Of a microbatch's stream on a device."""
+    parallel = config.parallel
+    shards = parallel.data * parallel.fsdp * parallel.expert * parallel.context
+    rows = config.data.batch_size * config.data.sequence_length / config.train.accumulation / shards
+    return rows * config.model.embed_dim * (4 if config.train.precision == "float32" else 2)
+
+
+def _context(config: Config, take: Callable[[str, str, float], float]) -> float:
+    """Keys and values to all shards of the sequence, forwards and backwards, and their gradients in float32 back."""
+    parallel, attention = config.parallel, config.model.attention
+    width = attention.kv_heads * (attention.head_dim + attention.value_dim) / parallel.tensor
+    shards = parallel.data * parallel.fsdp * parallel.expert
+    layers = config.model.num_layers / parallel.pipeline
+    positions = config.data.batch_size * config.data.sequence_length / shards
+    narrow, wide = positions * width * (4 if config.train.precision == "float32" else 2), positions * width * 4
+    method = choose_method(
+        "gather" if parallel.pipeline > 1 else parallel.context_method,
+        devices=parallel.context,
+        q_heads=attention.q_heads,
+        kv_heads=attention.kv_heads,
+    )
+    seconds = 2 * take("context", "all-gather", narrow) + take("context", "reduce-scatter", wide)
+    # A ring's hops go on beside the products of the keys that are there.
+    return layers * seconds * (0.5 if method == "ring" else 1.0)
+
+
+@functools.lru_cache(maxsize=4096)
+def axis_spans(
+    sizes: tuple[tuple[str, int], ...], across_slices: str, *, slices: int, sides: tuple[tuple[int, bool], ...]
+) -> Mapping[str, network.Span]:
+    """How the groups along each mesh axis lie in the hardware, as `mesh_utils` lays them.
+
+    An axis takes whole sides of the torus where its size is a product of them, and else a part of one, which is open.
+
+    Args:
+      sizes: of the mesh axes, outermost first.
+      slices: TPU slices or nodes.
+      sides: of a slice's torus, each with whether it is closed; () for devices behind a switch.
+    """
+    left = list(sides)
+    spans: dict[str, network.Span] = {}
+    for axis, size in reversed(sizes):  # the innermost axes are given the nearest neighbours
+        across = slices if axis == across_slices and size % slices == 0 else 1
+        inner = size // across
+        if not sides or inner == 1:
+            spans[axis] = network.Span(size, across, 1.0)
+            continue
+        taken, lanes = _sides(left, inner)
+        for place, share in taken.items():
+            whole, closed = left[place]
+            left[place] = (whole // share, closed)
+        spans[axis] = network.Span(size, across, max(lanes, 1.0))
+    return spans
+
+
+def _sides(left: list[tuple[int, bool]], size: int) -> tuple[dict[int, int], float]:
+    """Which sides a group of this size takes how much of, and on how many links its devices can send."""
+    best: tuple[dict[int, int], float] = ({}, 0.0)
+    places = [place for place, (whole, _) in enumerate(left) if whole > 1]
+    for count in range(1, 2 ** len(places)):
+        chosen = [place for bit, place in enumerate(places) if count >> bit & 1]
+        if math.prod(left[place][0] for place in chosen) == size:
+            lanes = sum(2.0 if left[place][1] else 1.0 for place in chosen)
+            if lanes > best[1]:
+                best = ({place: left[place][0] for place in chosen}, lanes)
+    if best[0]:
+        return best
+    taken, lanes, rest = {}, 0.0, size
+    for place in sorted(places, key=lambda p: -left[p][0]):
+        share = math.gcd(left[place][0], rest)
+        if share > 1:
+            taken[place] = share
+            lanes += 2.0 if share == left[place][0] and left[place][1] else 1.0
+            rest //= share
+    return taken, lanes

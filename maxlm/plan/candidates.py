@@ -1,0 +1,124 @@
+"""Other ways to run the same training on the same devices: meshes, recomputation, microbatches, pipeline schedules.
+
+What a run computes stays the same: the model, the rows and positions of a batch, the optimizer. Everything else of the
+config is left as it is, but for `eval.batch_size`, which is rounded up to what the mesh can share out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from maxlm.config import MESH_AXES, Config
+from maxlm.plan.topology import Topology
+from maxlm.resolve import leaves
+
+REMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("none", ()),
+    ("matmuls", ()),
+    ("custom", ("attention_qkv", "attention_out", "mlp_hidden")),
+    ("custom", ("attention_qkv", "attention_out")),
+    ("custom", ("attention_out",)),
+    ("full", ()),
+)
+"""Policies, the one that keeps most first."""
+
+LARGEST = {"tensor": 16, "context": 32, "pipeline": 32}
+"""Beyond these an axis costs more than any other use of its devices."""
+
+ACCUMULATIONS = (1, 2, 4, 8, 16, 32, 64)
+VIRTUAL = (2, 4)
+
+
+def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
+    """Sizes of the mesh axes whose product is `devices`, and that the model's dims divide into."""
+    model = config.model
+    limits = {axis: devices for axis in MESH_AXES} | LARGEST
+    limits["expert"] = model.moe.experts or 1
+    whole = {
+        "tensor": math.gcd(model.attention.kv_heads, model.mlp.dim, model.vocab_size),
+        "expert": model.moe.experts or 1,
+        "fsdp": model.embed_dim,
+        "context": config.data.sequence_length // 2,
+        "pipeline": model.num_layers // len(model.attention.windows),
+    }
+    if model.moe.dense_layers:
+        limits["pipeline"] = 1
+
+    def sizes(axes: tuple[str, ...], left: int) -> Iterator[dict[str, int]]:
+        axis, *rest = axes
+        if not rest:
+            yield {axis: left}
+            return
+        for size in (d for d in range(1, min(left, limits[axis]) + 1) if left % d == 0):
+            if whole[axis] % size == 0:
+                for others in sizes(tuple(rest), left // size):
+                    yield {axis: size} | others
+
+    yield from sizes(("tensor", "expert", "context", "pipeline", "fsdp", "data"), devices)
+
+
+def candidates(config: Config, topology: Topology) -> Iterator[Config]:
+    """Configs as `resolve` fills them in, whose relations (`resolve.relations`) are the caller's to check."""
+    rows = config.data.batch_size
+    for mesh in meshes(config, topology.devices):
+        shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+        if rows % shards or (mesh["context"] > 1 and config.model.moe.capacity_factor):
+            continue
+        for accumulation in ACCUMULATIONS:
+            if (rows // shards) % accumulation or (mesh["pipeline"] > 1 and accumulation < mesh["pipeline"]):
+                continue
+            for parallel in _ways(config, mesh, accumulation):
+                for remat, names in REMATS:
+                    train = {"accumulation": accumulation, "remat": remat, "remat_names": names}
+                    yield changed(config, parallel=parallel, train=train)
+
+
+def _ways(config: Config, mesh: dict[str, int], accumulation: int) -> Iterator[dict[str, Any]]:
+    """A mesh with every pipeline schedule and every way of context parallelism that suit it."""
+    methods: tuple[str, ...] = ("auto",)
+    if mesh["context"] > 1 and mesh["pipeline"] == 1:
+        methods = ("ring", "gather")
+    elif mesh["context"] == 1:
+        methods = (config.parallel.context_method,)
+    for schedule, virtual in schedules(config, mesh, accumulation):
+        for method in methods:
+            yield mesh | {"pipeline_schedule": schedule, "virtual_stages": virtual, "context_method": method}
+
+
+def schedules(config: Config, mesh: dict[str, int], accumulation: int) -> Iterator[tuple[str, int]]:
+    """Pipeline schedules and virtual stages that so many microbatches suit; those of the config without a pipeline."""
+    stages = mesh["pipeline"]
+    if stages == 1:
+        yield config.parallel.pipeline_schedule, 1
+        return
+    yield from (("1f1b", 1), ("zero_bubble", 1), ("gpipe", 1))
+    units = config.model.num_layers // len(config.model.attention.windows)
+    if accumulation % stages == 0:
+        yield from (("interleaved", virtual) for virtual in VIRTUAL if units % (stages * virtual) == 0)
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    """The config with leaves of sections replaced, and an evaluation batch that the mesh can share out."""
+    config = dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
+    shards = config.parallel.data * config.parallel.fsdp * config.parallel.expert
+    rows = config.eval.batch_size
+    if rows % shards:
+        rounded = dataclasses.replace(config.eval, batch_size=-(-rows // shards) * shards)
+        config = dataclasses.replace(config, eval=rounded)
+    return config
+
+
+def overrides(before: Config, after: Config) -> list[str]:
+    """What to add to `maxlm train` to turn one config into another: `--config.parallel.fsdp=16`, …, each one word."""
+    old = {path: value for path, _, value in leaves(before)}
+    return [
+        shlex.quote(f"--config.{path}={value!r}" if isinstance(value, tuple) else f"--config.{path}={value}")
+        for path, _, value in leaves(after)
+        if old.get(path) != value
+    ]

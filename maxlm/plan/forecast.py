@@ -1,0 +1,202 @@
+"""A step's time and memory on the CPUs of this machine, foretold: work as traced, at rates measured on a few kernels.
+
+No table knows what a machine's cores do, so what a step is made of is measured in small, with the run's own kernels and
+shapes: a layer's products with their gradients, attention, the loss, elementwise work and the optimizer. Virtual
+devices share the cores, so that the work of all of them counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config import Config
+from maxlm.kernels.attention import Mask, dispatch
+from maxlm.kernels.matmul import einsum
+from maxlm.model.loss import chunked_cross_entropy
+from maxlm.model.mlp import GATED, UNGATED
+from maxlm.plan.analytic import names_results
+from maxlm.plan.analytic.memory import facts
+from maxlm.plan.analytic.symbols import PLACE, values
+from maxlm.plan.analytic.walk import KINDS
+from maxlm.plan.plan import Plan
+
+SECONDS = 0.8  # of measuring each kernel, besides its compilation
+PARTS = ("products", "attention", "loss", "elementwise", "optimizer")
+
+
+class Rates(NamedTuple):
+    """Measured on all cores together.
+
+    products: FLOP/s of a layer's products, gradients among them.
+    attend, attend_back: seconds of a layer's attention on one row: forward, and the backward pass besides.
+    loss: seconds a token, gradients included.
+    elementwise: bytes a second, read and written.
+    optimizer: seconds a parameter.
+    seconds: that measuring took, compilation included.
+    """
+
+    products: float
+    attend: float
+    attend_back: float
+    loss: float
+    elementwise: float
+    optimizer: float
+    seconds: float
+
+
+class Forecast(NamedTuple):
+    """seconds: of a step, by part. bytes: of all devices of this machine, state included."""
+
+    parts: Mapping[str, float]
+    bytes: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.parts.values())
+
+
+def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
+    """The rates of this process's CPUs for the kernels of a resolved config, in the shapes of one device.
+
+    Args:
+      seconds: of measuring each of them.
+    """
+    begun = time.perf_counter()
+    model, parallel, dtype = config.model, config.parallel, jnp.dtype(config.train.precision)
+    shards = max(parallel.data * parallel.fsdp * parallel.expert, 1)
+    rows = max(config.data.batch_size // config.train.accumulation // shards, 1)
+    length, width = config.data.sequence_length // parallel.context, model.embed_dim
+    hidden = (model.moe.dim if model.moe.experts else model.mlp.dim) // parallel.tensor
+    x = jnp.ones((rows, length, width), dtype)
+    w = jnp.ones((width, hidden), jnp.float32)
+    y = jnp.ones((rows, length, hidden), dtype)
+
+    def product(x: jax.Array, w: jax.Array, g: jax.Array) -> Any:
+        out, pull = jax.vjp(lambda x, w: einsum("bsd,df->bsf", x, w, dtype=dtype), x, w)
+        return out, pull(g)
+
+    attention = model.attention
+    heads = attention.q_heads // parallel.tensor, attention.kv_heads // parallel.tensor
+    q = jnp.ones((1, length, heads[0], attention.head_dim), dtype)
+    k = jnp.ones((1, length, heads[1], attention.head_dim), dtype)
+    v = jnp.ones((1, length, heads[1], attention.value_dim), dtype)
+    segments = jnp.zeros((1, length), jnp.int32) if config.data.mask_documents else None
+    kernel = dispatch("cpu")
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mask = Mask(scale=attention.head_dim**-0.5, segments_q=segments, segments_k=segments)
+        return kernel(q, k, v, dataclasses.replace(mask, window=attention.windows[0]))
+
+    def attend_and_back(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(out)
+
+    head = jnp.ones((width, model.vocab_size // parallel.tensor), jnp.float32) / width
+
+    def loss(x: jax.Array, head: jax.Array) -> jax.Array:
+        targets, weights = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length), jnp.float32)
+        sums = chunked_cross_entropy(
+            x, head, targets, weights, chunk=config.train.loss_chunk, softcap=model.logits_softcap, z_loss=0.0
+        )
+        return sums.nll_sum
+
+    gated = model.mlp.kind.endswith("glu")
+    elementwise = GATED[model.mlp.kind] if gated else lambda a, b: UNGATED[model.mlp.kind](a) + b
+    numbers = [jnp.ones((2**20,), jnp.float32)] * 4
+
+    def update(p: jax.Array, g: jax.Array, m: jax.Array, s: jax.Array) -> Any:
+        m, s = 0.9 * m + 0.1 * g, 0.95 * s + 0.05 * g * g
+        return p - 1e-3 * (m / (jnp.sqrt(s) + 1e-8) + 0.1 * p), m, s
+
+    forward, both = _measured(attend, q, k, v, seconds=seconds), _measured(attend_and_back, q, k, v, seconds=seconds)
+    return Rates(
+        products=6.0 * x.size * hidden / _measured(product, x, w, y, seconds=seconds),
+        attend=forward,
+        attend_back=max(both - forward, forward),
+        loss=_measured(jax.value_and_grad(loss, argnums=(0, 1)), x, head, seconds=seconds) / (rows * length),
+        elementwise=3.0 * y.nbytes / _measured(elementwise, y, y, seconds=seconds),
+        optimizer=_measured(update, *numbers, seconds=seconds) / numbers[0].size,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _measured(function: Callable[..., Any], *args: jax.Array, seconds: float) -> float:
+    """The median time of a run within a compiled loop, as a step's kernels run: without what sending one off costs."""
+
+    def repeat(count: jax.Array, *args: jax.Array) -> jax.Array:
+        def body(_: jax.Array, total: jax.Array) -> jax.Array:
+            first = args[0] + (total * 0).astype(args[0].dtype)  # so that no run can be left out, or share its work
+            outs = jax.lax.optimization_barrier(jax.tree.leaves(function(first, *args[1:])))
+            return total + sum(out.reshape(-1)[0].astype(jnp.float32) for out in outs) * 1e-30
+
+        return jax.lax.fori_loop(0, count, body, jnp.zeros((), jnp.float32))
+
+    compiled, count = jax.jit(repeat), 1
+    times: list[float] = []
+    jax.block_until_ready(compiled(count, *args))
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        begun = time.perf_counter()
+        jax.block_until_ready(compiled(count, *args))
+        times.append((time.perf_counter() - begun) / count)
+        if len(times) == 1:
+            count = max(1, round(seconds / 5 / times.pop()))
+    return sorted(times)[len(times) // 2]
+
+
+def forecast(config: Config, rates: Rates, *, device_bytes: float) -> Forecast:
+    """Of a resolved config on as many virtual devices as its mesh has.
+
+    Args:
+      device_bytes: that the compiler says a device needs (`compiled_bytes`).
+    """
+    parallel = config.parallel
+    devices = math.prod(parallel.sizes.values())
+    anatomy = facts(config, named=names_results(config, "cpu")).anatomy
+    amounts = anatomy.amounts(values(config)) * devices
+    if parallel.pipeline > 1:
+        amounts = amounts * config.train.accumulation
+    of_loss = [bool(work.size.exponents[PLACE["vocab"]]) for work in anatomy.work]
+    done = {kind: 0.0 for kind in KINDS}
+    for work, amount, is_loss in zip(anatomy.work, amounts.tolist(), of_loss, strict=True):
+        if not is_loss or work.kind != "product":
+            done[work.kind] += amount
+    # Layers of all devices, each with its share of rows, positions and heads: of so many rows whole.
+    rows = config.data.batch_size / devices / config.train.accumulation * parallel.context * parallel.tensor
+    parameters = sum(leaf.bytes for leaf in facts(config).state if leaf.part == "parameters") / 4
+    tokens = config.data.batch_size * config.data.sequence_length
+    parts = {
+        "products": done["product"] / rates.products,
+        "attention": rows * (done["attention_forward"] * rates.attend + done["attention_backward"] * rates.attend_back),
+        "loss": tokens * parallel.tensor * rates.loss,
+        "elementwise": done["traffic"] / rates.elementwise,
+        "optimizer": parameters * rates.optimizer,
+    }
+    return Forecast(parts, device_bytes * devices)
+
+
+def compiled_bytes(program: jax.stages.Compiled) -> float:
+    """What the compiler says that a device needs while a step runs, state included."""
+    found: Any = program.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return float(held + found.temp_size_in_bytes)
+
+
+def on_this_machine(plan: Plan, config: Config) -> Plan:
+    """A plan for CPUs with the time that this machine takes, calibrated in this process."""
+    foretold = forecast(config, calibrate(config), device_bytes=float(plan.memory.total))
+    rate = plan.forecast.tokens / foretold.seconds if foretold.seconds else 0.0
+    timed = dataclasses.replace(
+        plan.forecast, seconds=foretold.seconds, parts=dict(foretold.parts), tokens_per_second=rate
+    )
+    notes = [note for note in plan.notes if "estimates no cycles" not in note]
+    note = "times are calibrated on this machine's cores, which all the virtual devices share"
+    return dataclasses.replace(plan, forecast=timed, notes=(*notes, note))

@@ -1,0 +1,235 @@
+"""Looks for the fastest way to run a training on given hardware: a model judges all ways, the compiler the best.
+
+Nothing of what the run computes is changed (`plan/candidates.py`). Every candidate is judged by the analytical model;
+those that fit are compiled in the order of their predicted times, as long as the time that was given lasts, and ranked
+by what the compiler's own figures say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from maxlm.config import Config
+from maxlm.errors import UserError
+from maxlm.plan.analytic import Estimate, Estimator
+from maxlm.plan.candidates import candidates
+from maxlm.plan.topology import Topology, TopologyError, parse_topology
+from maxlm.resolve import relations, resolve
+
+COMPILED = 6  # candidates at most
+CONSIDERED = 500  # of those that fit, the fastest by the model
+SLACK = 0.05  # of the memory: by how much a candidate may seem too large and still be compiled
+LARGER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+
+
+class SearchError(UserError):
+    """Nothing fits, or there is nothing to search."""
+
+
+class Verdict(NamedTuple):
+    """What the compiler says of a candidate: bytes on a device, seconds of a step, and these by part."""
+
+    bytes: float
+    seconds: float
+    parts: Mapping[str, float]
+
+
+Judge = Callable[[Config, Topology], Verdict]
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """A candidate. verdict: None where it was not compiled. refused: why the compiler would not have it."""
+
+    config: Config
+    estimate: Estimate
+    verdict: Verdict | None = None
+    refused: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: as compiled, or else as the model has it."""
+        return self.verdict.seconds if self.verdict else self.estimate.time.total
+
+    @property
+    def bytes(self) -> float:
+        """On a device, likewise."""
+        return self.verdict.bytes if self.verdict else self.estimate.memory.total
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """best: the fastest first, compiled ones before others. judged: how many the model judged. fitting: of these."""
+
+    best: tuple[Ranked, ...]
+    judged: int
+    fitting: int
+    seconds: float  # that judging took
+
+    @property
+    def winner(self) -> Ranked:
+        """The first."""
+        return self.best[0]
+
+
+def search(
+    config: Config,
+    topology: Topology,
+    judge: Judge | None,
+    *,
+    budget_seconds: float,
+    log: Log = lambda line: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Found:
+    """The best ways to run a resolved config on the hardware.
+
+    Args:
+      judge: compiles a candidate; None: the model judges alone.
+      budget_seconds: for all of it; a compilation is begun only if the last one would have fitted into what is left.
+
+    Raises:
+      SearchError: nothing fits; the message names the smallest slice of that chip that can hold the run.
+    """
+    begun = clock()
+    judged = 0
+    fitting: list[Ranked] = []
+    for candidate, guess in judged_candidates(config, topology):
+        judged += 1
+        if guess.room >= -SLACK * topology.chip.usable_bytes:
+            fitting.append(Ranked(candidate, guess))
+    took = clock() - begun
+    log(f"{judged:,} ways to run it judged in {took:.1f} s; {len(fitting):,} of them fit by the model's memory")
+    if not fitting:
+        raise SearchError(nothing_fits(config, topology))
+    many = len(fitting)
+    fitting.sort(key=lambda ranked: ranked.estimate.time.total)
+    fitting = list(itertools.islice(_accepted(fitting, topology), CONSIDERED))
+    if judge is None:
+        best = [ranked for ranked in fitting if ranked.estimate.fits] or fitting
+        return Found(tuple(best[:COMPILED]), judged, many, took)
+
+    compiled: list[Ranked] = []
+    longest = 0.0
+    for ranked in _different(fitting):
+        fit = [done for done in compiled if _fits(done, topology)]
+        if len(fit) >= COMPILED or (compiled and clock() - begun + longest > budget_seconds):
+            break
+        before = clock()
+        compiled.append(_compile(ranked, topology, judge))
+        longest = max(longest, clock() - before)
+        log(f"compiled in {clock() - before:.0f} s: {describe(compiled[-1], topology)}")
+    good = sorted((done for done in compiled if _fits(done, topology)), key=lambda done: done.seconds)
+    rest = [ranked for ranked in fitting if ranked.estimate.fits and ranked.config not in [c.config for c in compiled]]
+    best = (good + rest)[:COMPILED] if good else rest[:COMPILED]
+    if not best:
+        raise SearchError(nothing_fits(config, topology))
+    return Found(tuple(best), judged, many, took)
+
+
+def judged_candidates(config: Config, topology: Topology) -> Iterator[tuple[Config, Estimate]]:
+    """All candidates with the model's estimate; whether `resolve` accepts them is yet to be seen (`_accepted`)."""
+    estimator = Estimator(config, topology)
+    for candidate in candidates(config, topology):
+        yield candidate, estimator(candidate)
+
+
+def _accepted(ranked: list[Ranked], topology: Topology) -> Iterator[Ranked]:
+    return (one for one in ranked if not relations(one.config, devices=topology.devices))
+
+
+def _compile(ranked: Ranked, topology: Topology, judge: Judge) -> Ranked:
+    try:
+        return dataclasses.replace(ranked, verdict=judge(resolve(ranked.config, devices=topology.devices), topology))
+    except UserError as error:
+        return dataclasses.replace(ranked, refused=str(error))
+
+
+def _fits(ranked: Ranked, topology: Topology) -> bool:
+    return ranked.verdict is not None and ranked.bytes <= topology.chip.usable_bytes
+
+
+def _different(ranked: list[Ranked]) -> Iterator[Ranked]:
+    """In order, but no more than two of a mesh, and only one of a mesh and remat: near twins tell little."""
+    meshes: dict[tuple, list[tuple]] = {}
+    for one in ranked:
+        parallel, train = one.config.parallel, one.config.train
+        policy = (train.remat, train.remat_names)
+        seen = meshes.setdefault(tuple(parallel.sizes.values()), [])
+        if len(seen) < 2 and policy not in seen:
+            seen.append(policy)
+            yield one
+
+
+def nothing_fits(config: Config, topology: Topology) -> str:
+    """That nothing does, how near the nearest is, and the smallest slice of that chip that can hold the run."""
+    least = min((guess.memory.total for _, guess in judged_candidates(config, topology)), default=0.0)
+    usable, gib = topology.chip.usable_bytes, 2**30
+    near = (
+        f"the least that any way of running it takes is {least / gib:.1f} GiB a device" if least else "no mesh divides"
+    )
+    smallest = smallest_slice(config, topology)
+    if smallest is None:
+        rescue = "no slice that is known can; lower data.sequence_length, or take a chip with more memory"
+    else:
+        rescue = f"the smallest slice that can hold it is {smallest.name} ({smallest.devices} devices)"
+    return (
+        f"{config.name} does not fit {topology.name}: {near}, and a program may use {usable / gib:.1f} GiB of a "
+        f"{topology.chip.name}; {rescue}"
+    )
+
+
+def smallest_slice(config: Config, topology: Topology) -> Topology | None:
+    """The smallest slice, or number of nodes, of that chip on which something fits by the model; None: none does."""
+    for larger in slices_of(topology):
+        if larger.devices > topology.devices:
+            fitting = [Ranked(candidate, guess) for candidate, guess in judged_candidates(config, larger) if guess.fits]
+            if next(_accepted(fitting, larger), None) is not None:
+                return larger
+    return None
+
+
+def slices_of(topology: Topology) -> Iterator[Topology]:
+    """Slices of the chip in order of size; nodes like those of the topology for GPUs."""
+    chip = topology.chip
+    for count in LARGER:
+        name = f"{chip.name}-{count * chip.named_per_chip}" if chip.torus_dims else f"{chip.name}x{topology.shape[0]}"
+        name += "" if chip.torus_dims or count == 1 else f"x{count}"
+        try:
+            yield parse_topology(name, {chip.name: chip})
+        except TopologyError:
+            continue
+
+
+def describe(ranked: Ranked, topology: Topology) -> str:
+    """A candidate in a line: how it runs, what it takes."""
+    parallel, train, gib = ranked.config.parallel, ranked.config.train, 2**30
+    mesh = " x ".join(f"{axis} {size}" for axis, size in parallel.sizes.items() if size > 1) or "one device"
+    policy = "+".join(train.remat_names) if train.remat == "custom" else train.remat
+    how = f"{mesh}, remat {policy}, {train.accumulation} microbatch{'es' if train.accumulation > 1 else ''}"
+    if parallel.pipeline > 1:
+        how += f", {parallel.pipeline_schedule}" + (
+            f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
+        )
+    if ranked.refused:
+        return f"{how}: refused ({ranked.refused})"
+    room = (topology.chip.usable_bytes - ranked.bytes) / gib
+    return f"{how}: {ranked.seconds:.3f} s, {ranked.bytes / gib:.1f} GiB ({room:.1f} GiB free)"
+
+
+def why(found: Found, topology: Topology) -> str:
+    """What the winner has over the one after it, in a sentence."""
+    first = found.winner
+    if len(found.best) < 2:
+        return "it is the only one that fits"
+    second = found.best[1]
+    gains = {part: second.estimate.time.parts[part] - seconds for part, seconds in first.estimate.time.parts.items()}
+    part, gain = max(gains.items(), key=lambda item: item[1])
+    lead = second.seconds / first.seconds - 1 if first.seconds else 0.0
+    if gain <= 0:
+        return f"it is {lead:.1%} faster than the next, which differs from it in nothing that the model sees"
+    return f"it is {lead:.1%} faster than the next ({describe(second, topology)}), which loses {gain:.3f} s on {part}"

@@ -1,0 +1,173 @@
+"""`maxlm plan --search`: the search with its table, and the winner as overrides that `maxlm train` takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from maxlm.config import Config
+from maxlm.files import write_atomically
+from maxlm.plan.analytic.memory import state_bytes, state_leaves
+from maxlm.plan.candidates import overrides
+from maxlm.plan.changes import cheapest, sentences
+from maxlm.plan.compile import CompileError, check_installed, compile_step
+from maxlm.plan.mtbf import costs_of, lines, outlooks
+from maxlm.plan.plan import Plan, make_plan
+from maxlm.plan.search import Found, Judge, Ranked, Verdict, search, why
+from maxlm.plan.topology import Topology
+
+Log = Callable[[str], None]
+GIB = 2**30
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of a search."""
+    flags.DEFINE_bool(
+        "search", False, "look for the fastest mesh, remat, microbatches and schedule", flag_values=values
+    )
+    flags.DEFINE_float(
+        "budget_minutes",
+        10.0,
+        "of a search; 0: judge by the model, compile nothing",
+        flag_values=values,
+        lower_bound=0.0,
+    )
+    _define_failures(values)
+    flags.DEFINE_string(
+        "winner", "winner.flags", "file for the winner's overrides, one a line, of a search", flag_values=values
+    )
+
+
+def _define_failures(values: flags.FlagValues) -> None:
+    flags.DEFINE_float(
+        "mtbf",
+        0.0,
+        "hours between failures of one chip: also simulate the goodput",
+        flag_values=values,
+        lower_bound=0.0,
+    )
+    for name, meaning in (("stall", "a save holds up the steps"), ("write", "a save takes until it is committed")):
+        flags.DEFINE_float(
+            f"{name}_seconds", 0.0, f"that {meaning}, as measured; 0: by size", flag_values=values, lower_bound=0.0
+        )
+
+
+def print_changes(plan: Plan, config: Config, topology: Topology, *, log: Log) -> None:
+    """For a plan that does not fit: the cheapest changes that would make it."""
+    found = cheapest(config, topology, needs=float(plan.memory.total))
+    if not found:
+        log("no single change would make it fit; --search looks over all meshes, and names a slice that can hold it")
+        return
+    log("by the analytical model these changes would make it fit, the cheapest first:")
+    for place, line in enumerate(sentences(found), start=1):
+        log(f"  {place}. {line}")
+
+
+def print_failures(values: flags.FlagValues, config: Config, topology: Topology, *, log: Log) -> None:
+    """What failures cost the run on more and more chips."""
+    held = sum(state_bytes(config, state_leaves(config.model, config.optim)).values())
+    costs = costs_of(
+        held,
+        devices_per_host=topology.chip.devices_per_host,
+        stall=values.stall_seconds,
+        write=values.write_seconds,
+    )
+    for line in lines(costs, outlooks(costs, chip_mtbf_hours=values.mtbf)):
+        log(line)
+
+
+def run_search(values: flags.FlagValues, config: Config, topology: Topology, *, log: Log) -> int:
+    """Searches, prints the ranked table and writes the winner; the exit code."""
+    judge = compiling(values, log=log) if values.budget_minutes else None
+    if judge is not None:
+        try:
+            check_installed(topology)
+        except CompileError as error:
+            log(f"{error}")
+            log("until then the model answers alone: within 10% of a dense model's memory, 15% with experts")
+            judge = None
+    found = search(config, topology, judge, budget_seconds=60 * values.budget_minutes, log=log)
+    print_found(found, topology, Console())
+    words = overrides(config, found.winner.config)
+    log(f"why: {why(found, topology)}")
+    log("add to maxlm train: " + (" ".join(words) or "nothing: the config is the winner"))
+    write_atomically(Path(values.winner).expanduser().absolute(), "".join(f"{word}\n" for word in words))
+    log(f"written: {values.winner}; with it: maxlm train --config=... --workdir=... $(cat {values.winner})")
+    if values.json:
+        Path(values.json).expanduser().write_text(json.dumps(as_json(found, config, topology), indent=1) + "\n")
+        log(f"written: {values.json}")
+    return 0
+
+
+def compiling(values: flags.FlagValues, *, log: Log) -> Judge:
+    """Compiles a candidate whole, or takes what was compiled of the same content before."""
+
+    def judge(config: Config, topology: Topology) -> Verdict:
+        step = compile_step(
+            config, topology, cache=values.plan_cache or None, limit=int(values.limit_gib * GIB), log=log
+        )
+        plan = make_plan(config, topology, step)
+        bytes_ = max(float(plan.memory.total), topology.chip.usable_bytes + 1 if step.refused else 0.0)
+        return Verdict(bytes_, plan.forecast.seconds, plan.forecast.parts)
+
+    return judge
+
+
+def print_found(found: Found, topology: Topology, console: Console) -> None:
+    """The ranked table."""
+    table = Table("", "mesh", "remat", "micro", "schedule", "s a step", "tok/s", "GiB", "free", "parts", box=None)
+    for place, ranked in enumerate(found.best, start=1):
+        table.add_row(str(place), *_cells(ranked, topology))
+    console.width = max(console.width, 150)  # a log has no width of its own
+    console.print(table)
+    uncompiled = sum(ranked.verdict is None for ranked in found.best)
+    if uncompiled:
+        console.print(f"~: not compiled ({uncompiled} of them), by the analytical model alone")
+
+
+def _cells(ranked: Ranked, topology: Topology) -> list[str]:
+    parallel, train = ranked.config.parallel, ranked.config.train
+    mesh = " x ".join(f"{axis} {size}" for axis, size in parallel.sizes.items() if size > 1) or "one device"
+    schedule = parallel.pipeline_schedule if parallel.pipeline > 1 else ""
+    parts = ranked.verdict.parts if ranked.verdict else ranked.estimate.time.parts
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
+    mark = "" if ranked.verdict else "~"
+    tokens = ranked.config.data.batch_size * ranked.config.data.sequence_length
+    return [
+        mesh,
+        "+".join(train.remat_names) if train.remat == "custom" else train.remat,
+        str(train.accumulation),
+        schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""),
+        f"{mark}{ranked.seconds:.3f}",
+        f"{tokens / ranked.seconds:,.0f}",
+        f"{mark}{ranked.bytes / GIB:.1f}",
+        f"{(topology.chip.usable_bytes - ranked.bytes) / GIB:.1f}",
+        ", ".join(f"{name} {seconds:.2f}" for name, seconds in largest if seconds > 0.005),
+    ]
+
+
+def as_json(found: Found, config: Config, topology: Topology) -> dict[str, Any]:
+    """All of the table, with the overrides of each."""
+
+    def one(ranked: Ranked) -> dict[str, Any]:
+        return {
+            "overrides": overrides(config, ranked.config),
+            "seconds": ranked.seconds,
+            "bytes": ranked.bytes,
+            "compiled": ranked.verdict._asdict() if ranked.verdict else None,
+            "model": {
+                "seconds": ranked.estimate.time.total,
+                "parts": dict(ranked.estimate.time.parts),
+                "bytes": ranked.estimate.memory.total,
+                "components": dict(ranked.estimate.memory.parts),
+            },
+        }
+
+    facts = {name: getattr(found, name) for name in ("judged", "fitting", "seconds")}
+    return {"topology": topology.name, **facts, "best": [one(ranked) for ranked in found.best]}

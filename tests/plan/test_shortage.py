@@ -1,0 +1,65 @@
+"""A run that has too little memory says what would fit; any other error stays what it is."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maxlm.config import MlpConfig
+from maxlm.configfile import source
+from maxlm.plan import changes
+from maxlm.plan.shortage import explained, is_shortage
+from maxlm.resolve import resolve
+from tests.runs import ROOT
+from tests.tiny import MODEL, tiny_config, write_corpus
+
+# A hidden layer of 2 ** 19 tokens x 2 ** 13 dims in float32: 16 GiB, which a few microbatches bring down.
+TOO_MUCH = {
+    "model": MODEL.__class__(**vars(MODEL) | {"mlp": MlpConfig(dim=2**13)}),
+    "data__batch_size": 2**13,
+    "data__prefetch": 0,
+    "train__loss_chunk": 2**12,
+}
+
+
+@pytest.fixture(scope="module")
+def shortage():
+    """What JAX really raises."""
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jax.block_until_ready(jax.jit(lambda: jnp.zeros(2**48, jnp.uint8))())
+    return caught.value
+
+
+def test_only_a_shortage_is_taken_for_one(shortage):
+    assert is_shortage(shortage)
+    assert not is_shortage(ValueError("RESOURCE_EXHAUSTED"))
+
+
+def test_it_names_changes_and_what_to_type(shortage, tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "REMATS", (("none", ()), ("full", ())))  # each policy is traced, which takes seconds
+    config = resolve(tiny_config(tmp_path, **TOO_MUCH), devices=8)
+    text = str(explained(shortage, config))
+    assert text.startswith("out of memory: RESOURCE_EXHAUSTED")
+    assert "  1. " in text and text.count("--config.") >= 1 and "GiB a device" in text
+
+
+@pytest.mark.slow
+def test_a_real_run_that_runs_out_says_so(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(source(tiny_config(write_corpus(tmp_path / "corpus"), **TOO_MUCH)))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "maxlm.cli", "train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, 24 * 2**30))
+
+    found = subprocess.run(
+        command, cwd=ROOT, env=environment, preexec_fn=limit, capture_output=True, text=True, timeout=900
+    )
+    assert found.returncode == 1
+    assert "out of memory" in found.stderr and "1. " in found.stderr and "--config.train" in found.stderr
+    assert "Traceback" not in found.stderr

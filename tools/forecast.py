@@ -1,0 +1,93 @@
+"""Forecast and measurement of a run's steps on this machine's CPUs, side by side.
+
+python tools/forecast.py --config=configs/quickstart.py --devices=8 [--steps=10] [--config.data.batch_size=8 ...]
+
+The forecast is made before a step is run: memory from the compiler's plan, time from a calibration of under 15 s. What
+is measured is the growth of the process's peak memory over the steps, plus the state, and the median step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; 0 if both are within what docs/plan.md promises."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    given, rest = parser.parse_known_args(argv)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flag = f"--xla_force_host_platform_device_count={given.devices}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    from maxlm.compilation import give_virtual_devices_threads
+
+    give_virtual_devices_threads()
+    found = compare(rest, given.devices, given.steps)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "forecast", "measured", "forecast / measured", box=None)
+    for name, (foretold, measured, unit) in found["figures"].items():
+        table.add_row(name, f"{foretold:.4g} {unit}", f"{measured:.4g} {unit}", f"{foretold / measured:.3f}")
+    Console().print(table)
+    parts = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found["parts"].items())
+    print(f"parts of the step: {parts}; calibrated in {found['calibration']:.1f} s")
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    limits = {"peak memory": 0.10, "step": 0.30}
+    return int(any(abs(f / m - 1) > limits[name] for name, (f, m, _) in found["figures"].items()))
+
+
+def compare(args: list[str], devices: int, steps: int) -> dict:
+    """The figures: forecast, measurement, unit."""
+    import jax
+    from absl import flags
+    from ml_collections import config_flags
+
+    from maxlm.parallel.mesh import make_mesh
+    from maxlm.plan.forecast import calibrate, compiled_bytes, forecast
+    from maxlm.resolve import resolve
+    from maxlm.train.compare import example_batch
+    from maxlm.train.setup import make_setup, place_batch
+    from maxlm.train.state import make_state
+    from maxlm.train.watermark import Watermark
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "config file", flag_values=values, sys_argv=args)
+    values(["forecast", *args])
+    config = resolve(values.config, devices=devices)
+    setup = make_setup(config, make_mesh(config.parallel))
+    shape = config.data.batch_size, config.data.sequence_length
+    program = setup.compile(*shape)
+    rates = calibrate(config)
+    foretold = forecast(config, rates, device_bytes=compiled_bytes(program))
+
+    batch = example_batch(0, rows=shape[0], length=shape[1], vocab=config.model.vocab_size)
+    placed = place_batch(setup.mesh, shape, lambda rows: jax.tree.map(lambda x: x[rows], batch))
+    state = jax.block_until_ready(make_state(config, setup.optimizer, setup.shardings))
+    watermark, seconds = Watermark(), []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        state, metrics = program(state, placed)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - begun)
+    peak, mib = (watermark.device_bytes(state) or 0.0) * devices, 2**20
+    return {
+        "figures": {
+            "peak memory": (foretold.bytes / mib, peak / mib, "MiB"),
+            "step": (foretold.seconds, sorted(seconds)[len(seconds) // 2], "s"),
+        },
+        "parts": dict(foretold.parts),
+        "calibration": rates.seconds,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
