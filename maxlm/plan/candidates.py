@@ -19,7 +19,7 @@ from maxlm.resolve import leaves
 REMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("none", ()),
     ("matmuls", ()),
-    ("custom", ("attention_qkv", "attention_out", "mlp_hidden")),
+    ("custom", ("attention_qkv", "attention_out", "mlp_gate", "mlp_up")),
     ("custom", ("attention_qkv", "attention_out")),
     ("custom", ("attention_out",)),
     ("full", ()),

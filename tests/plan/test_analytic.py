@@ -197,6 +197,7 @@ def test_no_figure_is_above_the_peak():
 # --- the search and the changes ------------------------------------------------------------------------------------
 
 TOPOLOGY = parse_topology("v5p-16")
+ALL_REMATS = maxlm.plan.candidates.REMATS  # before the tests cut them down
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +302,13 @@ def test_a_known_need_scales_the_model(large):
     need = 2 * Estimator(full, TOPOLOGY)(full).memory.total
     usable = 1.2 * Estimator(full, TOPOLOGY)(full).memory.total
     assert all(change.bytes <= usable for change in cheapest(full, TOPOLOGY, needs=need, usable=usable))
+
+
+def test_every_policy_is_one_that_resolve_takes():
+    for remat, names in ALL_REMATS:
+        resolve(
+            dataclasses.replace(config(), train=dataclasses.replace(config().train, remat=remat, remat_names=names))
+        )
 
 
 def test_every_candidate_has_the_devices_and_the_tokens(large):
