@@ -6,8 +6,8 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. 
 --config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
 for a folder that holds the published tokenizer.json.
 
-The compiler (libtpu 0.0.42) lays out 35.1 GiB a chip on v5p-128, of 95, almost half of it for rows that experts might
-get and, where load is even, do not: no token is dropped.
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 35.1 of 95.7 GiB a chip, almost half of it
+for rows that experts might get and, where load is even, do not: no token is dropped.
 """
 
 from maxlm.config import (

@@ -1,0 +1,262 @@
+"""Plans the same work with MaxText 0.2.5 and with MaxLM, compiled for the same chips, and prints them side by side.
+
+python tools/plan_peer.py [WORK ...] [--python=python3.12] [--folder=DIR] [--whole] [--json=PATH]
+
+MaxText needs Python 3.12 and newer packages than ours; the tool makes an environment for it in --folder (several GB)
+and runs both sides in it, so that both are compiled by one jax and one libtpu. Where that cannot be had, ours is set
+beside what MaxText was once found to need (`Work.given`), and the page says so.
+
+What is compared: memory a chip; bytes on the wire by kind, as the compiler emits them; how many of those no other work
+hides; and with --whole (ten times the compile time) the compiler's own estimate of cycles, which leaves out kernels
+and collectives on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PEER = "maxtext[tpu]==0.2.5"
+FOLDER = "~/.cache/maxlm/peer"
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The same training step on both sides.
+
+    recipe, topology: ours. positions, rows: of a row; rows of a device.
+    model: MaxText's name of it.
+    peer: further settings of MaxText, with the mesh that its own recipes would take.
+    given: what MaxText 0.2.5 was found to need, for a machine without it: bytes, cycles.
+    """
+
+    recipe: str
+    topology: str
+    positions: int
+    rows: int
+    model: str
+    peer: tuple[str, ...]
+    given: Mapping[str, float]
+
+
+GIB = 2**30
+# Everything that a layer's products make is kept, which gives the memory that was found (without the first products of
+# the feed-forward half, save_dot_except_mlpwi, it is 24.6 GiB). Gradients are summed in bfloat16, ours in float32.
+KEPT = ("remat_policy=minimal_with_context",)
+WORKS: Mapping[str, Work] = {
+    "llama3-8b-v5p": Work(
+        "llama3_8b",
+        "v5p-128",
+        8192,
+        2,
+        "llama3-8b",
+        KEPT,
+        {"memory": 52.5 * GIB, "cycles": 3.66e9, "all-gather": 29.6e9, "all-reduce": 31.6e9},
+    ),
+    "llama3-70b-v5p": Work(
+        "llama3_70b", "v5p-256", 4096, 2, "llama3-70b", KEPT, {"memory": 46.9 * GIB, "cycles": 2.04e10}
+    ),
+    "llama3-8b-v6e": Work("llama3_8b", "v6e-256", 8192, 4, "llama3-8b", (), {"memory": 28.4 * GIB, "cycles": 7.5e9}),
+    "mixtral-8x7b-v5p": Work(
+        "mixtral_8x7b", "v5p-128", 4096, 4, "mixtral-8x7b", ("ici_expert_parallelism=8", "ici_fsdp_parallelism=8"), {}
+    ),
+}
+BLOCKS = [
+    f"sa_block_{name}=2048" for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+]
+VMEM = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
+
+
+# --- one side, inside the environment --------------------------------------------------------------------------------
+
+
+def ours(work: Work, *, whole: bool) -> dict[str, Any]:
+    """Figures of MaxLM's step."""
+    from maxlm.plan.compile import compile_step
+    from maxlm.plan.topology import parse_topology
+    from maxlm.resolve import resolve
+
+    spec = importlib.util.spec_from_file_location(work.recipe, ROOT / "configs" / f"{work.recipe}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    topology = parse_topology(work.topology)
+    given = module.get_config(work.topology)
+    given.data.sequence_length = work.positions
+    given.data.batch_size = given.eval.batch_size = work.rows * topology.devices
+    config = resolve(given, devices=topology.devices)
+    step = compile_step(config, topology, whole=whole, cache=None, options=VMEM, log=print)
+    held = sum(int(step.analysis.get(name, 0)) for name in ("argument_size", "output_size", "temp_size"))
+    held -= int(step.analysis.get("alias_size", 0))
+    return figures(step.program, step.mesh, memory=held, buffers=step.buffers, ranges=step.ranges)
+
+
+def peers(work: Work, *, whole: bool) -> dict[str, Any]:
+    """Figures of MaxText's step: its own compile-only program, with the compiled step caught on its way out."""
+    import maxtext
+    from absl import flags
+    from maxtext.trainers.pre_train import train_compile
+
+    del whole  # it has no other way
+    caught: list[Any] = []
+    compile_it = train_compile.jit_and_compile
+
+    def catching(*args: Any, **kwargs: Any) -> Any:
+        caught.extend([compile_it(*args, **kwargs), args[4] if len(args) > 4 else kwargs["mesh"]])
+        return caught[0]
+
+    train_compile.jit_and_compile = catching
+    base = Path(next(iter(maxtext.__path__))) / "configs" / "base.yml"
+    options = " ".join(f"--{name}={value}" for name, value in VMEM.items())
+    settings = [
+        f"model_name={work.model}",
+        f"compile_topology={work.topology}",
+        "compile_topology_num_slices=1",
+        f"per_device_batch_size={work.rows}",
+        f"max_target_length={work.positions}",
+        "attention=flash",
+        "dataset_type=synthetic",
+        "enable_checkpointing=false",
+        "run_name=plan",
+        "base_output_directory=/tmp",
+        f"compile_xla_flags={options}",
+        *BLOCKS,
+        *work.peer,
+    ]
+    flags.FLAGS.mark_as_parsed()
+    train_compile.main(["train_compile", str(base), *settings])
+    compiled, mesh = caught
+    analysis = compiled.memory_analysis()
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return figures(compiled.as_text(), dict(mesh.shape), memory=held + analysis.temp_size_in_bytes)
+
+
+def figures(
+    program: str, mesh: Mapping[str, int], *, memory: int, buffers: str = "", ranges: str = ""
+) -> dict[str, Any]:
+    """What is compared, of a compiled step; the same reading for both sides."""
+    from importlib.metadata import version
+
+    import jax
+
+    from maxlm.plan.collectives import by_kind_and_axes, find
+    from maxlm.plan.hlo import parse, total_flops
+    from maxlm.plan.memory import read_memory
+
+    module = parse(program)
+    rows = by_kind_and_axes(find(module, mesh))
+    found: dict[str, Any] = {
+        "memory": memory or read_memory(module, buffers, ranges).total,
+        "flops": total_flops(module),
+        "cycles": sum(times * instruction.cycles for instruction, _, times in module.scheduled()),
+        "wire": sum(row.wire for row in rows),
+        "exposed": sum(row.exposed for row in rows),
+        "by": f"jax {jax.__version__}, libtpu {version('libtpu')}",
+    }
+    return found | {kind: sum(row.wire for row in rows if row.kind == kind) for kind in KINDS}
+
+
+# --- the environment -------------------------------------------------------------------------------------------------
+
+
+def interpreter(asked: str) -> str:
+    """A Python 3.12; "" if there is none that runs."""
+    pyenv = sorted(Path("~/.pyenv/versions").expanduser().glob("3.12*/bin/python"))
+    for candidate in (asked, "python3.12", *map(str, pyenv), sys.executable):
+        path = shutil.which(candidate) if candidate else None
+        if path is None:
+            continue
+        said = subprocess.run([path, "-c", "import sys; print(sys.version_info[:2])"], capture_output=True, text=True)
+        if said.stdout.strip() == "(3, 12)":
+            return path
+    return ""
+
+
+def environment(folder: Path, python: str) -> Path:
+    """The interpreter of an environment that holds MaxText and what MaxLM needs; made where it is not there."""
+    inside = folder / "maxtext-0.2.5" / "bin" / "python"
+    if (folder / "made").exists():
+        return inside
+    subprocess.run([python, "-m", "venv", str(inside.parent.parent)], check=True)
+    subprocess.run([str(inside), "-m", "pip", "install", "-q", PEER, "ml_collections"], check=True)
+    subprocess.run([str(inside), "-m", "pip", "install", "-q", str(ROOT)], check=True)
+    (folder / "made").write_text(PEER)
+    return inside
+
+
+def run_side(python: str, side: str, name: str, *, whole: bool, folder: Path) -> dict[str, Any]:
+    """One side in a process of its own. Raises CalledProcessError, after what it printed, if it fails."""
+    out = folder / f"{name}.{side}.json"
+    tpu = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [python, str(Path(__file__)), name, f"--side={side}", f"--json={out}"]
+    subprocess.run(
+        [*command, *(["--whole"] if whole else [])], check=True, env={**os.environ, **tpu, "PYTHONPATH": str(ROOT)}
+    )
+    return json.loads(out.read_text())
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def table(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Lines of both sides with the ratio of ours to theirs; a figure that one side lacks is left out."""
+    lines = [f"{'':18}{'MaxLM':>12}{'MaxText':>12}{'ratio':>8}"]
+    units = {"memory": (GIB, "GiB"), "cycles": (1e9, "1e9"), "flops": (1e12, "TFLOP")}
+    for name in ("memory", "cycles", "flops", "wire", "exposed", *KINDS):
+        a, b = mine.get(name), theirs.get(name)
+        if not a or not b:
+            continue
+        scale, unit = units.get(name, (1e9, "GB"))
+        lines.append(f"{name + ', ' + unit:18}{a / scale:12.4g}{b / scale:12.4g}{a / b:8.3f}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compares what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; all")
+    parser.add_argument("--python", default="", help="a Python 3.12 to make MaxText's environment from")
+    parser.add_argument("--folder", default=FOLDER, help="where the environment is made and figures are kept")
+    parser.add_argument("--whole", action="store_true", help="compile to the end, for the estimate of cycles")
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if unknown := set(args.works) - set(WORKS):
+        parser.error(f"{', '.join(sorted(unknown))}: no such work; there are {', '.join(WORKS)}")
+    if args.side:
+        side = {"ours": ours, "peer": peers}[args.side]
+        Path(args.json).write_text(json.dumps(side(WORKS[args.works[0]], whole=args.whole), indent=1))
+        return 0
+    folder = Path(args.folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    python = interpreter(args.python)
+    if not python:
+        print(
+            "There is no Python 3.12 here, which MaxText needs (--python names one): its figures are those once found."
+        )
+    inside = str(environment(folder, python)) if python else sys.executable
+    every = {}
+    for name in args.works or WORKS:
+        mine = run_side(inside, "ours", name, whole=args.whole, folder=folder)
+        given = WORKS[name].given
+        theirs = run_side(inside, "peer", name, whole=True, folder=folder) if python else dict(given)
+        every[name] = {"ours": mine, "peer": theirs}
+        print(f"\n{name}: {mine['by']} / {theirs.get('by', 'as found')}", *table(mine, theirs), sep="\n", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(every, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
