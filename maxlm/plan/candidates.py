@@ -20,6 +20,7 @@ REMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("none", ()),
     ("matmuls", ()),
     ("custom", ("attention_qkv", "attention_out", "mlp_gate", "mlp_up")),
+    ("custom", ("attention_qkv", "attention_out", "mlp_up")),
     ("custom", ("attention_qkv", "attention_out")),
     ("custom", ("attention_out",)),
     ("full", ()),

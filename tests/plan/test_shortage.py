@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from maxlm.config import MlpConfig
+from maxlm.config import ACTIVATION_NAMES, MlpConfig
 from maxlm.configfile import source
 from maxlm.plan import changes
+from maxlm.plan.candidates import REMATS
 from maxlm.plan.shortage import explained, is_shortage
 from maxlm.resolve import resolve
 from tests.runs import ROOT
@@ -63,3 +64,7 @@ def test_a_real_run_that_runs_out_says_so(tmp_path):
     assert found.returncode == 1
     assert "out of memory" in found.stderr and "1. " in found.stderr and "--config.train" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_what_candidates_keep_has_a_name_in_the_model():
+    assert {name for _, names in REMATS for name in names} <= set(ACTIVATION_NAMES)

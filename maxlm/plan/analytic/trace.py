@@ -20,7 +20,7 @@ from jax.extend import core
 from maxlm.data.batch import Batch
 from maxlm.kernels.experts import local_experts
 from maxlm.kernels.grouped import Backend
-from maxlm.kernels.matmul import SAVED_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME
 from maxlm.model.decoder import split_model
 from maxlm.model.runtime import Runtime
 from maxlm.optim.optimizers import make_optimizer
@@ -64,7 +64,7 @@ def _attend(named: bool, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any) -
 def _attend_forward(named: bool, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any) -> Any:
     out, normaliser = FORWARD.bind(q, k, v)
     if named:
-        out, normaliser = checkpoint_name((out, normaliser), SAVED_NAME)
+        out, normaliser = checkpoint_name((out, normaliser), ATTENTION_NAME)
     return out, (q, k, v, sinks, out, normaliser)
 
 
