@@ -219,7 +219,7 @@ def _prepare(args: list[str]) -> int:
 
     prepared = prepare_data(config, Path(values.workdir).absolute())
     for name, store in prepared.stores.items():
-        print(f"{name}: {store.path} ({store.fingerprint[:16]})")
+        print(f"{name}: {store.place} ({store.fingerprint[:16]})")
     return 0
 
 

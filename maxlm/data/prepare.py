@@ -3,7 +3,7 @@
 A store is built in `OUT.partial`: units of the source are tokenised by worker processes into runs, the runs are merged
 into a store there, and that is renamed to `OUT`. After a kill, the same call goes on with the units that are done.
 The store's content depends on the documents, the tokenizer and the split rule only: not on file names, the number of
-processes or kills.
+processes or kills. One that is wanted in a bucket is built on this machine and copied there, its manifest last.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 from maxlm.config import Config, DataConfig, StoreConfig
 from maxlm.data import pieces, tokenizers
 from maxlm.data.sources import Listing, SourceError, list_source
+from maxlm.data.staging import fetch_or_none, has_store, publish
 from maxlm.data.store import FORMAT, SPLITS, StoreError, StoreWriter, TokenStore
 from maxlm.data.tokenizers import Tokenizer, TokenizerError, load_tokenizer
 from maxlm.data.workers import Progress, WorkerPool, note, worker_count
+from maxlm.storage import Folder, cache_folder, is_bucket, local_name
 
 
 class StoreReport(NamedTuple):
@@ -62,7 +64,7 @@ class Prepared(NamedTuple):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def prepare_data(config: Config, workdir: str | Path, *, build: bool = True) -> Prepared:
+def prepare_data(config: Config, workdir: Path, *, build: bool = True, home: str | Path = "") -> Prepared:
     """Makes, or finds made, the tokenizer and the stores of a run.
 
     What has no path of its own is made in `data.cache_dir` (or the workdir's `data/`) under a name of its content, and
@@ -74,15 +76,16 @@ def prepare_data(config: Config, workdir: str | Path, *, build: bool = True) -> 
       workdir: The run's folder.
       build: Whether this process may build. Of several processes one does; the others call with False once it
         is done, and read prepared.json alone.
+      home: Where the run lives if that is a bucket; `workdir` then is its folder on this machine.
 
     Raises:
       SourceError, TokenizerError, StoreError: What is asked for cannot be had, in one sentence.
     """
-    record = Path(workdir) / "data" / "prepared.json"
+    record = workdir / "data" / "prepared.json"
     if not build:
         return _open_prepared(config, record)
     data = config.data
-    folder = Path(data.cache_dir or Path(workdir) / "data").expanduser()
+    folder = _cache(config, home or workdir)
     listings = _list_sources(data)
     tokenizer = _resolve_tokenizer(config, listings, folder)
     stores, reports = {}, {}
@@ -92,19 +95,19 @@ def prepare_data(config: Config, workdir: str | Path, *, build: bool = True) -> 
             continue
         listing = listings[name]
         identity = _digest(FORMAT, listing.fingerprint, tokenizer.fingerprint, entry.heldout_permille)
-        out = Path(entry.path).expanduser() if entry.path else folder / f"{name}-{identity[:12]}"
+        out = entry.path or f"{folder}/{name}-{identity[:12]}"
         stores[name], reports[name] = prepare_store(entry, tokenizer, out, workers=data.workers, listing=listing)
     _write_json(
         record,
         {
             "key": _config_key(config),
-            "stores": {name: os.path.relpath(store.path, record.parent) for name, store in stores.items()},
+            "stores": {name: _relative(store.place, record.parent) for name, store in stores.items()},
         },
     )
     return Prepared(tokenizer, stores, reports)
 
 
-def prepare_tokenizer(config: Config, workdir: str | Path) -> Tokenizer:
+def prepare_tokenizer(config: Config, home: str | Path) -> Tokenizer:
     """The tokenizer of a run: the one that is given, that of its ready stores, or one trained on its sources.
 
     Training reads the documents of the train split with the lowest SHA-256, up to `sample_bytes` of them.
@@ -113,11 +116,20 @@ def prepare_tokenizer(config: Config, workdir: str | Path) -> Tokenizer:
       SourceError, TokenizerError, StoreError: There is nothing to load or to train on, or `model.vocab_size` is too
         small for it.
     """
-    folder = Path(config.data.cache_dir or Path(workdir) / "data").expanduser()
-    return _resolve_tokenizer(config, _list_sources(config.data), folder)
+    return _resolve_tokenizer(config, _list_sources(config.data), _cache(config, home))
 
 
-def _resolve_tokenizer(config: Config, listings: dict[str, Listing], folder: Path) -> Tokenizer:
+def _cache(config: Config, home: str | Path) -> str | Path:
+    """Where tokenizers and stores without a path of their own are kept: a folder, or a URL below a bucket's."""
+    given = config.data.cache_dir or f"{home}/data"
+    return given if is_bucket(given) else Path(given).expanduser()
+
+
+def _relative(place: str | Path, folder: Path) -> str:
+    return str(place) if is_bucket(place) else os.path.relpath(place, folder)
+
+
+def _resolve_tokenizer(config: Config, listings: dict[str, Listing], folder: str | Path) -> Tokenizer:
     data, settings = config.data, config.data.tokenizer
     if settings.path or settings.kind == "bytes":
         tokenizer = load_tokenizer(settings.kind, Path(settings.path).expanduser())
@@ -127,7 +139,7 @@ def _resolve_tokenizer(config: Config, listings: dict[str, Listing], folder: Pat
         tokenizer = _trained(config, listings, folder)
     else:
         first = next(iter(data.stores.values()))
-        tokenizer = TokenStore.open(Path(first.path).expanduser()).tokenizer()
+        tokenizer = TokenStore.open(_place(first.path)).tokenizer()
     if tokenizer.vocab_size > config.model.vocab_size:
         raise TokenizerError(
             f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} ids and the embedding only "
@@ -137,14 +149,14 @@ def _resolve_tokenizer(config: Config, listings: dict[str, Listing], folder: Pat
 
 
 def prepare_store(
-    entry: StoreConfig, tokenizer: Tokenizer, out: Path, *, workers: int, listing: Listing | None = None
+    entry: StoreConfig, tokenizer: Tokenizer, out: str | Path, *, workers: int, listing: Listing | None = None
 ) -> PreparedStore:
     """Makes the store `out` from its source, or opens it where it is there already.
 
     Args:
       entry: The store's settings.
       tokenizer: What makes its tokens.
-      out: The store's folder.
+      out: The store's folder, on disk or in a bucket.
       workers: Processes that tokenise; 0: one a core.
       listing: The source as listed before; None: it is listed now.
 
@@ -154,20 +166,25 @@ def prepare_store(
     """
     begin = time.monotonic()
     listing = listing or list_source(entry.source, entry.text_field)
-    partial = out.with_name(f"{out.name}.partial")
+    place = _place(out)
+    built = cache_folder() / "stores" / local_name(place) if isinstance(place, str) else place
+    partial = built.with_name(f"{built.name}.partial")
     # Looked for before the lock, so that a ready store can be used from a disk that one may only read.
-    store, worked = _find(out, entry, tokenizer, listing), 0
+    store, worked = _find(place, entry, tokenizer, listing), 0
     if store is None or partial.exists():
         with _locked(partial):
-            store = _find(out, entry, tokenizer, listing)
+            store = _find(place, entry, tokenizer, listing)
             if store is None:
-                worked = _build(entry, tokenizer, out, workers=workers, listing=listing, partial=partial)
-                store = TokenStore.open(out)
+                if _find(built, entry, tokenizer, listing) is None:  # else its way into the bucket was interrupted
+                    worked = _build(entry, tokenizer, built, workers=workers, listing=listing, partial=partial)
+                if isinstance(place, str):
+                    publish(built, Folder(place))
+                store = TokenStore.open(place)
             shutil.rmtree(partial)
     seconds = time.monotonic() - begin
     splits = [store.split(name) for name in SPLITS]
     report = StoreReport(
-        path=str(out),
+        path=str(place),
         fingerprint=store.fingerprint,
         reused=not worked,
         seconds=seconds,
@@ -251,9 +268,14 @@ def _build(
     return worked
 
 
-def _find(out: Path, entry: StoreConfig, tokenizer: Tokenizer, listing: Listing) -> TokenStore | None:
+def _place(given: str | Path) -> str | Path:
+    """A store's place as a folder, or as the URL that it is."""
+    return str(given) if is_bucket(given) else Path(given).expanduser()
+
+
+def _find(out: str | Path, entry: StoreConfig, tokenizer: Tokenizer, listing: Listing) -> TokenStore | None:
     """The store at `out`, None where there is nothing; raises StoreError where it is not the one asked for."""
-    if not out.exists():
+    if not (has_store(Folder(out)) if isinstance(out, str) else out.exists()):
         return None
     store = TokenStore.open(out)
     store.check_tokenizer(tokenizer)
@@ -276,7 +298,7 @@ def _open_given(name: str, entry: StoreConfig, tokenizer: Tokenizer) -> TokenSto
     """A store that exists already."""
     if not entry.path:
         raise StoreError(f"data.stores.{name} has neither a source nor a path: set one of them")
-    store = TokenStore.open(Path(entry.path).expanduser())
+    store = TokenStore.open(_place(entry.path))
     store.check_tokenizer(tokenizer)
     return store
 
@@ -289,7 +311,8 @@ def _open_prepared(config: Config, record: Path) -> Prepared:
         raise StoreError(f"{record} is not there: the process that builds has to come first") from None
     if content["key"] != _config_key(config):
         raise StoreError(f"{record} was written for other data settings: run `maxlm prepare` with this config")
-    stores = {name: TokenStore.open(record.parent / path) for name, path in content["stores"].items()}
+    places = content["stores"].items()
+    stores = {name: TokenStore.open(path if is_bucket(path) else record.parent / path) for name, path in places}
     tokenizer = next(iter(stores.values())).tokenizer()
     return Prepared(tokenizer, stores, {})
 
@@ -301,14 +324,14 @@ def _list_sources(data: DataConfig) -> dict[str, Listing]:
     return {name: list_source(entry.source, entry.text_field) for name, entry in data.stores.items() if entry.source}
 
 
-def _trained(config: Config, listings: dict[str, Listing], folder: Path) -> Tokenizer:
+def _trained(config: Config, listings: dict[str, Listing], folder: str | Path) -> Tokenizer:
     """The tokenizer trained on the sources, from `folder` where it was trained before."""
     data, vocab_size, limit = config.data, config.model.vocab_size, config.data.tokenizer.sample_bytes
     permilles = {name: data.stores[name].heldout_permille for name in listings}
     sources = sorted((listing.fingerprint, permilles[name]) for name, listing in listings.items())
     identity = _digest(tokenizers.TRAINING, vocab_size, limit, sources)
-    path = folder / f"tokenizer-{identity[:12]}.model"
-    if not path.exists():
+    path = Path(cache_folder() if isinstance(folder, str) else folder) / f"tokenizer-{identity[:12]}.model"
+    if not path.exists() and not (isinstance(folder, str) and fetch_or_none(Folder(folder), path.name, path)):
         begin = time.monotonic()
         jobs = [(unit, permilles[name]) for name, listing in listings.items() for unit in listing.units]
         sample = _sample(jobs, limit, data.workers)
@@ -319,6 +342,8 @@ def _trained(config: Config, listings: dict[str, Listing], folder: Path) -> Toke
         beside = path.with_name(f"{path.name}.{os.getpid()}")
         beside.write_bytes(model)
         beside.replace(path)
+        if isinstance(folder, str):
+            Folder(folder).upload(path, path.name)
         note(f"trained {path} in {time.monotonic() - begin:.1f} s")
     return load_tokenizer("sentencepiece", path)
 

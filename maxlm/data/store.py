@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from maxlm.data.staging import MANIFEST, Staged, read_manifest
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
 from maxlm.errors import UserError
+from maxlm.files import file_digest
+from maxlm.storage import Folder, StorageError, is_bucket
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 2**28
-MANIFEST = "manifest.json"
 
 
 class StoreError(UserError):
@@ -30,17 +32,36 @@ class StoreError(UserError):
 
 
 class Split:
-    """The tokens of one split, addressed by their index over all shards."""
+    """The tokens of one split, addressed by their index over all shards.
 
-    def __init__(self, folder: Path, entry: Mapping[str, Any], *, dtype: np.dtype, shard_tokens: int):
+    Args:
+      entry: What the manifest says of the split.
+      find: Gives the path of a file of the store, as the manifest describes it.
+      dtype: Of the tokens in the shards.
+      shard_tokens: Tokens a shard.
+    """
+
+    def __init__(
+        self,
+        entry: Mapping[str, Any],
+        find: Callable[[Mapping[str, Any]], Path],
+        *,
+        dtype: np.dtype,
+        shard_tokens: int,
+    ):
         self.num_documents: int = entry["documents"]
         self.num_tokens: int = entry["tokens"]
         self.num_bytes: int = entry["bytes"]
-        self.offsets = _load_array(folder, entry["offsets"]["file"], self.num_documents + 1)
-        self.byte_lengths = _load_array(folder, entry["byte_lengths"]["file"], self.num_documents)
-        self._shard_tokens = shard_tokens
-        # A plain array over the map: indexing a np.memmap pays for its subclass on every access.
-        self._shards = [np.asarray(_map_shard(folder, shard, dtype)).view(np.ndarray) for shard in entry["shards"]]
+        self.offsets = _load_array(find(entry["offsets"]), self.num_documents + 1)
+        self.byte_lengths = _load_array(find(entry["byte_lengths"]), self.num_documents)
+        self._shard_tokens, self._dtype = shard_tokens, dtype
+        self._entries, self._find = entry["shards"], find
+        self._shards: list[np.ndarray | None] = [None] * len(self._entries)
+
+    def map_shards(self) -> None:
+        """Maps all shards now rather than when they are first read, which finds one that is missing or cut."""
+        for number in range(len(self._entries)):
+            self._shard(number)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` (int32), wherever shards begin and end.
@@ -54,7 +75,7 @@ class Split:
         position = start
         while position < stop:
             shard, local = divmod(position, self._shard_tokens)
-            piece = self._shards[shard][local : local + stop - position]
+            piece = self._shard(shard)[local : local + stop - position]
             out[position - start : position - start + piece.size] = piece
             position += piece.size
         return out
@@ -63,50 +84,76 @@ class Split:
         """The tokens (int32) of a document, its begin token first."""
         return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))
 
+    def _shard(self, number: int) -> np.ndarray:
+        """The tokens of a shard, mapped."""
+        found = self._shards[number]
+        if found is None:
+            # A plain array over the map: indexing a np.memmap pays for its subclass on every access.
+            mapped = _map_shard(self._find(self._entries[number]), self._entries[number]["tokens"], self._dtype)
+            found = self._shards[number] = np.asarray(mapped).view(np.ndarray)
+        return found
+
 
 class TokenStore:
-    """A store opened from its folder."""
+    """A store opened from its folder, or from the bucket that it is in.
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]):
-        self.path = path
+    Args:
+      place: The folder, or the bucket's.
+      manifest: What the store says of itself.
+      staged: What copies the files of a bucket; None for a folder.
+    """
+
+    def __init__(self, place: str | Path, manifest: Mapping[str, Any], *, staged: Staged | None = None):
+        self.place = place
+        self.path = staged.folder if staged else Path(place)  # of the files, as far as they have been read
         self.manifest = manifest
+        self._staged = staged
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._splits = {
-            name: Split(path, manifest["splits"][name], dtype=dtype, shard_tokens=manifest["shard_tokens"])
+            name: Split(manifest["splits"][name], self._file, dtype=dtype, shard_tokens=manifest["shard_tokens"])
             for name in SPLITS
         }
 
     @classmethod
-    def open(cls, path: str | Path) -> TokenStore:
+    def open(cls, place: str | Path) -> TokenStore:
         """Opens a store and checks its manifest and the size of every file, but not their bytes (see `verify`).
+
+        Of a store in a bucket the shards are copied, and proved by their hashes, when they are first read.
 
         Raises:
           StoreError: The folder is missing, is no store, is of another format, or a file is missing or cut.
+          StorageError: The bucket cannot be read.
         """
-        path = Path(path)
+        remote = Folder(str(place)) if is_bucket(place) else None
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            content = read_manifest(remote) if remote else (Path(place) / MANIFEST).read_bytes()
+            manifest = json.loads(content.decode())
             if manifest["format"] != FORMAT:
                 raise StoreError(
-                    f"{path} is a token store of format {manifest['format']}, this version reads format {FORMAT}: "
+                    f"{place} is a token store of format {manifest['format']}, this version reads format {FORMAT}: "
                     "prepare it again"
                 )
             if manifest["fingerprint"] != fingerprint_of(manifest):
-                raise StoreError(f"the manifest of {path} was changed after it was written: prepare the store again")
-            store = cls(path, manifest)
+                raise StoreError(f"the manifest of {place} was changed after it was written: prepare the store again")
+            store = cls(place, manifest, staged=Staged(remote, manifest) if remote else None)
+            if not remote:
+                for split in store._splits.values():
+                    split.map_shards()
+            tokenizer = store._tokenizer_file
+        except StorageError:
+            raise
         except FileNotFoundError as error:
-            what = (
-                "it has no manifest.json" if Path(error.filename).name == MANIFEST else f"{error.filename} is missing"
-            )
-            raise StoreError(f"{path} is not a complete token store, {what}: prepare it with `maxlm prepare`") from None
-        except NotADirectoryError:
-            raise StoreError(f"{path} is a file, not the folder of a token store") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise StoreError(f"{path / MANIFEST} cannot be read ({error!r}): prepare the store again") from None
-        if store._tokenizer_file and not store._tokenizer_file.is_file():
+            missing = error.filename or str(error).partition(" ")[0]
+            what = "it has no manifest.json" if missing.endswith(MANIFEST) else f"{missing} is missing"
             raise StoreError(
-                f"{path} is not a complete token store, {store._tokenizer_file} is missing: prepare it again"
-            )
+                f"{place} is not a complete token store, {what}: prepare it with `maxlm prepare`"
+            ) from None
+        except NotADirectoryError:
+            raise StoreError(f"{place} is a file, not the folder of a token store") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise StoreError(f"{place}/{MANIFEST} cannot be read ({error!r}): prepare the store again") from None
+        if tokenizer and not tokenizer.is_file():
+            raise StoreError(f"{place} is not a complete token store, {tokenizer} is missing: prepare it again")
         return store
 
     def verify(self) -> None:
@@ -118,7 +165,7 @@ class TokenStore:
         for name in SPLITS:
             entry = self.manifest["splits"][name]
             for item in (*entry["shards"], entry["offsets"], entry["byte_lengths"]):
-                if file_digest(self.path / item["file"]) != item["sha256"]:
+                if file_digest(self._file(item)) != item["sha256"]:
                     raise StoreError(
                         f"{self.path / item['file']} is damaged, its SHA-256 changed: prepare the store again"
                     )
@@ -126,7 +173,7 @@ class TokenStore:
             self.check_tokenizer(self.tokenizer())
         except ValueError as error:
             raise StoreError(
-                f"the tokenizer inside {self.path} is damaged ({error}): prepare the store again"
+                f"the tokenizer inside {self.place} is damaged ({error}): prepare the store again"
             ) from None
 
     @property
@@ -157,7 +204,7 @@ class TokenStore:
         entry = self.manifest["tokenizer"]
         if entry["fingerprint"] != tokenizer.fingerprint:
             raise StoreError(
-                f"{self.path} was made with a {entry['kind']} tokenizer {entry['fingerprint'][:12]}, the run's is "
+                f"{self.place} was made with a {entry['kind']} tokenizer {entry['fingerprint'][:12]}, the run's is "
                 f"{tokenizer.kind} {tokenizer.fingerprint[:12]}: set data.tokenizer to the store's own "
                 f"({self._tokenizer_file}) or prepare the store again under another path"
             )
@@ -165,7 +212,14 @@ class TokenStore:
     @property
     def _tokenizer_file(self) -> Path | None:
         name = self.manifest["tokenizer"]["file"]
-        return self.path / name if name else None
+        return self._file({"file": name}) if name else None
+
+    def _file(self, item: Mapping[str, Any]) -> Path:
+        """A file of the store by what the manifest says of it; one of a bucket is copied if it has to be."""
+        name = item["file"]
+        if Path(name).name != name:
+            raise StoreError(f"the manifest of {self.place} names {name!r}, which is no file of its folder")
+        return self._staged.file(name, sha256=item.get("sha256", "")) if self._staged else self.path / name
 
 
 class StoreWriter:
@@ -305,33 +359,24 @@ def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _flush(file: Any) -> None:
     """Brings a file's bytes to the disk, so that a rename never outruns them."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _map_shard(folder: Path, shard: Mapping[str, Any], dtype: np.dtype) -> np.memmap:
-    path = folder / shard["file"]
-    size, expected = path.stat().st_size, shard["tokens"] * dtype.itemsize
+def _map_shard(path: Path, tokens: int, dtype: np.dtype) -> np.memmap:
+    size, expected = path.stat().st_size, tokens * dtype.itemsize
     if size != expected:
         raise StoreError(f"{path} has {size} bytes instead of {expected}: prepare the store again")
     return np.memmap(path, dtype, mode="r")
 
 
-def _load_array(folder: Path, name: str, size: int) -> np.ndarray:
+def _load_array(path: Path, size: int) -> np.ndarray:
     try:
-        array = np.load(folder / name, mmap_mode="r" if size else None).view(np.ndarray)
+        array = np.load(path, mmap_mode="r" if size else None, allow_pickle=False).view(np.ndarray)
     except (ValueError, EOFError) as error:
-        raise StoreError(f"{folder / name} cannot be read ({error}): prepare the store again") from None
+        raise StoreError(f"{path} cannot be read ({error}): prepare the store again") from None
     if array.shape != (size,) or array.dtype != np.int64:
-        raise StoreError(
-            f"{folder / name} holds {array.dtype} {array.shape} instead of {size} int64: prepare the store again"
-        )
+        raise StoreError(f"{path} holds {array.dtype} {array.shape} instead of {size} int64: prepare the store again")
     return array

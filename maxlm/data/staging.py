@@ -1,0 +1,98 @@
+"""Token stores in buckets: each file is copied to this machine when it is first read, and proved before it is used.
+
+Memory cannot map what is in a bucket. The copies are kept by the store's fingerprint, so that runs share them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from maxlm.files import file_digest
+from maxlm.storage import Folder, StorageError, cache_folder
+
+MANIFEST = "manifest.json"
+
+
+class Staged:
+    """The files of a store in a bucket, as copies on this machine.
+
+    Args:
+      remote: the store.
+      manifest: what it says of itself.
+    """
+
+    def __init__(self, remote: Folder, manifest: Mapping[str, Any]):
+        self.remote = remote
+        self.folder = copies_of(manifest["fingerprint"])
+        self._proven: set[str] = set()
+        self._lock = threading.Lock()
+
+    def file(self, name: str, *, sha256: str = "") -> Path:
+        """The copy of a file: made now where there is none, and compared with its SHA-256 once in each process.
+
+        Raises:
+          FileNotFoundError: the store has no such file.
+          StorageError: the bucket cannot be read, or holds other bytes.
+        """
+        copy = self.folder / name
+        with self._lock:
+            if name in self._proven:
+                return copy
+            if not copy.is_file() or (sha256 and file_digest(copy) != sha256):
+                self.remote.download(name, copy, sha256=sha256)
+            self._proven.add(name)
+        return copy
+
+
+def copies_of(fingerprint: str) -> Path:
+    """Where the copies of a store's files are kept."""
+    return cache_folder() / "stores" / fingerprint
+
+
+def read_manifest(remote: Folder) -> bytes:
+    """The manifest of a store in a bucket. Raises FileNotFoundError where there is no store, whole."""
+    return remote.read(MANIFEST)
+
+
+def has_store(remote: Folder) -> bool:
+    """Whether there is a store, whole."""
+    try:
+        read_manifest(remote)
+    except StorageError:
+        raise
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def publish(store: Path, remote: Folder) -> None:
+    """Copies a finished store into a bucket, its manifest last, and keeps the files here as the copies.
+
+    What was interrupted is no store, and the next call writes the same again.
+    """
+    manifest = json.loads((store / MANIFEST).read_text(encoding="utf-8"))
+    for file in sorted(path for path in store.iterdir() if path.is_file() and path.name != MANIFEST):
+        remote.upload(file, file.name)
+    remote.upload(store / MANIFEST, MANIFEST)
+    copies = copies_of(manifest["fingerprint"])
+    if copies.exists():
+        shutil.rmtree(store)
+        return
+    copies.parent.mkdir(parents=True, exist_ok=True)
+    store.rename(copies)
+
+
+def fetch_or_none(remote: Folder, name: str, file: Path) -> Path | None:
+    """A small file of a bucket, copied here; None where there is none."""
+    try:
+        remote.download(name, file)
+    except StorageError:
+        raise
+    except FileNotFoundError:
+        return None
+    return file

@@ -1,0 +1,130 @@
+"""Stores in a bucket: made there, read by the shard, proved, and never half there."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maxlm.config import StoreConfig
+from maxlm.data import staging
+from maxlm.data.prepare import prepare_data, prepare_store
+from maxlm.data.store import StoreError, StoreWriter, TokenStore
+from maxlm.data.tokenizers import ByteTokenizer
+from maxlm.storage import Folder, StorageError
+from tests.buckets import bucket, server  # noqa: F401
+from tests.tiny import tiny_config, write_corpus
+
+DOCUMENTS = [bytes([65 + number]) * (7 + number) for number in range(20)]
+
+
+def write(folder: Path) -> TokenStore:
+    """A store of several small shards."""
+    writer = StoreWriter(folder, ByteTokenizer(), shard_tokens=64)
+    for split, documents in (("train", DOCUMENTS), ("heldout", DOCUMENTS[:2])):
+        for document in documents:
+            tokens = np.array([ByteTokenizer.bos_id, *document])
+            writer.add(split, tokens, lengths=[tokens.size], byte_lengths=[len(document)])
+    writer.finish(heldout_permille=25)
+    return TokenStore.open(folder)
+
+
+@pytest.fixture
+def store(bucket, tmp_path):  # noqa: F811
+    """A store in a bucket of which nothing has been copied to this machine."""
+    made = write(tmp_path / "store")
+    remote = Folder(f"{bucket}/store")
+    for file in sorted(made.path.iterdir()):
+        remote.upload(file, file.name)
+    return remote
+
+
+def shards_of(store: TokenStore) -> list[str]:
+    return sorted(path.name for path in store.path.glob("train-*.bin"))
+
+
+def test_shards_are_copied_as_they_are_read_and_hold_what_was_written(store, server, tmp_path):  # noqa: F811
+    server.fail_every = 4
+    local, opened = TokenStore.open(tmp_path / "store"), TokenStore.open(str(store))
+    assert opened.fingerprint == local.fingerprint and shards_of(opened) == []
+    split, whole = opened.split("train"), local.split("train")
+    np.testing.assert_array_equal(split.read(70, 130), whole.read(70, 130))
+    assert shards_of(opened) == ["train-00001.bin", "train-00002.bin"]
+    np.testing.assert_array_equal(split.read(0, split.num_tokens), whole.read(0, whole.num_tokens))
+    assert [bytes(split.document(i)[1:].tolist()) for i in range(split.num_documents)] == DOCUMENTS
+    opened.verify()
+    before = server.count
+    assert TokenStore.open(str(store)).split("train").read(0, 200).tolist() == whole.read(0, 200).tolist()
+    # The second process copies nothing: it asks for the manifest alone.
+    assert [path for _, path in server.seen[before:] if not path.endswith("manifest.json")] == []
+
+
+def test_a_damaged_copy_is_made_again_and_a_damaged_object_is_named(store):
+    opened = TokenStore.open(str(store))
+    expected = opened.split("train").read(0, 64).copy()
+    copy = opened.path / "train-00000.bin"
+    raw = bytearray(copy.read_bytes())
+    raw[5] ^= 1
+    copy.write_bytes(bytes(raw))
+    again = TokenStore.open(str(store))
+    np.testing.assert_array_equal(again.split("train").read(0, 64), expected)
+    store.write("train-00001.bin", bytes(raw))  # of the right length
+    with pytest.raises(StorageError, match="train-00001.bin is damaged: its SHA-256"):
+        again.split("train").read(64, 100)
+    store.remove("train-00002.bin")
+    with pytest.raises(FileNotFoundError, match="train-00002.bin is not there"):
+        again.split("train").read(128, 140)
+
+
+def test_what_is_no_store_is_said(store, server):  # noqa: F811
+    with pytest.raises(StoreError, match="s3://.*/none is not a complete token store, it has no manifest.json"):
+        TokenStore.open(str(store / "none"))
+    store.remove("train-offsets.npy")
+    with pytest.raises(StoreError, match="train-offsets.npy is missing"):
+        TokenStore.open(str(store))
+    server.refuse = True
+    with pytest.raises(StorageError, match="PERMISSION_DENIED"):
+        TokenStore.open(str(store))
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(store, tmp_path):
+    opened = TokenStore.open(str(store))
+    with pytest.raises(StoreError, match="no file of its folder"):
+        opened._file({"file": "../../secret"})
+
+
+def test_a_store_is_prepared_into_a_bucket_its_manifest_last(bucket, server, tmp_path):  # noqa: F811
+    corpus = write_corpus(tmp_path / "corpus", 20)
+    entry, url = StoreConfig(source=f"text:{corpus}/*.txt", heldout_permille=100), f"{bucket}/made"
+    whole = prepare_store(entry, ByteTokenizer(), tmp_path / "local", workers=1).store
+    server.refuse, server.concerns = True, lambda method, path: method == "PUT" and "offsets" in path
+    with pytest.raises(StorageError, match="PERMISSION_DENIED"):
+        prepare_store(entry, ByteTokenizer(), url, workers=1)
+    assert Folder(url).names() and "manifest.json" not in Folder(url).names()
+    server.heal()
+    server.fail_every = 5
+    made = prepare_store(entry, ByteTokenizer(), url, workers=1)
+    assert made.store.fingerprint == whole.fingerprint and made.store.place == url
+    puts = [path.rpartition("/")[2] for method, path in server.seen if method == "PUT"]
+    assert puts[-1] == "manifest.json" and puts.count("manifest.json") <= 2  # 2: the first may have failed
+    again = prepare_store(entry, ByteTokenizer(), url, workers=1)
+    assert again.report.reused and again.store.fingerprint == whole.fingerprint
+    Folder(url).delete()
+    staging.shutil.rmtree(made.store.path)
+    Folder(url).write("manifest.json", b"{}")
+    with pytest.raises(StoreError, match="cannot be read"):
+        prepare_store(entry, ByteTokenizer(), url, workers=1)
+
+
+def test_a_run_in_a_bucket_finds_its_stores_from_any_machine(bucket, tmp_path, monkeypatch):  # noqa: F811
+    config = tiny_config(write_corpus(tmp_path / "corpus", 20))
+    made = prepare_data(config, tmp_path / "one", home=f"{bucket}/run")
+    assert made.stores["tiny"].place.startswith(f"{bucket}/run/data/tiny-")
+    monkeypatch.setenv("MAXLM_CACHE", str(tmp_path / "another machine"))
+    (tmp_path / "two" / "data").mkdir(parents=True)
+    (tmp_path / "one" / "data" / "prepared.json").rename(tmp_path / "two" / "data" / "prepared.json")
+    other = prepare_data(config, tmp_path / "two", build=False)
+    assert other.fingerprint() == made.fingerprint()
+    end = made.stores["tiny"].split("train").num_tokens
+    np.testing.assert_array_equal(
+        other.stores["tiny"].split("train").read(0, end), made.stores["tiny"].split("train").read(0, end)
+    )
