@@ -134,8 +134,8 @@ def _train(args: list[str]) -> int:
     )
     if joined.why:
         _log(joined.why)
-    workdir = Path(values.workdir).absolute()
-    return joined.run(lambda: _in_memory(config, lambda: train(config, workdir, log=_log, heartbeat=joined.heartbeat)))
+    place, heart = values.workdir, joined.heartbeat
+    return joined.run(lambda: _in_memory(config, lambda: train(config, place, log=_log, heartbeat=heart)))
 
 
 def _in_memory(config: Config, run: Callable[[], int]) -> int:
@@ -216,8 +216,10 @@ def _prepare(args: list[str]) -> int:
     _parse(values, args, required=("config", "workdir"))
     config = resolve(values.config)
     from maxlm.data.prepare import prepare_data
+    from maxlm.train.home import Home
 
-    prepared = prepare_data(config, Path(values.workdir).absolute())
+    with Home(values.workdir, log=_log) as home:
+        prepared = prepare_data(config, home.folder, home=home.place)
     for name, store in prepared.stores.items():
         print(f"{name}: {store.place} ({store.fingerprint[:16]})")
     return 0
@@ -230,8 +232,9 @@ def _tokenizer(args: list[str]) -> int:
     _parse(values, args, required=("config", "workdir", "out"))
     config = resolve(values.config)
     from maxlm.data.prepare import prepare_tokenizer
+    from maxlm.train.home import Home
 
-    tokenizer = prepare_tokenizer(config, Path(values.workdir).absolute())
+    tokenizer = prepare_tokenizer(config, Home(values.workdir, log=_log).place)
     tokenizer.save(Path(values.out).absolute())
     print(f"{values.out}: {tokenizer.vocab_size} pieces ({tokenizer.fingerprint[:16]})")
     return 0
@@ -258,6 +261,7 @@ def _generate(args: list[str]) -> int:
         )
     from maxlm.infer.load import Asked, generate_from
     from maxlm.infer.sampling import Sampling
+    from maxlm.train.home import copied
 
     asked = Asked(
         prompts=values.prompt,
@@ -273,10 +277,14 @@ def _generate(args: list[str]) -> int:
         stop=values.stop,
         chat=values.chat,
     )
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
     generate_from(
-        Path(values.workdir or values.model).expanduser().absolute(),
+        copied(values.workdir or values.model, log=tell),
         asked,
-        log=lambda line: print(line, file=sys.stderr),
+        log=tell,
         write=lambda text: print(text, end="", flush=True),
     )
     return 0
@@ -296,8 +304,9 @@ def _convert(args: list[str]) -> int:
     direction, source, out = _parse(values, args, words=("from-hf|to-hf", "SOURCE", "OUT"))
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing here is for an accelerator, which another program may be using
     from maxlm.convert.engine import from_hf, to_hf
+    from maxlm.train.home import copied
 
-    paths = Path(source).expanduser().absolute(), Path(out).expanduser().absolute()
+    paths = copied(source, log=_log), Path(out).expanduser().absolute()
     if direction == "from-hf":
         from_hf(*paths, dtype=values.dtype, pad_vocab=values.pad_vocab, log=_log)
     elif direction == "to-hf":

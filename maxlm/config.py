@@ -351,6 +351,16 @@ class CheckpointConfig:
 
     every_steps: int = leaf(500, "steps between checkpoints", unit="steps", low=1)
     every_seconds: float = leaf(0.0, "seconds after which one is due all the same; 0: none", unit="s", low=0.0)
+    local_dir: str = leaf("", "folder on each machine's own disk for quick copies between checkpoints; empty: none")
+    local_every_steps: int = leaf(50, "steps between those copies", unit="steps", low=1)
+    mtbf_hours: float = leaf(
+        0.0,
+        "mean time between failures of the whole run: with what a save is measured to cost it decides how often to "
+        "save, every_steps and local_every_steps at most apart; 0: these stand",
+        unit="h",
+        low=0.0,
+    )
+    max_failures: int = leaf(3, "saves in a row that may fail; the last of them ends the run", unit="saves", low=1)
     keep_latest: int = leaf(2, "newest checkpoints kept", low=1)
     keep_best: int = leaf(0, "checkpoints with the lowest held-out bits per byte kept besides", low=0)
     keep_every_steps: int = leaf(0, "checkpoints at multiples of this are kept for good; 0: none", unit="steps", low=0)

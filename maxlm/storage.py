@@ -11,6 +11,7 @@ GOOGLE_APPLICATION_CREDENTIALS (or the machine's account) for Google's.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -163,13 +164,13 @@ class Folder:
 
     def _piece(self, name: str, start: int) -> bytes:
         """What an object holds from `start` on, as much as is read at once; nothing from its end on."""
-        for stop in (start + _PIECE, None):
+        for part in (slice(start, start + _PIECE), slice(start, None)):
             try:
-                found = self._ask(name, lambda store, stop=stop: store.read(name, byte_range=slice(start, stop)))
+                found = self._ask(name, functools.partial(_read_part, name=name, part=part))
             except ValueError as error:
                 if not str(error).startswith("OUT_OF_RANGE"):
                     raise
-                continue  # it ends before `stop`, or before `start`
+                continue  # it ends before this part does, or before it begins
             if found.state != "value":
                 raise FileNotFoundError(f"{self.url}/{name} is not there")
             return found.value
@@ -198,6 +199,10 @@ def trouble(error: Exception, where: str) -> Exception:
         return error
     reason = " ".join(re.sub(r" \[(http_response_body|tensorstore_spec|x-amzn-requestid)=.*", "", text).split())
     return StorageError(f"{where} cannot be used: {reason[:300]}")
+
+
+def _read_part(store: Any, *, name: str, part: slice) -> Any:
+    return store.read(name, byte_range=part)
 
 
 def _everything() -> Any:

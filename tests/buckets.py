@@ -11,7 +11,6 @@ import pytest
 
 from maxlm import storage
 
-moto = pytest.importorskip("moto.server", reason="needs pip install -e '.[test]'")
 SECRET = "wJalrXUtnFEMI-marker-that-must-not-be-seen"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
 
@@ -20,6 +19,7 @@ class Server:
     """S3 over HTTP. Requests are counted; the rules below apply to those that `concerns` says yes to."""
 
     def __init__(self) -> None:
+        moto = pytest.importorskip("moto.server", reason="needs pip install -e '.[parity]'")
         from werkzeug.serving import make_server
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -19,3 +19,5 @@ import jax  # noqa: E402 (the settings above come first)
 # own, or none.
 jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/maxlm/tests").expanduser()))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+from tests.buckets import bucket, server  # noqa: E402, F401  (fixtures for every test)

@@ -31,7 +31,8 @@ from maxlm.checkpoint.reader import (
 )
 
 Region = tuple[slice, ...]
-_DIGESTS = "digests"
+DIGESTS = "digests"
+TREE_FILE = "_METADATA"  # Orbax's name
 
 
 class Digests:
@@ -70,7 +71,7 @@ class BlockWriter:
         self._digests = Digests()
         (folder / STATE_ITEM).mkdir(parents=True)
         self._stores = {
-            path: _create(folder / STATE_ITEM, ("arrays", *path.split("/")), info, chunks[path])
+            path: ts.open(array_spec(_at(folder, array_key(path)), info, chunks[path]), create=True).result()
             for path, info in self._arrays.items()
         }
 
@@ -88,18 +89,9 @@ class BlockWriter:
         state = self._folder / STATE_ITEM
         digests = np.stack([self._digests[path] for path in self._arrays])
         info = ArrayInfo(digests.shape, "uint32")
-        _create(state, (_DIGESTS,), info, digests.shape).write(digests).result()
-        keys = [("arrays", *path.split("/")) for path in self._arrays]
-        described = {str(key): _described(key, "jax.Array") for key in keys}
-        described[str((_DIGESTS,))] = _described((_DIGESTS,), "np.ndarray")
-        tree = {
-            "tree_metadata": described,
-            "use_ocdbt": False,
-            "use_zarr3": True,
-            "store_array_data_equal_to_fill_value": True,
-            "custom_metadata": None,
-        }
-        (state / "_METADATA").write_text(json.dumps(tree))
+        spec = array_spec(_at(self._folder, (DIGESTS,)), info, digests.shape)
+        ts.open(spec, create=True).result().write(digests).result()
+        (state / TREE_FILE).write_text(describe_tree(self._arrays))
         record = Record(step, time.time(), self._arrays, {}, dict(metadata))
         (self._folder / RECORD_ITEM).mkdir()
         (self._folder / RECORD_ITEM / RECORD_FILE).write_text(json.dumps(record_to_json(record)))
@@ -125,7 +117,7 @@ class BlockReader:
     def read(self, path: str, region: Region) -> np.ndarray:
         """The block of an array, by its path in the record."""
         if path not in self._stores:
-            self._stores[path] = self._open(("arrays", *path.split("/")))
+            self._stores[path] = self._open(array_key(path))
         block = self._stores[path][region].read().result()
         self._seen.add(path, block, region, self._record.arrays[path].shape)
         return block
@@ -136,7 +128,7 @@ class BlockReader:
         Raises:
           CheckpointError: some differ.
         """
-        saved = self._open((_DIGESTS,)).read().result()
+        saved = self._open((DIGESTS,)).read().result()
         wrong = [
             path
             for path, digest in zip(self._record.arrays, saved, strict=True)
@@ -165,11 +157,22 @@ def _sync(file: Path) -> None:
         os.close(descriptor)
 
 
-def _create(state: Path, key: tuple[str, ...], info: ArrayInfo, chunk: tuple[int, ...]) -> Any:
-    spec = {
+def array_key(path: str) -> tuple[str, ...]:
+    """Where an array stands in the saved tree."""
+    return ("arrays", *path.split("/"))
+
+
+def array_spec(kvstore: Mapping[str, Any], info: ArrayInfo, chunk: tuple[int, ...]) -> dict[str, Any]:
+    """TensorStore's description of an array as it is stored: zarr3, in chunks, not compressed.
+
+    Args:
+      kvstore: where its files or objects are.
+      info: of the array.
+      chunk: shape of the blocks of the grid in which it is stored.
+    """
+    return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(state / ".".join(key))},
-        "context": {"file_io_sync": False},  # `finish` brings all of it to the disk
+        "kvstore": dict(kvstore),
         "store_data_equal_to_fill_value": True,  # a missing chunk is damage, not zeros
         "metadata": {
             "shape": list(info.shape),
@@ -178,7 +181,30 @@ def _create(state: Path, key: tuple[str, ...], info: ArrayInfo, chunk: tuple[int
             "data_type": info.dtype,
         },
     }
-    return ts.open(spec, create=True, open=False).result()
+
+
+def describe_tree(arrays: Mapping[str, ArrayInfo]) -> str:
+    """What Orbax wants to know of the saved tree: the arrays and their digests."""
+    keys = [array_key(path) for path in arrays]
+    described = {str(key): _described(key, "jax.Array") for key in keys}
+    described[str((DIGESTS,))] = _described((DIGESTS,), "np.ndarray")
+    tree = {
+        "tree_metadata": described,
+        "use_ocdbt": False,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    return json.dumps(tree)
+
+
+def _at(folder: Path, key: tuple[str, ...]) -> dict[str, Any]:
+    """Files of an array below a checkpoint's folder; `finish` brings all of them to the disk."""
+    return {
+        "driver": "file",
+        "path": str(folder / STATE_ITEM / ".".join(key)),
+        "context": {"file_io_sync": False},
+    }
 
 
 def _described(key: tuple[str, ...], kind: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import datetime
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from maxlm.checkpoint.digest import array_paths
+from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import (
     RECORD_ITEM,
     STATE_ITEM,
@@ -26,6 +27,7 @@ from maxlm.checkpoint.reader import (
     CheckpointReader,
     Record,
     Restored,
+    agree,
     array_info,
     describe,
     digest,
@@ -36,6 +38,7 @@ from maxlm.config import CheckpointConfig
 from maxlm.tree import from_paths
 
 BEST_METRIC = "heldout_bits_per_byte"
+LOCAL_FAILURES = 10.0  # of so many failures one takes a machine's disk with it, and needs more than local copies
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -53,7 +56,7 @@ class Checkpointer(CheckpointReader):
     `CheckpointReader` beside a run. With several processes all of them make the same calls.
 
     Args:
-        directory: folder of the run's checkpoints, made if missing.
+        directory: folder of the run's checkpoints, made if missing. (`bucket.open_checkpointer` takes buckets, too.)
         config: when to save and what to keep.
         log: takes one line of text an event.
 
@@ -70,8 +73,14 @@ class Checkpointer(CheckpointReader):
             )
         self._config = config
         self._failure: CheckpointError | None = None
+        self.failures = 0  # saves in a row that have failed
+        self.before_commit: Callable[[], None] = lambda: None  # in process 0, into a bucket: what has to be there first
         self._writing: int | None = None
         self._clock_start: float | None = None
+        mtbf = config.mtbf_hours * 3600 * (LOCAL_FAILURES if config.local_dir else 1.0)
+        self.pace = Pace(config.every_steps, mtbf=mtbf)
+        self.write_seconds = 0.0  # from begin to commit, of the last save that was waited for
+        self._began = 0.0
         self._retention = _Retention(config, self)
         self._manager = self._open()
 
@@ -85,7 +94,7 @@ class Checkpointer(CheckpointReader):
         if self._clock_start is None:
             self._clock_start = now
         every_seconds = self._config.every_seconds
-        due = step > 0 and step % self._config.every_steps == 0
+        due = self.pace.due(step)
         due = due or bool(every_seconds) and now - self._clock_start >= every_seconds
         if due:
             self._clock_start = now
@@ -135,24 +144,21 @@ class Checkpointer(CheckpointReader):
         sealed = record_to_json(record)
         pending = list(digest_each(leaves).values())  # runs on the devices while the next line waits
         self.wait()
-        if step in self.steps():
+        if self._exists(step):
             if not force:
                 return SaveResult(False, time.perf_counter() - start)
-            self._set_aside(step, "replaced")
-        self._writing = step
+            self.set_aside(step, "replaced")
+        self._writing, self._began = step, time.perf_counter()
         self._retention.add(record)
+        problem = None
         try:
             with jax.transfer_guard("allow"):  # these transfers are meant, whatever the training loop guards against
-                digests = np.stack([np.asarray(value) for value in pending])
-                items = {
-                    STATE_ITEM: ocp.args.PyTreeSave({"arrays": from_paths(leaves), "digests": digests}),
-                    RECORD_ITEM: ocp.args.JsonSave(sealed),
-                }
-                self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+                self._start(record, sealed, leaves, np.stack([np.asarray(value) for value in pending]))
         except OSError as error:
-            self._fail(error)
-            return SaveResult(False, time.perf_counter() - start)
-        return SaveResult(True, time.perf_counter() - start)
+            problem = describe(error)
+        if problem := agree(problem):
+            self._fail(problem)
+        return SaveResult(problem is None, time.perf_counter() - start)
 
     def restore(self, abstract_state: Any, *, step: int | None = None) -> Restored | None:
         """The newest whole checkpoint, on the mesh that is asked for.
@@ -175,22 +181,37 @@ class Checkpointer(CheckpointReader):
         if search is None:
             return None
         for damage in search.damaged:
-            self._set_aside(damage.step, "damaged")
+            self.set_aside(damage.step, "damaged")
         if search.damaged:
             self._log(f"using checkpoint {search.restored.step} instead")
         return search.restored
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more; what went wrong is given by `pending_error`."""
+        """Returns when nothing is being written any more; what went wrong is given by `pending_error`.
+
+        All processes call it, and all learn of what went wrong in one of them.
+        """
+        if self._writing is None:
+            return
+        problem, waits = None, self._saving()
         try:
-            self._manager.wait_until_finished()
+            self._finish()
+            if waits or jax.process_count() == 1:  # which looks after every step, so that this is about when it ended
+                self.write_seconds = time.perf_counter() - self._began
         except Exception as error:  # whatever the storage raised on its thread: the run goes on, the loop decides
-            self._fail(error)
-        self._writing = None
+            problem = describe(error)
+        if problem := agree(problem):
+            self._fail(problem)
+            return
+        self._committed(self._writing)
+        self._writing, self.failures = None, 0
 
     def pending_error(self) -> CheckpointError | None:
-        """The failure of a save that has ended, once; None while one is being written. Does not wait."""
-        if not self._manager.is_saving_in_progress():
+        """The failure of a save that has ended, once; None while one is being written.
+
+        With several processes it tells what their last `wait` has found, since they have to agree on it.
+        """
+        if jax.process_count() == 1 and not self._saving():
             self.wait()
         failure, self._failure = self._failure, None
         return failure
@@ -198,7 +219,8 @@ class Checkpointer(CheckpointReader):
     def close(self) -> None:
         """Waits for the last save and releases the threads."""
         self.wait()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def __enter__(self) -> Self:
         return self
@@ -208,7 +230,34 @@ class Checkpointer(CheckpointReader):
     ) -> None:
         self.close()
 
-    def _open(self) -> ocp.CheckpointManager:
+    # --- what depends on where the checkpoints are
+
+    def _start(self, record: Record, sealed: Mapping[str, Any], leaves: Mapping[str, jax.Array], digests: Any) -> None:
+        """Begins to write. Raises OSError."""
+        if self._manager is None:
+            self._manager = self._open()
+        items = {
+            STATE_ITEM: ocp.args.PyTreeSave({"arrays": from_paths(leaves), "digests": digests}),
+            RECORD_ITEM: ocp.args.JsonSave(sealed),
+        }
+        self._manager.save(record.step, args=ocp.args.Composite(**items), force=True)
+
+    def _finish(self) -> None:
+        """Waits for the end of what `_start` began. Raises what went wrong."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def _committed(self, step: int) -> None:
+        """All processes know that `step` is whole."""
+
+    def _saving(self) -> bool:
+        """Whether something is being written."""
+        return self._manager is not None and self._manager.is_saving_in_progress()
+
+    def _exists(self, step: int) -> bool:
+        return step in self.steps()
+
+    def _open(self) -> Any:
         if jax.process_index() == 0:
             self._sweep()
         multihost_utils.sync_global_devices("maxlm: checkpoints swept")
@@ -229,11 +278,12 @@ class Checkpointer(CheckpointReader):
     def _sweep(self) -> None:
         """Removes what an interrupted save left behind, by name."""
         for folder in sorted(self.directory.glob(f"*{_TEMPORARY}*")):
-            shutil.rmtree(folder)
-            self._log(f"removed {folder.name}: the save of this checkpoint was interrupted")
+            shutil.rmtree(folder, ignore_errors=True)
+            what = "could not be removed" if folder.exists() else "removed"
+            self._log(f"{what} {folder.name}: the save of this checkpoint was interrupted")
 
-    def _set_aside(self, step: int, why: str) -> None:
-        """Renames a checkpoint so that it no longer counts as one."""
+    def set_aside(self, step: int, why: str) -> None:
+        """Renames a checkpoint to `<step>.<why>-<n>`, so that it no longer counts as one. All processes call it."""
         if jax.process_index() == 0:
             number = 1
             while (aside := self.directory / f"{step}.{why}-{number}").exists():
@@ -244,14 +294,21 @@ class Checkpointer(CheckpointReader):
 
     def _reopen(self) -> None:
         """Lets Orbax see the directory as it is now. (Its `reload` would read metadata that may be damaged.)"""
-        self._manager.close()
-        self._manager = self._open()
+        if self._manager is not None:
+            self._manager.close()
+        self._manager = None
+        try:
+            self._manager = self._open()
+        except OSError as error:  # the next save tries again
+            self._log(f"{self.directory} cannot be opened: {describe(error)}")
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, problem: str) -> None:
+        self.failures += 1
         self._failure = CheckpointError(
-            f"checkpoint {self._writing} was not saved: {describe(error)}; see that {self.directory} can be written "
-            "and has room"
+            f"checkpoint {self._writing} was not saved: {problem}; see that {self.directory} can be written and "
+            "has room"
         )
+        self._writing = None
         self._log(str(self._failure))
         self._reopen()
 
@@ -307,6 +364,12 @@ class _Retention:
         ordered = self._policy.should_preserve([self._info(checkpoints[i].step) for i in order], context=context)
         keep = dict(zip(order, ordered, strict=True))
         return [keep[i] for i in range(len(checkpoints))]
+
+    def retired(self, steps: Iterable[int]) -> list[int]:
+        """Those of the steps that need not stay."""
+        ordered = [self._info(step) for step in sorted(steps)]
+        keep = self._policy.should_preserve(ordered, context=policies.PreservationContext())
+        return [info.step for info, stays in zip(ordered, keep, strict=True) if not stays]
 
     def _info(self, step: int) -> _Info:
         if step not in self._known:

@@ -1,4 +1,4 @@
-"""Finding, checking and reading checkpoints; nothing in this file changes a file.
+"""Finding, checking and reading checkpoints on disk; nothing in this file changes a file. (In buckets: bucket.py.)
 
 A checkpoint is the folder `<directory>/<step>` (docs/checkpoints.md):
 
@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from maxlm.checkpoint.digest import array_paths, digest_array
 from maxlm.errors import UserError
+from maxlm.storage import StorageError, is_bucket
 from maxlm.tree import from_paths, paths
 
 RECORD_ITEM, STATE_ITEM = "record", "state"
@@ -115,19 +116,20 @@ class CheckpointReader:
     """Reads the checkpoints of a run that another process may still be training.
 
     Args:
-        directory: folder of the run's checkpoints on a local or mounted disk; it need not exist.
+        directory: folder of the run's checkpoints on a local or mounted disk; it need not exist. For one in a bucket
+            `bucket.open_reader` gives the right class.
         log: takes one line of text for each damaged checkpoint passed over.
     """
 
     def __init__(self, directory: str | Path, *, log: Callable[[str], None] = print):
-        if "://" in str(directory):
-            raise CheckpointError(
-                f"checkpoints cannot be kept at {directory}: expected a folder on a local or mounted disk, "
-                "such as /mnt/runs/name/checkpoints"
-            )
         quiet_orbax()
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory: Any = self._place(directory)
         self._log = log
+
+    def _place(self, directory: str | Path) -> Any:
+        if is_bucket(directory):
+            raise ValueError(f"{directory} is no folder on a disk: use maxlm.checkpoint.bucket")
+        return Path(directory).expanduser().absolute()
 
     def steps(self) -> list[int]:
         """Steps that have a committed folder, ascending. Whether it is whole shows only when it is read."""
@@ -148,6 +150,8 @@ class CheckpointReader:
         for step in reversed(self._candidates(None)):
             try:
                 record = self.record(step)
+            except StorageError:
+                raise
             except (OSError, ValueError) as error:
                 damaged.append(Damage(step, self.path(step), describe(error)))
                 self._log(str(damaged[-1]))
@@ -176,7 +180,7 @@ class CheckpointReader:
             return None
         return search.restored
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> Any:
         """The folder of a step."""
         return self.directory / str(step)
 
@@ -191,10 +195,15 @@ class CheckpointReader:
         file = self.path(step) / RECORD_ITEM / RECORD_FILE
         if not file.is_file():
             raise FileNotFoundError(f"its record {RECORD_ITEM}/{RECORD_FILE} is missing")
-        record = record_from_json(json.loads(file.read_text(encoding="utf-8")))
-        if record.step != step:
-            raise ValueError(f"its record is that of step {record.step}")
-        return record
+        return checked_record(file.read_bytes(), step)
+
+    def _load(self, record: Record, wanted: Mapping[str, Any]) -> Loaded:
+        """The wanted arrays of a checkpoint, not yet proven."""
+        return _load(self.path(record.step) / STATE_ITEM, record, wanted)
+
+    def _aside(self) -> list[str]:
+        """Names of the checkpoints that were set aside as damaged."""
+        return sorted(p.name for p in self.directory.glob("*.damaged-*")) if self.directory.is_dir() else []
 
     def _search(self, abstract: Any, *, step: int | None, prefix: str) -> Search | None:
         """The newest whole checkpoint among those asked for; None if there is no checkpoint at all."""
@@ -216,8 +225,7 @@ class CheckpointReader:
             if step not in steps:
                 raise CheckpointError(f"there is no checkpoint of step {step} in {self.directory}; there are {steps}")
             return [step]
-        aside = sorted(p.name for p in self.directory.glob("*.damaged-*")) if self.directory.is_dir() else []
-        if aside and not steps:
+        if not steps and (aside := self._aside()):
             raise CheckpointError(
                 f"{self.directory} holds nothing but damaged checkpoints ({', '.join(aside)}); put a copy of one in "
                 "its place, or delete them or choose another workdir to start anew"
@@ -235,19 +243,19 @@ class CheckpointReader:
     def _read(self, step: int, abstract: Any, prefix: str) -> Restored | Damage:
         """Reads and proves one checkpoint. All processes return the same kind of answer."""
         wanted = {prefix + path: leaf for path, leaf in array_paths(abstract).items()}
-        loaded: _Loaded | None = None
+        loaded: Loaded | None = None
         problem: str | None = None
         try:
             record = self.record(step)
             self._check_structure(record, wanted, prefix)
-            loaded = _load(self.path(step) / STATE_ITEM, record, wanted)
-        except (CheckpointError, jax.errors.JaxRuntimeError):
-            raise  # another model, or trouble with a device: no fault of the checkpoint's
+            loaded = self._load(record, wanted)
+        except (CheckpointError, StorageError, jax.errors.JaxRuntimeError):
+            raise  # another model, or trouble with a bucket or a device: no fault of the checkpoint's
         except Exception as error:  # torn files surface as whatever the storage library happens to trip over
             problem = describe(error)
-        problem = _agree(problem)
+        problem = agree(problem)
         if loaded is not None and problem is None:
-            problem = _agree(_altered(loaded))
+            problem = agree(altered(loaded))
         if loaded is None or problem is not None:
             return Damage(step, self.path(step), problem or "it cannot be read")
         state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded.arrays[path] for path in wanted])
@@ -303,6 +311,14 @@ def record_from_json(sealed: Any) -> Record:
     return Record(content["step"], content["saved_at"], arrays, content["metrics"], content["metadata"])
 
 
+def checked_record(content: bytes, step: int) -> Record:
+    """The record of a step from the bytes of its file. Raises ValueError if it is damaged or another step's."""
+    record = record_from_json(json.loads(content.decode()))
+    if record.step != step:
+        raise ValueError(f"its record is that of step {record.step}")
+    return record
+
+
 def array_info(leaf: Any) -> ArrayInfo:
     """Shape and dtype of an array, concrete or abstract."""
     return ArrayInfo(tuple(leaf.shape), str(np.dtype(leaf.dtype)))
@@ -336,7 +352,7 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
     """What came from the disk, not yet proven: digests uint32 (N, 2) of all N arrays of the record."""
 
     record: Record
@@ -344,7 +360,7 @@ class _Loaded(NamedTuple):
     digests: np.ndarray[Any, np.dtype[np.uint32]]
 
 
-def _load(folder: Path, record: Record, wanted: Mapping[str, Any]) -> _Loaded:
+def _load(folder: Path, record: Record, wanted: Mapping[str, Any]) -> Loaded:
     """The wanted arrays on their devices, and the digests of all arrays of the record.
 
     Orbax's handler is called without its manager: that one ends with a barrier, at which the other processes would
@@ -373,10 +389,10 @@ def _load(folder: Path, record: Record, wanted: Mapping[str, Any]) -> _Loaded:
             raise ValueError(f"the array {path} is missing or has another shape than its record says")
     if np.shape(restored["digests"]) != (len(record.arrays), 2):
         raise ValueError("its digests are missing or of another number than its arrays")
-    return _Loaded(record, arrays, restored["digests"])
+    return Loaded(record, arrays, restored["digests"])
 
 
-def _altered(loaded: _Loaded) -> str | None:
+def altered(loaded: Loaded) -> str | None:
     """Which arrays differ from their digests, in words; None if none does."""
     saved = dict(zip(loaded.record.arrays, loaded.digests, strict=True))
     found = digest_each(loaded.arrays)
@@ -387,11 +403,12 @@ def _altered(loaded: _Loaded) -> str | None:
     return f"{len(altered)} of {len(found)} arrays differ from their digests: {', '.join(altered[:_NAMED])}{more}"
 
 
-def _agree(problem: str | None) -> str | None:
+def agree(problem: str | None) -> str | None:
     """One answer for all processes: a problem of one is a problem of all."""
     if jax.process_count() == 1:
         return problem
-    flags = np.ravel(multihost_utils.process_allgather(np.asarray(problem is not None)))
+    with jax.transfer_guard("allow"):  # meant, whatever the training loop guards against
+        flags = np.ravel(multihost_utils.process_allgather(np.asarray(problem is not None)))
     if problem is None and flags.any():
-        return f"process {int(np.argmax(flags))} cannot read it"
+        return f"process {int(np.argmax(flags))} has trouble with it"
     return problem

@@ -28,12 +28,11 @@ def finish(run: Run, state: TrainState) -> None:
     with run.goodput.bucket("evaluation"):
         samples = draw_samples(run, state)
         baselines = measure_baselines(run, tuple(held_out))
-    with run.goodput.bucket("checkpoint_stall"):
-        run.settle_save(step)
+    run.settle_save(state, step, held_out)
     if jax.process_index() == 0:
-        run.writer.flush()
+        run.flush()
         write_report(run.workdir, facts(run, samples, baselines))
-        run.log(f"report: {run.workdir / 'report.md'}")
+        run.log(f"report: {run.home.place}/report.md")
 
 
 def draw_samples(run: Run, state: TrainState) -> list[Sample]:
@@ -80,8 +79,8 @@ def facts(run: Run, samples: list[Sample], baselines: Baselines | None) -> Facts
         baselines=baselines,
         samples=samples,
         goodput=run.goodput.summary(),
-        train_command=f"maxlm train --config={run.workdir}/config.py --workdir={run.workdir}",
-        generate_command=f"maxlm generate --workdir={run.workdir} --prompt='...'",
+        train_command=f"maxlm train --config={run.workdir}/config.py --workdir={run.home.place}",
+        generate_command=f"maxlm generate --workdir={run.home.place} --prompt='...'",
         foretold=foretold(run),
         extra=data_figures(run),
     )

@@ -76,6 +76,7 @@ class Ledger:
         self._step = 0
         self._lock = threading.RLock()
         self._closed = threading.Event()
+        self._torn = False  # the last line may be cut short
         self._path = None if workdir is None else Path(workdir) / FILE_NAME
         self._earlier = [] if self._path is None else _read(self._path)
         self._process = 1 + max((record["process"] for record in self._earlier), default=0)
@@ -173,9 +174,15 @@ class Ledger:
     def _append(self, *, mark: bool = False) -> None:
         if self._path is None:
             return
-        # One write of a whole line: nothing is buffered that a kill could take.
-        with self._path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(self._record(mark=mark)) + "\n")
+        # One write of a whole line: nothing is buffered that a kill could take. A full disk takes part of it or
+        # nothing; the next line says all of it again.
+        begin = "\n" if self._torn else ""
+        try:
+            with self._path.open("a", encoding="utf-8") as lines:
+                lines.write(f"{begin}{json.dumps(self._record(mark=mark))}\n")
+            self._torn = False
+        except OSError:
+            self._torn = True
 
     def _beat(self, interval: float) -> None:
         while not self._closed.wait(max(interval, HEARTBEAT_FRACTION * sum(self._seconds.values()))):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ import numpy as np
 
 import maxlm
 from maxlm import configfile
+from maxlm.checkpoint.bucket import open_checkpointer
+from maxlm.checkpoint.local import LocalCopies
 from maxlm.checkpoint.manager import Checkpointer
+from maxlm.checkpoint.pace import Pace
+from maxlm.checkpoint.reader import Restored
 from maxlm.cluster import Agreement, agree_on
 from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
 from maxlm.config import Config
@@ -37,6 +42,7 @@ from maxlm.resolve import as_config_dict, resolve
 from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
 from maxlm.train.finish import finish
 from maxlm.train.goodput import Ledger, process_age
+from maxlm.train.home import Home, copied
 from maxlm.train.metrics import MetricsWriter
 from maxlm.train.peak import describe_devices, run_peak
 from maxlm.train.profile import Profiler
@@ -46,6 +52,8 @@ from maxlm.train.signals import EXIT_PREEMPTED, Signals
 from maxlm.train.state import TrainState, fresh_loss_scale, make_state
 from maxlm.train.watermark import Watermark
 
+RETRY_SECONDS = 5.0  # between tries to save when there is nothing else left to do
+
 Log = Callable[[str], None]
 
 
@@ -53,8 +61,8 @@ class TrainingStopped(UserError):
     """The run cannot go on by itself; the message says why and what to do."""
 
 
-def train(config: Config, workdir: Path, *, log: Log, heartbeat: Heartbeat | None = None) -> int:
-    """Trains the run in `workdir`, or continues it, and returns the exit code of the process.
+def train(config: Config, workdir: str | Path, *, log: Log, heartbeat: Heartbeat | None = None) -> int:
+    """Trains the run in `workdir`, a folder or a bucket's, or continues it, and returns the exit code of the process.
 
     0: the run is complete and its report is written. EXIT_PREEMPTED: a signal asked it to stop; the state is saved,
     and the same command continues.
@@ -63,13 +71,18 @@ def train(config: Config, workdir: Path, *, log: Log, heartbeat: Heartbeat | Non
       heartbeat: the watch over the other processes, which is told where this one is; None: there are none.
 
     Raises:
-      UserError: what is in `workdir` does not go with the config, no checkpoint is whole, or too many updates in a row
-        were refused.
+      UserError: what is in `workdir` does not go with the config, no checkpoint is whole, too many updates in a row
+        were refused or too many saves in a row have failed, or a bucket does not answer.
     """
+    with Home(workdir, log=log, writes=jax.process_index() == 0) as home:
+        return train_at(config, home, log=log, heartbeat=heartbeat or Heartbeat())
+
+
+def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> int:
+    """`train`, where the run's files are on this machine."""
     give_virtual_devices_threads()
     first_process = jax.process_index() == 0
-    log = log if first_process else _silent
-    heartbeat = heartbeat or Heartbeat()
+    log, workdir = log if first_process else _silent, home.folder
     with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:
         heartbeat.last_words = goodput.close
         heartbeat.standing = lambda: Standing(*goodput.standing)
@@ -77,7 +90,7 @@ def train(config: Config, workdir: Path, *, log: Log, heartbeat: Heartbeat | Non
         use_compilation_cache(config.train.compilation_cache)
         given = recorded_steps(config, workdir)
         config = resolve(given, devices=jax.device_count())
-        data = prepare_together(config, workdir)
+        data = prepare_together(config, home)
         loader = Loader(data.stores, config.data, seed=config.seed)
         mesh = make_mesh(config.parallel)
         setup = make_setup(config, mesh)
@@ -91,9 +104,13 @@ def train(config: Config, workdir: Path, *, log: Log, heartbeat: Heartbeat | Non
             configfile.record(given, workdir, log=log)
 
         # --- state: the newest checkpoint that is whole, or step 0
-        with Checkpointer(workdir / "checkpoints", config.checkpoint, log=log) as checkpointer:
+        with (
+            open_checkpointer(home.checkpoints, config.checkpoint, log=log) as checkpointer,
+            local_copies(config, home, log=log) as copies,
+        ):
+            checkpointer.before_commit = home.push
             with goodput.bucket("restore"):
-                restored = checkpointer.restore(setup.abstract_state())
+                restored = restore(checkpointer, copies, setup, loader)
                 if restored:
                     check_records(restored.metadata["data"], loader.records(), step=restored.step)
                     state, start = restored.state, restored.step
@@ -108,13 +125,32 @@ def train(config: Config, workdir: Path, *, log: Log, heartbeat: Heartbeat | Non
             # --- steps, then the report
             with MetricsWriter(workdir, config, process_index=jax.process_index()) as writer:
                 writer.truncate(start)
-                run = Run(config, workdir, setup, loader, data, checkpointer, writer, goodput, signals, log)
+                run = Run(config, home, setup, loader, data, checkpointer, copies, writer, goodput, signals, log)
                 state, stopped_by = run.steps(state, start)
                 if stopped_by:
                     log(f"{stopped_by}: saved at step {int(state.step)}; the same command continues")
                     return EXIT_PREEMPTED
                 finish(run, state)
     return 0
+
+
+def local_copies(config: Config, home: Home, *, log: Log) -> AbstractContextManager[LocalCopies | None]:
+    """The copies on this machine's own disk, if they are wanted."""
+    folder = config.checkpoint.local_dir
+    return closing(LocalCopies(folder, home.place, log=log)) if folder else nullcontext()
+
+
+def restore(checkpointer: Checkpointer, copies: LocalCopies | None, setup: Setup, loader: Loader) -> Restored | None:
+    """The newest state there is: that of local copies, where they go beyond the newest checkpoint."""
+
+    def of_this_run(metadata: Mapping[str, Any]) -> bool:
+        return metadata["data"] == loader.records()
+
+    if copies:
+        newest = max(checkpointer.steps(), default=0)
+        if found := copies.restore(setup.abstract_state(), after=newest, usable=of_this_run):
+            return found
+    return checkpointer.restore(setup.abstract_state())
 
 
 def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> dict[str, Any] | None:
@@ -127,9 +163,9 @@ def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> d
     """
     if not config.train.init_from:
         return None
-    source = Path(config.train.init_from).expanduser()
     found: str | UserError = "weights"
     try:
+        source = copied(config.train.init_from, log=log)
         place = open_weights(source, config.model, log=log)
     except UserError as error:
         found = error
@@ -142,20 +178,24 @@ def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> d
     return params
 
 
-def prepare_together(config: Config, workdir: Path) -> Prepared:
+def prepare_together(config: Config, home: Home) -> Prepared:
     """The data of a run: the first process makes what is missing, the others wait for it, and all have the same.
 
     Raises:
       UserError: on every process, if one of them could not prepare or read the data, or reads other data.
     """
     if jax.process_count() == 1:
-        return prepare_data(config, workdir)
+        return prepare_data(config, home.folder, home=home.place)
     prepared: Prepared | None = None
     for turn in (0, 1):  # the first process builds, then the others read what it has made
         found: str | UserError = "nothing yet"
         try:
             if (jax.process_index() == 0) == (turn == 0):
-                prepared = prepare_data(config, workdir, build=turn == 0)
+                if turn == 1:
+                    home.pull()
+                prepared = prepare_data(config, home.folder, build=turn == 0, home=home.place)
+                if turn == 0:
+                    home.push()
         except UserError as error:
             found = error
         if prepared and turn == 1:
@@ -170,17 +210,29 @@ class Run:
     """The parts of a running run, passed around together."""
 
     config: Config
-    workdir: Path
+    home: Home
     setup: Setup
     loader: Loader
     data: Prepared
     checkpointer: Checkpointer
+    copies: LocalCopies | None
     writer: MetricsWriter
     goodput: Ledger
     signals: Signals
     log: Log
     watermark: Watermark | None = None  # since the last program was compiled
     device_bytes: float | None = None  # the most that steps held on a device, before the first save or evaluation
+    copy_pace: Pace = dataclasses.field(init=False)
+    step_seconds: float = 0.0  # of a step, lately
+
+    def __post_init__(self) -> None:
+        settings = self.config.checkpoint
+        self.copy_pace = Pace(settings.local_every_steps, mtbf=settings.mtbf_hours * 3600)
+
+    @property
+    def workdir(self) -> Path:
+        """The run's folder on this machine."""
+        return self.home.folder
 
     def steps(self, state: TrainState, start: int) -> tuple[TrainState, str | None]:
         """Consumes the batches from `start` on; the second value names the signal that ended it early, if one did."""
@@ -219,7 +271,8 @@ class Run:
                 done, stop = step + 1, self.stop_asked(agreement)
                 evaluate = config.eval.every_steps and done % config.eval.every_steps == 0 and done < total
                 save = self.checkpointer.due(done, time.monotonic()) and done < total
-                if stop or evaluate or save or done == total or profiler.closing(step):
+                copy = self.copies is not None and self.copy_pace.due(done) and not save and done < total
+                if stop or evaluate or save or copy or done == total or profiler.closing(step):
                     self.read(behind, progress)
                     behind = None
                     if self.device_bytes is None and self.watermark is not None:
@@ -229,10 +282,12 @@ class Run:
                         held_out = self.evaluate(state, done) if evaluate else {}
                         if stop or save:
                             self.save(state, done, held_out)
+                        elif copy:
+                            self.copy(state, done)
                 if stop:
-                    with self.goodput.bucket("checkpoint_stall"):
-                        self.settle_save(done)
+                    self.settle_save(state, done, held_out)
                     return state, stop
+                self.tell_failures(done)
         return state, None
 
     def stop_asked(self, agreement: Agreement) -> str | None:
@@ -283,6 +338,7 @@ class Run:
             accepted=values["accepted"],
         )
         self.writer.write("step", step + 1, {**values, "seconds": reading.seconds})
+        self.step_seconds = 0.9 * self.step_seconds + 0.1 * reading.seconds if self.step_seconds else reading.seconds
         if norms and step % self.config.train.norms_every == 0:
             self.writer.write("norms", step + 1, jax.device_get(norms))
         self.goodput.completed(step + 1)
@@ -307,25 +363,69 @@ class Run:
     def save(self, state: TrainState, step: int, held_out: dict[str, HeldOut]) -> None:
         """Starts a checkpoint; what it says of the run makes it readable by itself."""
         with self.goodput.bucket("checkpoint_stall"):
-            self.writer.flush()
-            metadata = {
-                "config": as_config_dict(self.config).to_dict(),
-                "data": self.loader.records(),
-                "tokenizer": self.data.tokenizer.fingerprint,
-                "version": maxlm.__version__,
-            }
+            self.flush()
             size = sum(result.bytes for result in held_out.values())
             bits = sum(result.bits_per_byte * result.bytes for result in held_out.values())
             metrics = {"heldout_bits_per_byte": bits / size} if size else None
-            self.checkpointer.save(step, state, metadata=metadata, metrics=metrics)
+            result = self.checkpointer.save(step, state, metadata=self.metadata(), metrics=metrics)
             self.goodput.checkpoint(step)
+            self.settle_pace(self.checkpointer.pace, step, result.stall_seconds, self.checkpointer.write_seconds)
+        self.tell_failures(step)
 
-    def settle_save(self, step: int) -> None:
+    def copy(self, state: TrainState, step: int) -> None:
+        """Starts a copy on the machines' own disks."""
+        assert self.copies is not None
+        with self.goodput.bucket("checkpoint_stall"):
+            self.flush()
+            began = time.perf_counter()
+            self.copies.save(step, state, metadata=self.metadata())
+            self.goodput.checkpoint(step)
+            self.settle_pace(self.copy_pace, step, time.perf_counter() - began, 0.0)
+
+    def flush(self) -> None:
+        """Brings the metrics to the disk before a checkpoint that belongs to them."""
+        if error := self.writer.flush():
+            self.log(f"metrics wait in memory for room on the disk: {error}")
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint says of the run, which makes it readable by itself."""
+        return {
+            "config": as_config_dict(self.config).to_dict(),
+            "data": self.loader.records(),
+            "tokenizer": self.data.tokenizer.fingerprint,
+            "version": maxlm.__version__,
+        }
+
+    def settle_pace(self, pace: Pace, step: int, cost: float, write_seconds: float) -> None:
+        """Decides when the next save is due, and says so where the choice is made by failures and cost."""
+        steps = pace.saved(step, cost=cost, write_seconds=write_seconds, step_seconds=self.step_seconds)
+        if self.config.checkpoint.mtbf_hours:
+            kind = "copy" if pace is self.copy_pace else "checkpoint"
+            self.writer.write("pace", step, {kind: {"cost_seconds": cost, "next_in_steps": steps}})
+
+    def tell_failures(self, step: int) -> None:
+        """Writes down a save that has failed; too many of them in a row end the run."""
+        error, in_row = self.checkpointer.pending_error(), self.checkpointer.failures
+        if error:
+            self.writer.write("checkpoint_failed", step, {"reason": str(error), "in_row": in_row})
+            self.log(f"saves that failed in a row: {in_row}, of {self.config.checkpoint.max_failures} that end the run")
+        if in_row >= self.config.checkpoint.max_failures:
+            raise TrainingStopped(
+                f"the last {in_row} checkpoints could not be saved: {error or self.checkpointer.directory}. What was "
+                "trained since the newest one is lost; mend the storage and run the same command, or raise "
+                "checkpoint.max_failures"
+            )
+
+    def settle_save(self, state: TrainState, step: int, held_out: dict[str, HeldOut]) -> None:
         """Waits until the checkpoint of `step` is there; a run must not end as if it were saved when it is not."""
-        self.checkpointer.wait()
-        error = self.checkpointer.pending_error()
-        if error and step not in self.checkpointer.steps():
-            raise error
+        with self.goodput.bucket("checkpoint_stall"):
+            self.checkpointer.wait()
+        self.tell_failures(step)
+        while self.checkpointer.failures:
+            time.sleep(RETRY_SECONDS)
+            self.save(state, step, held_out)
+            self.checkpointer.wait()
+            self.tell_failures(step)
 
 
 def _silent(line: str) -> None:

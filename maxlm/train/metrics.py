@@ -20,7 +20,7 @@ import types
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from maxlm.config import Config
 from maxlm.errors import UserError
@@ -53,7 +53,7 @@ class MetricsWriter:
         """Raises UserError when a W&B project is named and the package is missing."""
         self._workdir, self._config = Path(workdir), config
         self._active = process_index == 0
-        self._lines: TextIO | None = None
+        self._lines: _Lines | None = None
         self._events: _Events | None = None
         self._tracker = _start_wandb(self._workdir, config) if self._active and config.train.wandb_project else None
         self._last_step = 0
@@ -73,7 +73,7 @@ class MetricsWriter:
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / FILE_NAME
         done = _cut(path, step) if path.exists() else Truncation(kept=0, dropped=0, unreadable=0, last_step=0)
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines = _Lines(path)
         self._events = _Events(self._workdir / "tensorboard", purge_step=step + 1)
         self._last_step = step
         return done
@@ -108,30 +108,63 @@ class MetricsWriter:
         if self._tracker is not None:
             self._tracker.log({**numbers, "step": step})
         if time.monotonic() >= self._flush_at:
-            self._lines.flush()
+            with contextlib.suppress(OSError):  # `flush` tells
+                self._lines.flush()
             self._flush_at = time.monotonic() + FLUSH_SECONDS
 
-    def flush(self) -> None:
-        """Puts everything written so far on the disk."""
-        if self._lines is not None and self._events is not None:
+    def flush(self) -> OSError | None:
+        """Puts everything written so far on the disk; what a full one does not take is kept for the next time.
+
+        Returns:
+          What went wrong.
+        """
+        if self._lines is None or self._events is None:
+            return None
+        try:
             self._lines.flush()
-            os.fsync(self._lines.fileno())
+            self._lines.sync()
             self._events.flush()
+        except OSError as error:
+            return error
+        return None
 
     def close(self) -> None:
-        """Flushes and ends; safe to call twice."""
+        """Flushes and ends; safe to call twice. Raises OSError if records are lost."""
         self._close_files()
         if self._tracker is not None:
             self._tracker.finish()
             self._tracker = None
 
     def _close_files(self) -> None:
-        self.flush()
+        error = self.flush()
         if self._lines is not None:
             self._lines.close()
         if self._events is not None:
             self._events.close()
         self._lines = self._events = None
+        if error:
+            raise error
+
+
+class _Lines:
+    """Appends lines to a file. What the disk does not take stays here until it does."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._left = bytearray()
+
+    def write(self, line: str) -> None:
+        self._left += line.encode()
+
+    def flush(self) -> None:
+        while self._left:
+            del self._left[: self._file.write(self._left)]
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(workdir: Path, kind: str = "") -> Iterator[dict[str, Any]]:
@@ -256,16 +289,19 @@ class _Events:
         event = self._event(wall_time=time.time(), step=step)
         for tag, number in numbers.items():
             event.summary.value.add(tag=tag, simple_value=number)
-        self._writer.write_event(event)
+        with contextlib.suppress(OSError):  # metrics.jsonl holds the same, and waits for a disk that is full
+            self._writer.write_event(event)
         if time.monotonic() >= self._flush_at:
             self.flush()
 
     def flush(self) -> None:
-        self._writer.flush()
+        with contextlib.suppress(OSError):
+            self._writer.flush()
         self._flush_at = time.monotonic() + EVENTS_SECONDS
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
 
 def _start_wandb(workdir: Path, config: Config) -> Any:

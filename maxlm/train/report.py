@@ -5,6 +5,7 @@ Everything about steps comes from metrics.jsonl, so that the report of a run in 
 - records of kind "step" with `loss`, `tokens`, `seconds` and `accepted`;
 - "cost" records, each in force for the steps that follow it: the fields of `progress.Cost`, `peak_source` ("data
   sheet", "measured" or "") and `devices` in words;
+- "checkpoint_failed" records, one for each save that failed;
 - "evaluation" records, one for each store, with `store` and the fields of `eval.heldout.HeldOut`.
 """
 
@@ -78,6 +79,7 @@ class Totals(NamedTuple):
     peak_flops: float | None  # of the devices last used
     peak_source: str
     devices: tuple[str, ...]  # that the run was on, in their order
+    failed_saves: int
 
 
 def write_report(workdir: Path, facts: Facts) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def add_up(records: Sequence[Mapping[str, Any]]) -> Totals:
         peak_flops=cost["peak_flops"],
         peak_source=cost["peak_source"],
         devices=tuple(devices),
+        failed_saves=sum(record["kind"] == "checkpoint_failed" for record in records),
     )
 
 
@@ -173,6 +176,7 @@ def _figures(facts: Facts, totals: Totals, evaluations: Sequence[Mapping[str, An
         "down_seconds": facts.goodput.down,
         "processes": facts.goodput.processes,
         "goodput": dict(facts.goodput.seconds),
+        "failed_saves": totals.failed_saves,
         "steps": totals.steps,
         "updates": totals.updates,
         "tokens": totals.tokens,
@@ -214,6 +218,7 @@ def _page(facts: Facts, totals: Totals, figures: Mapping[str, Any]) -> str:
         *_speed(figures),
         *_foretold(figures["foretold"]),
         *_goodput(facts.goodput),
+        *([f"**Saves that failed: {totals.failed_saves}** (metrics.jsonl says why)."] if totals.failed_saves else []),
         "## What was trained",
         _table(
             ("", ""), [(name.replace("_", " "), value) for name, value in (*facts.model.items(), *facts.extra.items())]

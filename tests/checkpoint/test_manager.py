@@ -375,8 +375,6 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
         with pytest.raises(TypeError, match="JSON"):
             checkpointer.save(1, {"x": jnp.ones(2)}, metadata={"x": object()})
         assert checkpointer.steps() == []
-    with pytest.raises(CheckpointError, match="gs://bucket.*local or mounted"):
-        CheckpointReader("gs://bucket/run")
 
 
 def test_due_by_steps_and_by_seconds(tmp_path, monkeypatch):

@@ -59,11 +59,88 @@ with Checkpointer(folder, CheckpointConfig(keep_latest=9), log=lines.append) as 
     found = c.restore(abstract)
     assert found.step == 2 and found.metadata == {"step": 2}, found
     assert all(bool((shard.data == 2).all()) for shard in found.state["x"].addressable_shards)
-    assert ("no such luck" if me == 1 else "process 1 cannot read it") in lines[0], lines
+    assert ("no such luck" if me == 1 else "process 1 has trouble with it") in lines[0], lines
     c.save(3, make(4), metadata={})
     c.wait()
     assert c.pending_error() is None and c.steps() == [1, 2, 3]
     assert (folder / "3.damaged-1").is_dir()
+print("AGREED", flush=True)
+"""
+
+
+PEERS = """
+import shutil, sys, jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from maxlm.checkpoint.local import LocalCopies
+
+me = jax.process_index()
+mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+values = lambda step: np.arange(64, dtype=np.float32) * step - 7
+def make(step, spec):
+    return jax.make_array_from_callback((64,), NamedSharding(mesh, PartitionSpec(spec)), lambda i: values(step)[i])
+make_state = lambda step: {"x": make(step, "fsdp"), "y": make(step + 1, None)}
+state = make_state(3)
+abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+lines = []
+copies = LocalCopies(sys.argv[1] + f"/host-{me}", "run", log=lines.append)
+ask = lambda: copies.restore(abstract, after=0, usable=lambda metadata: True)
+assert ask() is None
+for step in (2, 3):
+    copies.save(step, make_state(step), metadata={"step": step})
+copies.wait()
+assert ask().step == 3 and "using the local copies of step 3" == lines[-1], lines
+if me == 1:
+    shutil.rmtree(copies.folder)  # the machine came back with an empty disk
+found = ask()
+assert found.step == 3 and found.metadata == {"step": 3}
+for name, step in (("x", 3), ("y", 4)):
+    for shard in found.state[name].addressable_shards:
+        assert np.array_equal(shard.data, values(step)[shard.index]), name
+assert lines[-1] == "using the local copies of step 3; process 1 got its part from the others", lines
+if me == 0:
+    (copies.folder / "3" / "data").write_bytes(b"")  # damaged on the one machine, lost on the other
+assert ask().step == 2  # of which process 0 alone has a copy
+print("AGREED", flush=True)
+"""
+
+
+BUCKET = """
+import sys, jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from maxlm.checkpoint import bucket
+from maxlm.config import CheckpointConfig
+from maxlm.storage import StorageError
+
+me, lines = jax.process_index(), []
+mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+make = lambda step: {"x": jax.make_array_from_callback((4096,), sharding, lambda i: np.full(4096, step, np.float32)[i])}
+abstract = {"x": jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=sharding)}
+real = bucket.write_blocks
+def fails(*given, **more):
+    if me == 1:
+        raise StorageError("no such luck")
+    return real(*given, **more)
+with bucket.open_checkpointer(sys.argv[1], CheckpointConfig(keep_latest=9), log=lines.append) as c:
+    assert c.restore(abstract) is None
+    for step in (1, 2):
+        assert c.save(step, make(step), metadata={"step": step}).started
+    c.wait()
+    assert c.failures == 0 and c.steps() == [1, 2], (lines, c.steps())
+    bucket.write_blocks = fails
+    c.save(3, make(3), metadata={})
+    c.wait()
+    assert c.failures == 1 and c.steps() == [1, 2], (lines, c.steps())
+    assert ("no such luck" if me == 1 else "process 1 has trouble") in str(c.pending_error())
+    bucket.write_blocks = real
+    c.save(4, make(4), metadata={"step": 4})
+    c.wait()
+    assert c.failures == 0 and c.steps() == [1, 2, 4], (lines, c.steps())
+    found = c.restore(abstract)
+    assert found.step == 4 and found.metadata == {"step": 4}
+    assert all(bool((shard.data == 4).all()) for shard in found.state["x"].addressable_shards)
 print("AGREED", flush=True)
 """
 
@@ -99,14 +176,27 @@ def test_killed_at_any_instant_a_save_costs_at_most_itself(tmp_path):
     assert known >= 6
 
 
-def test_two_processes_agree_that_a_checkpoint_is_damaged(tmp_path):
+def together(program: str, place: str) -> None:
+    """Runs a program in two processes, both of which have to reach its end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    processes = [start(AGREE, str(tmp_path), address, str(index), devices=2) for index in range(2)]
+    processes = [start(program, place, address, str(index), devices=2) for index in range(2)]
     try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert all("AGREED" in output for output in outputs), "\n".join(outputs)
+
+
+def test_two_processes_agree_that_a_checkpoint_is_damaged(tmp_path):
+    together(AGREE, str(tmp_path))
+
+
+def test_a_process_that_lost_its_disk_gets_its_part_from_the_other(tmp_path):
+    together(PEERS, str(tmp_path))
+
+
+def test_two_processes_write_one_checkpoint_into_a_bucket_or_none(bucket):
+    together(BUCKET, f"{bucket}/run/checkpoints")

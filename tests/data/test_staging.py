@@ -11,7 +11,6 @@ from maxlm.data.prepare import prepare_data, prepare_store
 from maxlm.data.store import StoreError, StoreWriter, TokenStore
 from maxlm.data.tokenizers import ByteTokenizer
 from maxlm.storage import Folder, StorageError
-from tests.buckets import bucket, server  # noqa: F401
 from tests.tiny import tiny_config, write_corpus
 
 DOCUMENTS = [bytes([65 + number]) * (7 + number) for number in range(20)]
@@ -29,7 +28,7 @@ def write(folder: Path) -> TokenStore:
 
 
 @pytest.fixture
-def store(bucket, tmp_path):  # noqa: F811
+def store(bucket, tmp_path):
     """A store in a bucket of which nothing has been copied to this machine."""
     made = write(tmp_path / "store")
     remote = Folder(f"{bucket}/store")
@@ -42,7 +41,7 @@ def shards_of(store: TokenStore) -> list[str]:
     return sorted(path.name for path in store.path.glob("train-*.bin"))
 
 
-def test_shards_are_copied_as_they_are_read_and_hold_what_was_written(store, server, tmp_path):  # noqa: F811
+def test_shards_are_copied_as_they_are_read_and_hold_what_was_written(store, server, tmp_path):
     server.fail_every = 4
     local, opened = TokenStore.open(tmp_path / "store"), TokenStore.open(str(store))
     assert opened.fingerprint == local.fingerprint and shards_of(opened) == []
@@ -75,7 +74,7 @@ def test_a_damaged_copy_is_made_again_and_a_damaged_object_is_named(store):
         again.split("train").read(128, 140)
 
 
-def test_what_is_no_store_is_said(store, server):  # noqa: F811
+def test_what_is_no_store_is_said(store, server):
     with pytest.raises(StoreError, match="s3://.*/none is not a complete token store, it has no manifest.json"):
         TokenStore.open(str(store / "none"))
     store.remove("train-offsets.npy")
@@ -92,7 +91,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(store, tmp_path):
         opened._file({"file": "../../secret"})
 
 
-def test_a_store_is_prepared_into_a_bucket_its_manifest_last(bucket, server, tmp_path):  # noqa: F811
+def test_a_store_is_prepared_into_a_bucket_its_manifest_last(bucket, server, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", 20)
     entry, url = StoreConfig(source=f"text:{corpus}/*.txt", heldout_permille=100), f"{bucket}/made"
     whole = prepare_store(entry, ByteTokenizer(), tmp_path / "local", workers=1).store
@@ -115,7 +114,7 @@ def test_a_store_is_prepared_into_a_bucket_its_manifest_last(bucket, server, tmp
         prepare_store(entry, ByteTokenizer(), url, workers=1)
 
 
-def test_a_run_in_a_bucket_finds_its_stores_from_any_machine(bucket, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_in_a_bucket_finds_its_stores_from_any_machine(bucket, tmp_path, monkeypatch):
     config = tiny_config(write_corpus(tmp_path / "corpus", 20))
     made = prepare_data(config, tmp_path / "one", home=f"{bucket}/run")
     assert made.stores["tiny"].place.startswith(f"{bucket}/run/data/tiny-")

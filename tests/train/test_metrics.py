@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from maxlm.config import Config, TrainConfig
 from maxlm.errors import UserError
+from maxlm.train.goodput import Ledger
 from maxlm.train.metrics import FILE_NAME, MetricsWriter, Truncation, read_metrics
 
 
@@ -244,3 +246,40 @@ def test_a_write_is_cheap(tmp_path):
         each = (time.process_time() - begun) / 500
     # 0.3 ms here; the bound leaves room for slow machines and still catches a sync or a reopened file on every write.
     assert each < 3e-3
+
+
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):
+    """A limit on the size of files stands for the full disk: no record is lost, and none is cut in two."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path, Config(), process_index=0) as writer:
+        writer.truncate(0)
+        writer.write("step", 1, {"loss": 1.0})
+        assert writer.flush() is None
+        size = (tmp_path / FILE_NAME).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))  # the next line fits in part
+        try:
+            for step in range(2, 200):
+                writer.write("step", step, {"loss": 1.0 / step})
+            assert isinstance(writer.flush(), OSError)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [record["step"] for record in read_metrics(tmp_path, "step")] == [1]
+    assert [record["step"] for record in read_metrics(tmp_path, "step")] == list(range(1, 200))
+
+
+def test_a_ledger_outlives_a_full_disk(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ledger = Ledger(tmp_path, age=0.0, heartbeat_seconds=0)
+    ledger.restored(0)
+    size = (tmp_path / "goodput.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))
+    try:
+        ledger.completed(5)
+        ledger.checkpoint(5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    ledger.checkpoint(6)
+    ledger.close()
+    again = Ledger(tmp_path, age=0.0, heartbeat_seconds=0)
+    assert [record["step"] for record in again._earlier][-1] == 6 and again._process == 2
+    again.close()

@@ -1,0 +1,158 @@
+"""Where a run lives: a folder on this machine, or one in a bucket with a copy of its small files on this machine.
+
+The run writes its metrics, reports and configs into the folder on this machine. Of a bucket that folder is a copy, and
+what has changed goes into the bucket every minute, before every commit of a checkpoint (so that a checkpoint of step n
+always finds the records of the steps up to n) and at the end. Checkpoints and stores go there by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from maxlm.checkpoint.bucket import BucketReader
+from maxlm.errors import UserError
+from maxlm.storage import Folder, cache_folder, is_bucket, local_name
+
+CHECKPOINTS = "checkpoints"
+PREPARED = "data/prepared.json"
+PUSH_SECONDS = 60.0
+
+Log = Callable[[str], None]
+
+
+class Home:
+    """Where one run lives.
+
+    Args:
+      place: what was given as its workdir: a folder, or a bucket's.
+      log: takes one line of text an event.
+      writes: whether this process copies into the bucket what changes here; of several one does.
+
+    Raises:
+      UserError: the place cannot be one.
+    """
+
+    def __init__(self, place: str | Path, *, log: Log, writes: bool = True):
+        self._remote = Folder(str(place)) if is_bucket(place) else None
+        self.place: str | Path = self._remote.url if self._remote else Path(place).expanduser().absolute()
+        self.folder = cache_folder() / "runs" / local_name(str(place)) if self._remote else Path(self.place)
+        self._log, self._writes = log, writes
+        self._pushed: dict[str, tuple[int, int]] = {}
+        self._pushing = threading.Lock()
+        self._ended = threading.Event()
+
+    @property
+    def checkpoints(self) -> str | Path:
+        """Where the checkpoints are."""
+        return f"{self.place}/{CHECKPOINTS}" if self._remote else self.folder / CHECKPOINTS
+
+    def __enter__(self) -> Self:
+        """Brings here what the bucket has, and begins to bring there what changes."""
+        if self._remote:
+            self.pull()
+            threading.Thread(target=self._push_now_and_then, daemon=True, name="home").start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if kind is None:
+            self.push()
+        else:
+            with contextlib.suppress(OSError):  # the error that ends the run is the one to tell
+                self.push()
+
+    def pull(self) -> None:
+        """Copies the run's small files here. One that only goes on where the bucket's ends stays as it is.
+
+        Raises:
+          StorageError: the bucket cannot be read.
+        """
+        if self._remote is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in self._remote.names():
+            if not _is_small(name):
+                continue
+            content, file = self._remote.read(name), self.folder / name
+            here = file.read_bytes() if file.is_file() else b""
+            if not (file.is_file() and here.startswith(content)):
+                self._remote.download(name, file)
+                here = content
+            if here == content:
+                self._pushed[name] = _seen(file)
+
+    def push(self) -> None:
+        """Copies into the bucket what has changed here. Does nothing for a folder, nor where another process does.
+
+        Raises:
+          StorageError: the bucket cannot be written.
+        """
+        if self._remote is None or not self._writes:
+            return
+        with self._pushing:
+            for file in sorted(self.folder.rglob("*")):
+                name = file.relative_to(self.folder).as_posix()
+                if not _is_small(name) or not file.is_file():
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # it has just been renamed
+                    seen = _seen(file)
+                    if self._pushed.get(name) != seen:
+                        self._remote.upload(file, name)
+                        self._pushed[name] = seen
+
+    def _push_now_and_then(self) -> None:
+        while not self._ended.wait(PUSH_SECONDS):
+            try:
+                self.push()
+            except OSError as error:
+                self._log(f"metrics and reports could not be copied: {error}; the next try is in {PUSH_SECONDS:g} s")
+
+
+def copied(place: str | Path, *, log: Log) -> Path:
+    """The folder of a run or model on this machine; one of a bucket is copied, with its newest checkpoint.
+
+    Raises:
+      UserError: there is none, or the place cannot be one.
+      StorageError: the bucket cannot be read.
+    """
+    home = Home(place, log=log)
+    if not is_bucket(place):
+        return home.folder
+    home.pull()
+    reader = BucketReader(str(home.checkpoints), log=log)
+    steps = reader.steps()
+    if not steps and not any(home.folder.iterdir()):
+        raise UserError(f"{place} holds nothing: give the place of a run or of a converted model")
+    for step in steps[-1:]:
+        source, out = reader.path(step), home.folder / CHECKPOINTS / str(step)
+        if out.is_dir():
+            continue
+        beside = out.with_name(f"{step}.copying")
+        shutil.rmtree(beside, ignore_errors=True)
+        log(f"copying checkpoint {step} of {place}")
+        for name in source.names():
+            source.download(name, beside / name)
+        beside.rename(out)
+    return home.folder
+
+
+def _seen(file: Path) -> tuple[int, int]:
+    """What tells one state of a file from another: when it was written last, and its size."""
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _is_small(name: str) -> bool:
+    """Whether a file travels with the run; checkpoints, stores and what is half written do not."""
+    parts = name.split("/")
+    if parts[0] == CHECKPOINTS or (parts[0] == "data" and name != PREPARED):
+        return False
+    return not any(part.startswith(".") or part.endswith((".partial", ".lock")) for part in parts)

@@ -1,0 +1,127 @@
+"""Copies on the machines' own disks: proved, kept apart, and put together from what is left of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from maxlm.checkpoint.interval import interval_steps
+from maxlm.checkpoint.local import KEPT, LocalCopies, assemble, covered
+from maxlm.checkpoint.pace import Pace
+from maxlm.errors import UserError
+from tests.checkpoint.test_manager import abstract, assert_same, flip, make_state, mesh
+
+
+@pytest.fixture
+def copies(tmp_path):
+    lines: list[str] = []
+    found = LocalCopies(tmp_path, "s3://bucket/run", log=lines.append)
+    found.lines = lines
+    yield found
+    found.close()
+
+
+def restore(copies, *, after=0, on=(4, 2), usable=lambda metadata: True):
+    return copies.restore(abstract(make_state(0, mesh(*on))), after=after, usable=usable)
+
+
+def save(copies, *steps):
+    for step in steps:
+        with jax.transfer_guard("disallow"):
+            copies.save(step, make_state(step, mesh(4, 2)), metadata={"seed": step})
+    copies.wait()
+
+
+def test_the_newest_copy_comes_back_and_few_are_kept(copies):
+    assert restore(copies) is None
+    save(copies, 3, 6, 9)
+    assert sorted(path.name for path in copies.folder.iterdir()) == ["6", "9"] and KEPT == 2
+    found = restore(copies)
+    assert found.step == 9 and found.metadata == {"seed": 9}
+    assert_same(found.state, make_state(9, mesh(1, 1)))
+    assert restore(copies, after=9) is None  # a checkpoint that is as new comes first
+    assert restore(copies, usable=lambda metadata: metadata["seed"] == 6).step == 6
+    assert restore(copies, on=(2, 4)) is None and "another mesh" in copies.lines[-1]
+    other = LocalCopies(copies.folder.parent.parent, "s3://bucket/other", log=print)
+    assert restore(other) is None
+
+
+@pytest.mark.parametrize("file", ["data", "index.json"])
+def test_a_damaged_copy_is_passed_over(copies, file):
+    save(copies, 1, 2)
+    target = copies.folder / "2" / file
+    flip(target, target.stat().st_size // 2)
+    found = restore(copies)
+    assert found.step == 1
+    assert_same(found.state, make_state(1, mesh(1, 1)))
+    assert "local copy of step 2" in copies.lines[0] and "altered" in copies.lines[0]
+    target.unlink()
+    assert restore(copies).step == 1
+
+
+def test_a_copy_that_cannot_be_written_is_told_and_the_next_one_works(copies):
+    copies.folder.parent.mkdir(parents=True)
+    copies.folder.write_text("no folder can be made here")
+    save(copies, 1)
+    assert "a local copy was not written" in copies.lines[0]
+    copies.folder.unlink()
+    save(copies, 2)
+    assert restore(copies).step == 2
+    with pytest.raises(UserError, match="local_dir=gs://b/x is no folder"):
+        LocalCopies("gs://b/x", "run", log=print)
+
+
+CUBE = ("data", "fsdp", "tensor")
+
+
+SPLITS = [("fsdp",), (("fsdp", "tensor"),), (None, "tensor"), ("tensor", "fsdp")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [*((spec, "float32") for spec in SPLITS), *(((), dtype) for dtype in ("bfloat16", "int32", "uint8", "bool"))],
+)
+def test_lost_shards_come_from_the_devices_that_hold_the_same(spec, dtype):
+    """Half of the devices have lost theirs, each time other ones; NaN payloads and signed zeros count."""
+    on = jax.make_mesh((2, 2, 2), CUBE, axis_types=(AxisType.Auto,) * 3)
+    rng = np.random.default_rng(1)
+    words = rng.integers(0, 256, (8, 4, np.dtype(jnp.dtype(dtype)).itemsize), np.uint8)
+    value = words[..., 0] > 100 if dtype == "bool" else words.view(jnp.dtype(dtype))[..., 0]
+    x = jax.device_put(value, NamedSharding(on, PartitionSpec(*spec)))
+    leaf = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    halves = [on.devices[0], on.devices[1], np.array([on.devices[0, 0], on.devices[1, 1]])]
+    for kept in halves:
+        has = set(kept.ravel())
+        own = {
+            tuple(part.start or 0 for part in s.index): np.asarray(s.data)
+            for s in x.addressable_shards
+            if s.device in has
+        }
+        assert covered({"x": leaf}, has.__contains__)
+        found = assemble(leaf, own, has.__contains__)
+        assert found.sharding == x.sharding and found.dtype == x.dtype
+        for shard in found.addressable_shards:
+            assert np.asarray(shard.data).tobytes() == np.asarray(value[shard.index]).tobytes()
+
+
+def test_what_nobody_has_any_more_is_seen():
+    on = jax.make_mesh((2, 2, 2), CUBE, axis_types=(AxisType.Auto,) * 3)
+    leaf = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(on, PartitionSpec("fsdp")))
+    assert not covered({"x": leaf}, set(on.devices[:, 0].ravel()).__contains__)
+    assert covered({"x": leaf}, set(on.devices[1, :, 0]).__contains__)
+
+
+def test_the_pace_is_fixed_or_follows_from_cost_and_failures():
+    fixed = Pace(10, mtbf=0.0)
+    assert [step for step in range(31) if fixed.due(step)] == [10, 20, 30]
+    assert fixed.saved(10, cost=100.0, write_seconds=0.0, step_seconds=1.0) == 10
+    measured, found = Pace(1000, mtbf=3600.0), []
+    for step in range(1, 1500):
+        if measured.due(step):
+            measured.saved(step, cost=2.0, write_seconds=0.0, step_seconds=1.0)
+            found.append(step)
+    apart = interval_steps(cost=2.0, mtbf=3600.0, step_seconds=1.0, write_seconds=0.0, at_most=1000)
+    assert 100 < apart < 130 and found == [1000 + apart * n for n in range(len(found))] and len(found) > 3
+    resumed = Pace(1000, mtbf=3600.0)
+    assert [step for step in range(1201, 2300) if resumed.due(step)][0] == 2200
