@@ -35,8 +35,9 @@ GIB = 2**30
 LIMIT = 24 * GIB  # of the compiler's memory
 POLL_SECONDS = 0.5
 CACHE = "~/.cache/maxlm/plans"
-ROOMS = ("config.py", "chips.py", "compilation.py", "tree.py", "model", "kernels", "parallel", "optim", "train", "plan")
-"""Sources that decide what is compiled and how it is read; data/ decides only what goes into it."""
+ROOMS = ("config.py", "compilation.py", "tree.py", "data/batch.py", "model", "kernels", "parallel", "optim", "train")
+"""Sources that decide, with those of `OWN`, what is compiled; how it is read may change without compiling again."""
+OWN = ("plan/compile.py", "plan/child.py", "plan/cuda.py", "plan/topology.py")
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda12-plugin", "flax", "optax")
 Log = Callable[[str], None]
 
@@ -155,7 +156,7 @@ def content_key(request: Request) -> str:
     }
     sources = hashlib.sha256()
     root = Path(maxlm.__file__).parent
-    for room in ROOMS:
+    for room in (*ROOMS, *OWN):
         for path in sorted((root / room).rglob("*.py")) if (root / room).is_dir() else [root / room]:
             sources.update(path.read_bytes())
     chip = dataclasses.asdict(request.topology.chip)

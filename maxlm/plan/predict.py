@@ -259,5 +259,14 @@ def _kernel_flops(name: str, instruction: Instruction, shapes: Mapping[str, str]
         matrices = [shape for shape in arrays if len(shape) == 3]
         flat = [shape for shape in arrays if len(shape) == 2]
         if matrices and flat:
-            return "grouped product", 2.0 * max(shape[0] for shape in flat) * matrices[0][1] * matrices[0][2]
+            # A buffer has room for the worst case; the kernel passes over rows that are not there.
+            rows = min(max(shape[0] for shape in flat), _even_rows(config))
+            return "grouped product", 2.0 * rows * matrices[0][1] * matrices[0][2]
     return "other", 0.0
+
+
+def _even_rows(config: Config) -> float:
+    """Rows of a device's grouped product in a microbatch, were every expert sent as many."""
+    spread = math.prod(config.parallel.sizes[axis] for axis in ("data", "fsdp", "expert", "context"))
+    tokens = config.data.batch_size * config.data.sequence_length / config.train.accumulation
+    return tokens * config.model.moe.active / spread

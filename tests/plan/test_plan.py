@@ -91,6 +91,20 @@ def test_attention_kernels_cost_the_positions_that_causality_leaves(name, shape,
     assert (kind, flops) == ("attention", products * 2 * rows * heads * dim * length * (length + 1) / 2)
 
 
+def test_a_grouped_product_costs_the_rows_of_an_even_load():
+    config = tiny(data=2, fsdp=4)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, experts=4, active=2))
+    )
+    call = '  %gmm.1 = bf16[256,64]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call"'
+    shapes = {"x": "bf16[256,32]{1,0}", "w": "bf16[1,32,64]{2,1,0}"}
+    kind, flops = predict._kernel_flops("gmm", hlo._instruction(call), shapes, config)
+    assert (kind, flops) == (
+        "grouped product",
+        2 * (8 * 16 * 2 / 8) * 32 * 64,
+    )  # of the 256 rows that there is room for
+
+
 def test_a_layer_put_into_a_stack_or_taken_from_it_moves_alone():
     shapes = {"stack": "bf16[32,100]{1,0}", "layer": "bf16[1,100]{1,0}"}
     lines = {
