@@ -260,8 +260,8 @@ def _kernel_flops(name: str, instruction: Instruction, shapes: Mapping[str, str]
         flat = [shape for shape in arrays if len(shape) == 2]
         if matrices and flat:
             # A buffer has room for the worst case; the kernel passes over rows that are not there.
-            rows = min(max(shape[0] for shape in flat), _even_rows(config))
-            return "grouped product", 2.0 * rows * matrices[0][1] * matrices[0][2]
+            sent = min(max(shape[0] for shape in flat), _even_rows(config))
+            return "grouped product", 2.0 * sent * matrices[0][1] * matrices[0][2]
     return "other", 0.0
 
 
