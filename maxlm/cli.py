@@ -28,6 +28,7 @@ USAGE = """usage: maxlm <command> [flags]
   tokenizer  --config=FILE --workdir=DIR --out=FILE                         train a tokenizer on a config's sources
   convert    from-hf FOLDER OUT | to-hf CHECKPOINT OUT [--dtype=...]       weights from and to Hugging Face
   generate   --workdir=DIR|--model=PATH --prompt=TEXT [--chat ...]          sample from a run or any weights
+  replay     --workdir=DIR --step=N [--json=FILE]                            a past step again, twice: what was at fault
   study      plan|run|fit|predict|judge|report STUDY.py [--dir=DIR ...]      many small runs, and what they foretell
 
 `maxlm <command> --help` lists the command's flags."""
@@ -148,6 +149,23 @@ def _in_memory(config: Config, run: Callable[[], int]) -> int:
         if not is_shortage(error):
             raise
         raise explained(error, config) from error
+
+
+def _replay(args: list[str]) -> int:
+    values = _flags(args, config=False)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_integer("step", None, "the step, as in metrics.jsonl", flag_values=values, lower_bound=1)
+    flags.DEFINE_string("json", None, "also write what was found to this file", flag_values=values)
+    _parse(values, args, required=("workdir", "step"))
+    from maxlm.train.metrics import plain
+    from maxlm.train.replay import replay, table
+
+    found = replay(Path(values.workdir).absolute(), values.step, log=_log)
+    Console().print(table(found))
+    print(f"{found.verdict}: {found.why}")
+    if values.json:
+        Path(values.json).write_text(json.dumps(plain(found._asdict()), indent=1) + "\n")
+    return 0
 
 
 def _use_huge_pages() -> None:
@@ -339,6 +357,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "tokenizer": _tokenizer,
     "generate": _generate,
     "convert": _convert,
+    "replay": _replay,
     "study": _study,
 }
 

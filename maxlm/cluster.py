@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import cloud_tpu_init, clusters
+from jax._src import cloud_tpu_init, clusters, distributed
 from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -26,6 +26,8 @@ from maxlm.rollcall import Place, roll_call
 
 JOIN_SECONDS = 300  # how long a process waits for the others to come, unless it is told otherwise
 _JAX_SILENCE = 100  # seconds after which JAX ends the others itself, without a name: ours has to come first
+_PATIENCE = 7200  # seconds: whoever dies meanwhile is noticed by the heartbeat
+_meetings: Counter[str] = Counter()  # the coordinator knows a meeting by its number
 _LINE = 1024  # bytes that each process contributes to `agree_on`
 
 
@@ -184,6 +186,18 @@ def join(
         f"{found.why}; this is process {number} of {size}, process 0 is at {where}",
         Heartbeat(lines, process=number, limit=silence),
     )
+
+
+def meet(where: str) -> None:
+    """Waits until all processes are here, however long they take: what comes next may not wait as long.
+
+    Only process 0 keeps compiled programs, so it is ahead of the others after a restart; gloo gives up after 30 s.
+    """
+    if jax.process_count() > 1:
+        _meetings[where] += 1
+        client = distributed.global_state.client
+        assert client is not None  # there are several processes
+        client.wait_at_barrier(f"maxlm: {where} {_meetings[where]}", timeout_in_ms=_PATIENCE * 1000)
 
 
 def agree_on(what: str, mine: str | UserError) -> None:

@@ -243,6 +243,12 @@ class GuardConfig:
         12.0, "refuse a loss or gradient norm this many scaled MADs over the median; 0: never", unit="deviations", low=0
     )
     max_rejections: int = leaf(8, "refusals in a row that end the run", unit="steps", low=1)
+    rollback: tuple[int, int, int] = leaf(
+        (0, 0, 0),
+        "(K, M, N): after K refusals in M steps the run goes back to a checkpoint from before the first of them and "
+        "passes over the batches between, N times at most; (0, 0, 0): never",
+        low=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,6 +347,19 @@ class TrainConfig:
     log_every: int = leaf(10, "steps between progress lines", unit="steps", low=1)
     norms_every: int = leaf(100, "steps between per-layer norms; 0: none", unit="steps", low=0)
     profile: tuple[int, ...] = leaf((), "(first step, steps) of a profiler window; SIGUSR1 opens one too", low=1)
+    audit_every: int = leaf(
+        0,
+        "steps between recomputations of a microbatch on other devices, to the same bits; 0: none",
+        unit="steps",
+        low=0,
+    )
+    watchdog: tuple[float, float] = leaf(
+        (10.0, 60.0),
+        "a step that takes this many times the median, and this many seconds at least, has the stacks of all threads "
+        "written down; after twice that the run ends with exit code 69 (docs/faults.md); (0, 0): never",
+        unit="times, s",
+        low=0.0,
+    )
     compilation_cache: str = leaf("~/.cache/maxlm/xla", "folder of compiled programs; empty: none")
     wandb_project: str = leaf("", "Weights & Biases project; empty: not used")
 

@@ -165,7 +165,8 @@ class Heartbeat:
         peer.heard = now
         *lines, peer.received = (peer.received + data).split(b"\n")
         for line in lines:
-            self._take(peer, json.loads(line))
+            with contextlib.suppress(ValueError):  # a line torn by a signal at the other end is no reason to leave
+                self._take(peer, json.loads(line))
 
     def _take(self, peer: _Peer, word: dict[str, Any]) -> None:
         """What another process says."""

@@ -302,6 +302,12 @@ def _check_schedule(config: Config) -> Iterator[str]:
             f"train.budget_seconds is {config.train.budget_seconds:g}, which leaves the number of steps open, but "
             "optim.decay_steps and data.phases need it; type optim.schedule=linear, or train.budget_seconds=0"
         )
+    refusals, within, times = optim.guard.rollback
+    if any(optim.guard.rollback) and not (0 < refusals <= within and times):
+        yield (
+            f"optim.guard.rollback is {optim.guard.rollback}; give (K, M, N) with 1 <= K <= M and N >= 1, as in "
+            "(4, 64, 3): back after 4 refusals in 64 steps, 3 times at most"
+        )
     if optim.guard.min_history > optim.guard.window:
         yield (
             f"optim.guard.min_history is {optim.guard.min_history}, more than optim.guard.window "

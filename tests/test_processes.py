@@ -47,10 +47,22 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_any_number_go_on(tmp_
 
 
 @pytest.mark.slow
-def test_four_processes_save_and_two_and_one_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("four", "two"),
+    [
+        (MESH, ("--config.parallel.fsdp=2",)),
+        (("--config.parallel.data=2", "--config.parallel.tensor=2"), ("--config.parallel.tensor=2",)),
+        (
+            ("--config.parallel.fsdp=2", "--config.parallel.pipeline=2", "--config.train.accumulation=2"),
+            ("--config.parallel.pipeline=2", "--config.train.accumulation=4"),
+        ),
+    ],
+    ids=["fsdp", "tensor", "pipeline"],
+)
+def test_four_processes_save_and_two_and_one_go_on(tmp_path, four, two):
     runs = Runs(tmp_path, steps=STEPS)
     runs.finish("whole")
-    for processes, overrides in ((4, MESH), (2, ("--config.parallel.fsdp=2",))):
+    for processes, overrides in ((4, four), (2, two)):
         before = runs.newest("run")
         together = runs.start_together("run", processes=processes, devices=4 // processes, overrides=overrides)
         while runs.newest("run") < before + 8:

@@ -180,6 +180,16 @@ class CheckpointReader:
             return None
         return search.restored
 
+    def restore_state(self, abstract_state: Any, *, step: int) -> Restored:
+        """The whole state of one checkpoint, for a look at it beside the run.
+
+        Raises:
+            CheckpointError: it is not there, has other arrays, or is damaged.
+        """
+        search = self._search(abstract_state, step=step, prefix="")
+        assert search is not None  # an absent step has raised
+        return search.restored
+
     def path(self, step: int) -> Any:
         """The folder of a step."""
         return self.directory / str(step)

@@ -154,6 +154,14 @@ class Loader:
                 whole[chosen] = piece
         return batch if self._data.mask_documents else join_documents(batch)
 
+    def rows(self, step: int) -> dict[str, np.ndarray]:
+        """Which rows of each store's cut the whole batch of a step is made of; (n,) int64."""
+        number = self._phase_number(step)
+        phase = self._phases[number]
+        first = self._batches(number, step) * phase.batch_size
+        addresses = self._addresses(number, np.arange(first, first + phase.batch_size))
+        return {name: addresses.rows[addresses.stores == store] for store, name in enumerate(phase.mixture.names)}
+
     def shape(self, step: int) -> Shape:
         """(B, S) of a step's whole batch."""
         phase = self.phase(step)

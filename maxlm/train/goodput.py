@@ -122,11 +122,21 @@ class Ledger:
     def restored(self, step: int) -> None:
         """This process goes on from the checkpoint of `step`; 0: from the beginning.
 
-        Called once, in every process, before its first step. What earlier processes did after that step is lost.
+        Called in every process before its first step. What earlier processes did after that step is lost.
         """
         with self._lock:
             self._start_step = self._step = step
             self._append()
+
+    def begin_anew(self, step: int) -> None:
+        """This process goes back to the checkpoint of `step` by itself: a new account begins, as in a new process."""
+        with self._lock:
+            self._append(mark=True)
+            self._earlier = [] if self._path is None else _read(self._path)
+            self._process += 1
+            self._begun = self._now()
+            self._seconds = dict.fromkeys(BUCKETS, 0.0)
+            self.restored(step)
 
     def completed(self, step: int) -> None:
         """`step` steps are done. Costs next to nothing."""

@@ -24,29 +24,32 @@ from maxlm.checkpoint.local import LocalCopies
 from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import Restored
-from maxlm.cluster import Agreement, agree_on
+from maxlm.cluster import Agreement, agree_on, meet
 from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
 from maxlm.config import Config
 from maxlm.convert.folder import carry
 from maxlm.convert.stored import CARRIED, carried_files
 from maxlm.convert.weights import open_weights
-from maxlm.data.loader import Loader, check_records
+from maxlm.data.loader import Loader, Skip, check_records
 from maxlm.data.prefetch import Prefetcher
 from maxlm.data.prepare import Prepared, prepare_data
+from maxlm.data.proof import HEAD_START, Proof
 from maxlm.errors import UserError
 from maxlm.eval.heldout import HeldOut, evaluate_stores
 from maxlm.heartbeat import Heartbeat, Standing
 from maxlm.model.flops import ledger as flop_ledger
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import as_config_dict, resolve
+from maxlm.train import rollback
 from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
 from maxlm.train.finish import finish
 from maxlm.train.goodput import Ledger, process_age
 from maxlm.train.home import Home, copied
 from maxlm.train.metrics import MetricsWriter
-from maxlm.train.peak import describe_devices, run_peak
+from maxlm.train.peak import describe_devices, describe_place, run_peak
 from maxlm.train.profile import Profiler
 from maxlm.train.progress import Cost, Progress
+from maxlm.train.sentries import Sentries
 from maxlm.train.setup import Setup, make_setup, memory_line, place_batch
 from maxlm.train.signals import EXIT_PREEMPTED, Signals
 from maxlm.train.state import TrainState, fresh_loss_scale, make_state
@@ -91,7 +94,9 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
         given = recorded_steps(config, workdir)
         config = resolve(given, devices=jax.device_count())
         data = prepare_together(config, home)
-        loader = Loader(data.stores, config.data, seed=config.seed)
+        proof = Proof(data.stores if first_process else {})
+        rollbacks = rollback.recorded(workdir)
+        loader = Loader(data.stores, config.data, seed=config.seed, skips=rollback.skips(rollbacks))
         mesh = make_mesh(config.parallel)
         setup = make_setup(config, mesh)
         log(f"{describe_devices(list(mesh.devices.flat))}, attention by the {setup.attention!r} back end")
@@ -110,23 +115,42 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
         ):
             checkpointer.before_commit = home.push
             with goodput.bucket("restore"):
+                rollback.set_others_aside(checkpointer, rollbacks)
                 restored = restore(checkpointer, copies, setup, loader)
                 if restored:
                     check_records(restored.metadata["data"], loader.records(), step=restored.step)
                     state, start = restored.state, restored.step
                     if restored.metadata["config"]["train"]["precision"] != config.train.precision:
                         state = fresh_loss_scale(state, config)
+                    metadata = restored.metadata
                     log(f"continuing from the checkpoint of step {start}")
                 else:
                     params = first_weights(config, setup, workdir, log=log)
-                    state, start = make_state(config, setup.optimizer, setup.shardings, params), 0
+                    state, start, metadata = make_state(config, setup.optimizer, setup.shardings, params), 0, {}
                 goodput.restored(start)
 
             # --- steps, then the report
             with MetricsWriter(workdir, config, process_index=jax.process_index()) as writer:
                 writer.truncate(start)
-                run = Run(config, home, setup, loader, data, checkpointer, copies, writer, goodput, signals, log)
-                state, stopped_by = run.steps(state, start)
+                sentries = Sentries.post(
+                    setup, workdir, proof, state=state, metadata=metadata, stuck=heartbeat.stuck, log=log
+                )
+                run = Run(
+                    config,
+                    home,
+                    setup,
+                    loader,
+                    data,
+                    checkpointer,
+                    copies,
+                    writer,
+                    goodput,
+                    signals,
+                    sentries,
+                    rollbacks,
+                    log,
+                )
+                state, stopped_by = run.to_the_end(state, start)
                 if stopped_by:
                     log(f"{stopped_by}: saved at step {int(state.step)}; the same command continues")
                     return EXIT_PREEMPTED
@@ -219,9 +243,12 @@ class Run:
     writer: MetricsWriter
     goodput: Ledger
     signals: Signals
+    sentries: Sentries
+    rollbacks: list[rollback.Rollback]  # so far
     log: Log
     watermark: Watermark | None = None  # since the last program was compiled
     device_bytes: float | None = None  # the most that steps held on a device, before the first save or evaluation
+    programs: dict[tuple[int, int], jax.stages.Compiled] = dataclasses.field(default_factory=dict)
     copy_pace: Pace = dataclasses.field(init=False)
     step_seconds: float = 0.0  # of a step, lately
 
@@ -233,6 +260,24 @@ class Run:
     def workdir(self) -> Path:
         """The run's folder on this machine."""
         return self.home.folder
+
+    def to_the_end(self, state: TrainState, start: int) -> tuple[TrainState, str | None]:
+        """`steps`, and again from an earlier checkpoint where too many updates are refused."""
+        while True:
+            try:
+                return self.steps(state, start)
+            except rollback.TurnBack as turn:
+                since, at = turn.since, turn.at
+            del state  # with the exception, whose frames held it, the last one of the way that is given up
+            with self.goodput.bucket("restore"):
+                state, start = rollback.roll_back(self, since, at)
+
+    def go_on_from(self, restored: Restored, skips: tuple[Skip, ...]) -> None:
+        """The run is where a checkpoint was, and passes over other batches from there on."""
+        self.goodput.begin_anew(restored.step)
+        self.loader = Loader(self.data.stores, self.config.data, seed=self.config.seed, skips=skips)
+        self.sentries.refusals = rollback.refusals(self.config.optim.guard.rollback, restored.state, restored.metadata)
+        self.writer.truncate(restored.step)
 
     def steps(self, state: TrainState, start: int) -> tuple[TrainState, str | None]:
         """Consumes the batches from `start` on; the second value names the signal that ended it early, if one did."""
@@ -249,20 +294,20 @@ class Run:
         prefetch = Prefetcher(self.batch, start=start, stop=total, depth=config.data.prefetch)
         profiler = Profiler(config.train.profile, self.workdir / "profile", self.signals)
         agreement = Agreement(self.setup.mesh)
-        programs: dict[tuple[int, int], jax.stages.Compiled] = {}
         behind: tuple[int, dict[str, Any]] | None = None
-        with prefetch, profiler, progress, jax.transfer_guard_device_to_host("disallow"):
+        with prefetch, profiler, progress, self.sentries.watchdog, jax.transfer_guard_device_to_host("disallow"):
+            self.sentries.proof.check(wait=HEAD_START)
             self.goodput.settle("step")
             for step in range(start, total):
                 shape = self.loader.shape(step)
-                if shape not in programs:
+                if shape not in self.programs:
                     self.read(behind, progress)
                     behind = None
-                    programs[shape] = self.compile(shape, progress)
+                    self.programs[shape] = self.compile(shape, progress)
                 with self.goodput.bucket("data_wait"):
                     batch = next(prefetch)
                 profiler.before(step)
-                state, metrics = programs[shape](state, batch)
+                state, metrics = self.programs[shape](state, batch)
                 if step == start:  # while the devices have something to do
                     self.checkpointer.prepare(self.setup.abstract_state())
                 self.read(behind, progress)
@@ -270,22 +315,28 @@ class Run:
 
                 done, stop = step + 1, self.stop_asked(agreement)
                 evaluate = config.eval.every_steps and done % config.eval.every_steps == 0 and done < total
+                audit = config.train.audit_every and done % config.train.audit_every == 0
                 save = self.checkpointer.due(done, time.monotonic()) and done < total
                 copy = self.copies is not None and self.copy_pace.due(done) and not save and done < total
-                if stop or evaluate or save or copy or done == total or profiler.closing(step):
+                if stop or evaluate or audit or save or copy or done == total or profiler.closing(step):
                     self.read(behind, progress)
                     behind = None
                     if self.device_bytes is None and self.watermark is not None:
                         self.device_bytes = self.watermark.device_bytes(state)
                     profiler.after(step)
-                    with progress.paused():
+                    with progress.paused(), self.sentries.watchdog.off():
+                        if audit:
+                            with self.goodput.bucket("evaluation"):
+                                self.sentries.audit.check(state, batch, step=done)
                         held_out = self.evaluate(state, done) if evaluate else {}
+                        self.sentries.proof.check()
                         if stop or save:
                             self.save(state, done, held_out)
                         elif copy:
                             self.copy(state, done)
                 if stop:
-                    self.settle_save(state, done, held_out)
+                    with self.sentries.watchdog.off():
+                        self.settle_save(state, done, held_out)
                     return state, stop
                 self.tell_failures(done)
         return state, None
@@ -302,15 +353,16 @@ class Run:
         peak = run_peak(devices, self.config.train.precision)
         flops = flop_ledger(self.config.model, sequence_length=self.loader.shape(start)[1])
         cost = Cost(flops.six_n, flops.causal_exact, peak.flops if peak else None)
-        record = {"peak_source": peak.source if peak else "", "devices": describe_devices(devices)}
+        record = {"peak_source": peak.source if peak else "", **describe_place(self.setup.mesh)}
         self.writer.write("cost", start, {**dataclasses.asdict(cost), **record})
         return cost
 
     def compile(self, shape: tuple[int, int], progress: Progress) -> jax.stages.Compiled:
         """The step for one batch shape, with its memory and compile time in the log."""
-        with self.goodput.bucket("compile"), progress.paused():
+        with self.goodput.bucket("compile"), progress.paused(), self.sentries.watchdog.off():
             began = time.perf_counter()
             program = self.setup.compile(*shape)
+            meet("compiled")
             progress.note(
                 f"compiled the step for {shape[0]} x {shape[1]} tokens in {time.perf_counter() - began:.1f} s"
             )
@@ -342,6 +394,8 @@ class Run:
         if norms and step % self.config.train.norms_every == 0:
             self.writer.write("norms", step + 1, jax.device_get(norms))
         self.goodput.completed(step + 1)
+        self.sentries.watchdog.completed(step + 1)
+        self.sentries.refusals.read(step, values["rejections_in_row"])
         if values["rejections_in_row"] >= self.config.optim.guard.max_rejections:
             raise TrainingStopped(
                 f"the guard refused the updates of the last {values['rejections_in_row']} steps, up to step {step + 1} "
@@ -394,6 +448,7 @@ class Run:
             "data": self.loader.records(),
             "tokenizer": self.data.tokenizer.fingerprint,
             "version": maxlm.__version__,
+            rollback.REFUSED: self.sentries.refusals.steps,
         }
 
     def settle_pace(self, pace: Pace, step: int, cost: float, write_seconds: float) -> None:

@@ -101,7 +101,7 @@ class MetricsWriter:
                     f"step {step} is already recorded (up to {self._last_step}); truncate before going back"
                 )
             self._last_step = step
-        record = {"kind": kind, "step": step, **_plain(values)}
+        record = {"kind": kind, "step": step, **plain(values)}
         self._lines.write(json.dumps(record, allow_nan=False) + "\n")
         numbers = dict(_numbers(kind, values))
         self._events.write(step, numbers)
@@ -216,21 +216,21 @@ def _cut(path: Path, step: int) -> Truncation:
     return Truncation(kept=kept, dropped=dropped, unreadable=unreadable, last_step=last_step)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON knows it."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):  # NumPy scalars and arrays: float32 to the double of the same value
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
 def _revive(value: Any) -> Any:
-    """The inverse of `_plain` for non-finite numbers."""
+    """The inverse of `plain` for non-finite numbers."""
     if isinstance(value, dict):
         return {key: _revive(item) for key, item in value.items()}
     if isinstance(value, list):

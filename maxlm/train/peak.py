@@ -17,12 +17,16 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+import maxlm
 from maxlm.chips import chip_of_kind
+from maxlm.rollcall import code_digest
 
 SIZE = 1024  # rows and columns of the products measured: large enough for full speed, a few milliseconds each
 SECONDS = 0.35  # of measuring, for each dtype
@@ -80,6 +84,16 @@ def measured_flops(dtype: str, *, size: int = SIZE, seconds: float = SECONDS) ->
             product(square).block_until_ready()
             best = max(best, 2 * size**3 / (time.perf_counter() - begun))
     return best
+
+
+def describe_place(mesh: Mesh) -> dict[str, str]:
+    """Where and by what steps are computed, as far as their bits depend on it: devices, mesh, code, JAX."""
+    return {
+        "devices": describe_devices(list(mesh.devices.flat)),
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device",
+        "code": code_digest(Path(maxlm.__file__).parent),
+        "jax": jax.__version__,
+    }
 
 
 def describe_devices(devices: Sequence[Any]) -> str:

@@ -1,0 +1,141 @@
+"""Looking for devices that compute wrongly without a word: one microbatch again on other devices, to the same bits.
+
+The loss and all gradients of a microbatch are computed on the run's mesh, and on a mesh of the same shape in which each
+device has its neighbour's place. The program and its shards are the same, so the digests must be. Where they are not,
+both are done again: what does not repeat itself is a fault that comes and goes.
+
+On machines whose collectives sum in the order of the wiring, another placement may change the last bits by itself. The
+first audit of a process finds that out: where the two placements differ from each other, each the same twice, the
+audits compare two executions on the same devices from there on, and say so. If they differ so only later, a device has
+begun to compute something else, the same every time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from maxlm.checkpoint.digest import array_paths, digest_array
+from maxlm.config import Config
+from maxlm.data.batch import Batch
+from maxlm.errors import UserError
+from maxlm.parallel.sharding import named_sharding
+from maxlm.train.compare import GradientRecorder
+from maxlm.train.setup import Setup, make_setup
+from maxlm.train.state import TrainState
+
+_SHOWN = 6  # arrays that a message names
+
+
+class SilentCorruption(UserError):
+    """Devices of the run do not compute the same twice."""
+
+
+class Audit:
+    """Compares computations of one microbatch. Nothing is compiled before the first `check`."""
+
+    def __init__(self, setup: Setup, *, log: Callable[[str], None]):
+        self._setup, self._log = setup, log
+        self._here: _Program | None = None
+        self._there: _Program | None = None
+        self._checked = False  # an audit has shown that the placement does not matter
+
+    def check(self, state: TrainState, batch: Batch, *, step: int) -> None:
+        """Computes the loss and gradients of a microbatch of `batch` (B, S) on both placements; changes nothing.
+
+        Raises:
+          SilentCorruption: the bits differ, and not because of how the collectives are wired.
+        """
+        with jax.transfer_guard("allow"):  # a few digests come to the host
+            self._here = self._here or _Program(self._setup, self._setup.mesh)
+            first = self._here(state, batch)
+            if self._setup.mesh.size == 1 or (self._there is None and self._checked):
+                self._judge(first, self._here(state, batch), step, where="on the same devices")
+                return
+            self._there = self._there or _Program(self._setup, turned(self._setup.mesh))
+            other = self._there(state, batch)
+            if not _differing(first, other):
+                self._checked = True
+                return
+            self._judge(first, self._here(state, batch), step, where="on the same devices")
+            self._judge(other, self._there(state, batch), step, where="on the devices beside them")
+        if self._checked:
+            raise SilentCorruption(
+                f"audit after step {step}: {_named(_differing(first, other))} come out differently on the devices "
+                "beside those that compute them, the same each time, and did not before: a device of this run has "
+                "begun to compute wrongly. Run the vendor's diagnostics; the run goes on from a checkpoint without it"
+            )
+        self._checked, self._there = True, None
+        self._log(
+            "audit: on these devices sums depend on the placement; audits compare two executions on the same devices"
+        )
+
+    def _judge(self, one: dict[str, Any], other: dict[str, Any], step: int, *, where: str) -> None:
+        if differing := _differing(one, other):
+            raise SilentCorruption(
+                f"audit after step {step}: two executions of one microbatch {where} give other bits in "
+                f"{_named(differing)}: a device computes wrongly, now and then. Run the vendor's diagnostics on the "
+                "hosts of this run; it goes on from a checkpoint without them"
+            )
+
+
+class _Program:
+    """(state, batch) -> the digest of the loss and of each gradient of a microbatch, computed on a mesh."""
+
+    def __init__(self, setup: Setup, mesh: Mesh):
+        self._count = setup.config.train.accumulation
+        pipelined = setup.config.parallel.pipeline > 1  # whose microbatches are computed together
+        self._cut = not pipelined
+        own = make_setup(
+            _plain(setup.config, cut=self._cut), mesh, make_optimizer=lambda _, specs: GradientRecorder(specs)
+        )
+        self._shardings = own.shardings
+        self._batch = named_sharding(mesh, ("batch", "seq"))
+
+        def digests(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+            new, metrics = own.train_step(state, batch)
+            found = {"the loss": metrics["loss"], **array_paths(new.opt_state)}
+            return {path: digest_array(x) for path, x in found.items()}
+
+        self._digests = jax.jit(digests, out_shardings=named_sharding(mesh, ()))
+
+    def __call__(self, state: TrainState, batch: Batch) -> dict[str, np.ndarray]:
+        # The gradients take the place of the optimizer's state; what stands there before is not looked at.
+        state = dataclasses.replace(state, opt_state=state.params, average={})
+        shardings = dataclasses.replace(self._shardings, opt_state=self._shardings.params, average={})
+        if self._cut and self._count > 1:
+            batch = jax.tree.map(lambda x: jax.device_put(first_of(x, self._count), x.sharding), batch)
+        moved = jax.device_put((state, batch), (shardings, jax.tree.map(lambda _: self._batch, batch)))
+        return jax.device_get(self._digests(*moved))
+
+
+def first_of(x: jax.Array, count: int) -> jax.Array:
+    """The rows (B / count, S) of the first of `count` microbatches."""
+    return x.reshape(-1, count, *x.shape[1:])[:, 0]
+
+
+def turned(mesh: Mesh) -> Mesh:
+    """The mesh in which each device has the place of the one before it."""
+    devices = np.roll(mesh.devices.ravel(), 1).reshape(mesh.devices.shape)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def _plain(config: Config, *, cut: bool) -> Config:
+    """The config whose step gives the gradients of a microbatch: unclipped, without the norms of layers."""
+    train = dataclasses.replace(config.train, norms_every=0, accumulation=1 if cut else config.train.accumulation)
+    optim = dataclasses.replace(config.optim, clip_norm=0.0, ema_decay=0.0)
+    return dataclasses.replace(config, train=train, optim=optim)
+
+
+def _differing(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[str]:
+    return [path for path in one if not np.array_equal(one[path], other[path])]
+
+
+def _named(paths: list[str]) -> str:
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return f"{', '.join(paths[:_SHOWN])}{more}"

@@ -1,0 +1,166 @@
+"""Going back to an earlier checkpoint when updates are refused too often, past the batches between.
+
+The guard refuses single updates. Many of them in a short time mean that the parameters have gone astray, or that a
+stretch of the data is bad. Then the run restores a checkpoint from before the first of these refusals and goes on with
+the batches after the last one that it has consumed, as PaLM's authors did by hand (Chowdhery et al. 2022, 5.1).
+
+A rollback is a line of rollbacks.json in the run's folder, written before anything follows from it. All of it is
+decided from the metrics, which are the same in every process, and from what is in the checkpoint; so a run that is
+killed at any moment decides and goes on alike, and data stays a pure function of what is recorded: the skips of the
+loader follow from the rollbacks. Checkpoints of the way that was given up are set aside, as `<step>.rolled_back-<n>`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from maxlm.checkpoint.manager import Checkpointer
+from maxlm.checkpoint.reader import CheckpointError, Restored
+from maxlm.data.loader import Skip
+from maxlm.errors import UserError
+from maxlm.files import write_atomically
+
+if TYPE_CHECKING:
+    from maxlm.train.loop import Run
+    from maxlm.train.state import TrainState
+
+FILE_NAME = "rollbacks.json"
+REFUSED = "refused"  # of a checkpoint's metadata: the steps lately refused before it
+_ASIDE = "rolled_back"
+
+
+class Rollback(NamedTuple):
+    """`at` batches had been consumed when the run went back to the checkpoint of step `to`."""
+
+    at: int
+    to: int
+
+
+class TurnBack(Exception):
+    """Too many updates were refused: from step `since` on, when `at` batches had been consumed."""
+
+    def __init__(self, since: int, at: int):
+        super().__init__(f"refusals since step {since}, seen after step {at}")
+        self.since, self.at = since, at
+
+
+class Refusals:
+    """The steps of late whose updates were refused.
+
+    Args:
+      rule: (K, M, N) of `optim.guard.rollback`.
+      steps: those known from before, from the checkpoint.
+      in_row: refusals in a row up to then, from the state.
+    """
+
+    def __init__(self, rule: tuple[int, int, int], *, steps: Sequence[int], in_row: int):
+        self._count, self._within, _ = rule
+        self.steps, self._in_row = list(steps), in_row
+
+    def read(self, step: int, in_row: int) -> None:
+        """Takes what the metrics of a step say. Refusals that loss scaling will mend are not counted in a row.
+
+        Raises:
+          TurnBack: K updates of the last M were refused.
+        """
+        if in_row > self._in_row:
+            self.steps.append(step)
+        self._in_row = in_row
+        self.steps = [refused for refused in self.steps if refused > step - self._within]
+        if self._count and len(self.steps) >= self._count:
+            raise TurnBack(self.steps[0], step + 1)
+
+
+def refusals(rule: tuple[int, int, int], state: TrainState, metadata: dict[str, Any]) -> Refusals:
+    """What a state and the metadata that it came with say of refusals."""
+    return Refusals(rule, steps=metadata.get(REFUSED, ()), in_row=int(jax.device_get(state.guard.in_row)))
+
+
+def recorded(workdir: Path) -> list[Rollback]:
+    """The rollbacks of a run so far."""
+    path = workdir / FILE_NAME
+    return [Rollback(**line) for line in json.loads(path.read_text())] if path.exists() else []
+
+
+def skips(rollbacks: Sequence[Rollback]) -> tuple[Skip, ...]:
+    """The batches that these rollbacks pass over: at each step gone back to, all that had been consumed till then."""
+    found: list[Skip] = []
+    for at, to in rollbacks:
+        again = sum(skip.batches for skip in found if skip.at_step >= to)  # passed over before, and again
+        found = [skip for skip in found if skip.at_step < to] + [Skip(to, at - to + again)]
+    return tuple(found)
+
+
+def set_others_aside(checkpointer: Checkpointer, rollbacks: Sequence[Rollback]) -> None:
+    """Takes the checkpoints of the way that the last rollback gave up out of the way, if a kill has left any."""
+    if not rollbacks:
+        return
+    expected = [list(skip) for skip in skips(rollbacks)]
+    for step in checkpointer.steps():
+        if step <= rollbacks[-1].to:
+            continue
+        try:
+            known = checkpointer.record(step).metadata["data"]["skips"]
+        except (OSError, ValueError):
+            continue  # damaged: it is not restored from
+        if known != expected:
+            checkpointer.set_aside(step, _ASIDE)
+
+
+def roll_back(run: Run, since: int, at: int) -> tuple[TrainState, int]:
+    """Takes the run back; its state and step there. The loader, the metrics and the ledger go back with it.
+
+    Args:
+      since: step of the first of the refusals.
+      at: batches consumed.
+
+    Raises:
+      UserError: it was taken back often enough already, or there is no whole checkpoint that is old enough.
+    """
+    count, within, most = run.config.optim.guard.rollback
+    rollbacks = run.rollbacks
+    trouble = f"the updates of {count} of the last {within} steps were refused, from step {since + 1} to {at}"
+    if len(rollbacks) >= most:
+        raise UserError(
+            f"{trouble}, and the run was taken back {most} times already (optim.guard.rollback). The checkpoints are "
+            f"as they were. Look at metrics.jsonl and {FILE_NAME}; lower optim.peak_lr, look at the data, or raise the "
+            "third number of optim.guard.rollback"
+        )
+    # The same trouble again, before the run has come past where it turned: then it has begun earlier than was seen.
+    again = bool(rollbacks) and since < rollbacks[-1].at
+    newest = min(since, rollbacks[-1].to - 1) if again else since
+    run.checkpointer.wait()
+    restored = _restore(run, newest)
+    if restored is None:
+        raise UserError(
+            f"{trouble}, and no whole checkpoint of step {newest} or before is left to go back to; keep more of them "
+            "(checkpoint.keep_latest, keep_every_steps), or lower optim.peak_lr"
+        )
+    rollbacks.append(Rollback(at, restored.step))
+    if jax.process_index() == 0:
+        write_atomically(run.workdir / FILE_NAME, json.dumps([each._asdict() for each in rollbacks], indent=1) + "\n")
+        run.home.push()
+    set_others_aside(run.checkpointer, rollbacks)
+    passed = skips(rollbacks)[-1].batches
+    run.log(
+        f"{trouble}: back to the checkpoint of step {restored.step}, past {passed} batches (rollback {len(rollbacks)} "
+        f"of at most {most})"
+    )
+    run.go_on_from(restored, skips(rollbacks))
+    run.writer.write("rollback", restored.step, {"at": at, "since": since, "batches": passed})
+    return restored.state, restored.step
+
+
+def _restore(run: Run, newest: int) -> Restored | None:
+    """The newest whole checkpoint that is not newer than that."""
+    for step in reversed([step for step in run.checkpointer.steps() if step <= newest]):
+        try:
+            return run.checkpointer.restore(run.setup.abstract_state(), step=step)
+        except CheckpointError as error:
+            run.log(str(error))
+    return None

@@ -1,0 +1,127 @@
+"""A thread that sees when a step does not end: it writes down where all threads are, and later ends the run.
+
+What is unusual is told by the run itself: a step is late after so many times the median of the last ones. The thread
+needs nothing of the loop but the moment at which each step was done, so it works while the loop hangs in a collective,
+in the storage or in the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+WINDOW = 64  # steps of which the median is taken
+HISTORY = 3  # steps before a step can be late
+STOP = 2.0  # limits after which the run is ended
+OTHERS = 1.5  # how much later than process 0, which knows who is behind, the others do so by themselves
+FOLDER = "stacks"
+
+
+class Watchdog:
+    """Watches between `__enter__` and `__exit__`, but not inside `off` and not before some steps are done.
+
+    Args:
+      times: the median of the steps; a step is late after that, and after
+      least: seconds; 0 for both: nothing is watched.
+      folder: of the run; the stacks go into `stacks/` there and to the standard error.
+      process: number of this one.
+      stuck: ends the run, with a reason.
+    """
+
+    def __init__(
+        self,
+        times: float,
+        least: float,
+        *,
+        folder: Path,
+        process: int,
+        stuck: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._times, self._least = times, least
+        self._folder, self._process, self._stuck, self._clock = folder / FOLDER, process, stuck, clock
+        self._durations: deque[float] = deque(maxlen=WINDOW)
+        self._step = 0
+        self._since: float | None = None  # None: not watching
+        self._dumped = False
+        self._closed = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        if self._times:
+            self._closed = threading.Event()
+            threading.Thread(target=self._watch, args=(self._closed,), daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._since = None
+        self._closed.set()
+
+    def completed(self, step: int) -> None:
+        """`step` steps are done; the next one is watched from now on."""
+        now = self._clock()
+        if self._since is not None:
+            self._durations.append(now - self._since)
+        self._step, self._since, self._dumped = step, now, False
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """What happens inside is no step and takes the time that it takes."""
+        self._since = None
+        try:
+            yield
+        finally:
+            self._since = self._clock()
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds after which a step is late; None: there is nothing yet to compare it with."""
+        if len(self._durations) < HISTORY:
+            return None
+        return max(self._least, self._times * statistics.median(self._durations))
+
+    def check(self) -> None:
+        """Does what is due: the stacks once a step, and the end of the run."""
+        since, limit = self._since, self.limit
+        if since is None or limit is None:
+            return
+        late = self._clock() - since
+        if late > limit and not self._dumped:
+            self._dumped = True
+            self._dump(late)
+        if late > limit * STOP * (OTHERS if self._process else 1.0):
+            self._stuck(
+                f"step {self._step + 1} has not ended after {late:.0f} s ({self._usual()}); {self._folder} says where "
+                "every thread was"
+            )
+
+    def _usual(self) -> str:
+        return f"usual are {statistics.median(self._durations):.3g} s"
+
+    def _dump(self, late: float) -> None:
+        path = self._folder / f"step-{self._step + 1}-process-{self._process}.txt"
+        text = f"step {self._step + 1} has not ended after {late:.0f} s ({self._usual()})"
+        print(f"maxlm: {text}; where every thread is, also in {path}:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(2)  # the descriptor: the stream may be another's by now
+        with contextlib.suppress(OSError):  # the storage may be what hangs or fails
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+
+    def _watch(self, closed: threading.Event) -> None:
+        looked = self._clock()
+        while not closed.wait(min(max(self._least / 20, 0.05), 1.0)):
+            now = self._clock()
+            # A process that was itself stopped for a while says nothing about its step.
+            if self._since is not None and now - looked > self._least / 2:
+                self._since += now - looked
+            looked = now
+            self.check()

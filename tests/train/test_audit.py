@@ -1,0 +1,88 @@
+"""The audit: sound devices pass on any mesh, and a bit that comes out otherwise is put down to the right cause."""
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.parallel.mesh import make_mesh
+from maxlm.resolve import resolve
+from maxlm.train import audit as module
+from maxlm.train.audit import Audit, SilentCorruption, turned
+from maxlm.train.compare import drawn_params
+from maxlm.train.setup import make_setup, place_batch
+from maxlm.train.state import initial_state
+from tests.tiny import random_batch, tiny_config
+
+MESHES = {
+    "replicas": {"parallel__data": 4},
+    "shards and microbatches": {"parallel__fsdp": 2, "parallel__tensor": 2, "train__accumulation": 2},
+    "stages": {"parallel__pipeline": 2, "parallel__data": 2, "train__accumulation": 2},
+}
+
+
+def world(tmp_path, leaves):
+    config = resolve(tiny_config(tmp_path, **{"parallel__data": 1} | leaves), devices=4)
+    setup = make_setup(config, make_mesh(config.parallel, jax.devices()[:4]))
+    params = drawn_params(setup.parts.specs, 1)
+    state = jax.device_put(initial_state(config, setup.optimizer, params=params), setup.shardings)
+    batch = random_batch(1)
+    placed = place_batch(setup.mesh, batch.tokens.shape, lambda rows: jax.tree.map(lambda x: x[rows], batch))
+    return setup, state, placed
+
+
+def faulty(monkeypatch, wrong):
+    """Executions, by their number, in which a gradient comes out with another bit."""
+    execute, count = module._Program.__call__, [0]
+
+    def call(self, state, batch):
+        found = dict(execute(self, state, batch))
+        count[0] += 1
+        if wrong(self, count[0]):
+            found["layers/mlp/up"] = found["layers/mlp/up"] ^ np.uint32(1)
+        return found
+
+    monkeypatch.setattr(module._Program, "__call__", call)
+    return count
+
+
+@pytest.mark.parametrize(
+    "name", ["replicas", *(pytest.param(name, marks=pytest.mark.slow) for name in MESHES if name != "replicas")]
+)
+def test_sound_devices_pass_and_the_state_stays(tmp_path, monkeypatch, name):
+    setup, state, batch = world(tmp_path, MESHES[name])
+    before = jax.device_get(state)
+    count = faulty(monkeypatch, lambda program, number: False)
+    logged = []
+    Audit(setup, log=logged.append).check(state, batch, step=3)
+    assert count == [2] and not logged
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+
+
+def test_every_device_does_the_work_of_another():
+    mesh = make_mesh(resolve(tiny_config("x", parallel__data=2, parallel__tensor=2)).parallel, jax.devices()[:4])
+    assert (turned(mesh).devices != mesh.devices).all() and turned(mesh).shape == mesh.shape
+
+
+def test_faults_are_told_apart(tmp_path, monkeypatch):
+    setup, state, batch = world(tmp_path, MESHES["replicas"])
+    with monkeypatch.context() as once:  # the second execution alone
+        faulty(once, lambda program, number: number == 2)
+        with pytest.raises(SilentCorruption, match="on the devices beside them give other bits in layers/mlp/up: "):
+            Audit(setup, log=print).check(state, batch, step=3)
+    audit, logged = Audit(setup, log=print), []
+    audit.check(state, batch, step=3)
+    with monkeypatch.context() as later:  # from now on always, on the devices beside
+        faulty(later, lambda program, number: program is audit._there)
+        with pytest.raises(SilentCorruption, match="audit after step 6: layers/mlp/up come out differently on"):
+            audit.check(state, batch, step=6)
+    with monkeypatch.context() as always:  # from the beginning: that is the wiring
+        wired = Audit(setup, log=logged.append)
+        count = faulty(always, lambda program, number: number in (2, 4))
+        wired.check(state, batch, step=3)
+        assert "sums depend on the placement" in logged[0] and count == [4]
+        wired.check(state, batch, step=6)
+        assert count == [6]
+        always.undo()
+        faulty(always, lambda program, number: number == 2)
+        with pytest.raises(SilentCorruption, match="on the same devices give other bits"):
+            wired.check(state, batch, step=9)

@@ -1,0 +1,166 @@
+"""Replay: a step again, and whether the hardware, the data or the numbers were at fault. Each fault is put there."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.cli import main
+from maxlm.errors import UserError
+from maxlm.train import replay as module
+from maxlm.train.loop import train
+from maxlm.train.metrics import FILE_NAME, read_metrics
+from maxlm.train.replay import replay
+from maxlm.train.setup import Setup
+from tests.tiny import tiny_config, write_corpus
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A whole run, its data in its own folder; norms are not computed by its program."""
+    folder = tmp_path_factory.mktemp("replay")
+    config = tiny_config(
+        write_corpus(folder / "corpus"),
+        train__steps=STEPS,
+        train__norms_every=0,
+        train__compilation_cache=str(folder / "xla"),
+        checkpoint__every_steps=3,
+        eval__prompts=(),
+    )
+    train(config, folder / "whole", log=lambda _: None)
+    return folder
+
+
+def copied(runs, name):
+    shutil.copytree(runs / "whole", runs / name)
+    prepared = runs / name / "data" / "prepared.json"
+    prepared.write_text(prepared.read_text().replace(str(runs / "whole"), str(runs / name)))
+    return runs / name
+
+
+def rewritten(workdir, step, **values):
+    """metrics.jsonl with other figures for a step."""
+    lines = [json.loads(line) for line in (workdir / FILE_NAME).read_text().splitlines()]
+    for record in lines:
+        if record["kind"] == "step" and record["step"] == step:
+            record.update(values)
+    (workdir / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_sound_step_gives_the_same_bits_and_is_told_to_people_and_programs(runs, capsys):
+    before = {path: path.read_bytes() for path in (runs / "whole").rglob("*") if path.is_file()}
+    assert main(["replay", f"--workdir={runs / 'whole'}", "--step=5", f"--json={runs / 'found.json'}"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing: the step gives the same bits as then, twice" in out and "step 5: nothing" in out
+    found = json.loads((runs / "found.json").read_text())
+    assert found["verdict"] == "nothing" and found["start"] == 3 and not found["differing"]
+    recorded = next(record for record in read_metrics(runs / "whole", "step") if record["step"] == 5)
+    assert [figures["loss"] for figures in found["executed"]] == [recorded["loss"]] * 2
+    assert len(found["batch"]["tiny"]) == 8
+    assert len(found["norms"]["activations"]["residual"]) == 2 and min(found["norms"]["activations"]["residual"]) > 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+def test_a_loss_that_was_written_down_otherwise_is_put_down_to_the_hardware_of_then(runs):
+    workdir = copied(runs, "then")
+    recorded = next(record for record in read_metrics(workdir, "step") if record["step"] == 4)
+    rewritten(workdir, 4, loss=float(np.nextafter(np.float32(recorded["loss"]), np.float32(9))))
+    found = replay(workdir, 5, log=lambda _: None)
+    assert found.verdict == "hardware" and "wrote down something else for step 4" in found.why
+
+
+def test_devices_that_compute_otherwise_the_second_time_are_found(runs, monkeypatch):
+    compile_step, calls = Setup.compile, []
+
+    def compiled(self, *shape):
+        program = compile_step(self, *shape)
+
+        def run(state, batch):
+            new, metrics = program(state, batch)
+            calls.append(None)
+            if len(calls) == 5:  # two steps, the norms among them, then the second execution
+                x = new.params["final_norm"]["scale"]
+                flipped = jax.device_put(x.at[3].set(np.nextafter(np.float32(x[3]), np.float32(9))), x.sharding)
+                new.params["final_norm"]["scale"] = flipped
+            return new, metrics
+
+        return run
+
+    monkeypatch.setattr(Setup, "compile", compiled)
+    found = replay(runs / "whole", 5, log=lambda _: None)
+    assert len(calls) == 5
+    assert found.verdict == "hardware" and found.differing == ["params/final_norm/scale"]
+    assert "leave other bits in 1 arrays" in found.why
+
+
+def test_a_store_that_has_changed_is_found_and_the_file_named(runs):
+    workdir = copied(runs, "data")
+    (shard,) = workdir.glob("data/*/train-00000.bin")
+    tokens = np.fromfile(shard, np.uint16)
+    tokens[:] = tokens[::-1]
+    tokens.tofile(shard)
+    found = replay(workdir, 4, log=lambda _: None)
+    assert found.verdict == "data" and "the batch of step 4" in found.why and "train-00000.bin is damaged" in found.why
+
+
+@pytest.mark.slow
+def test_numbers_that_are_not_finite_are_named_where_they_begin(runs, monkeypatch):
+    workdir = copied(runs, "numbers")
+    restore = module.CheckpointReader.restore_state
+
+    def restored(self, abstract_state, *, step):
+        found = restore(self, abstract_state, step=step)
+        x = found.state.params["layers"]["mlp"]["up"]
+        found.state.params["layers"]["mlp"]["up"] = jax.device_put(x.at[1, 2, 3].set(np.nan), x.sharding)
+        return found
+
+    monkeypatch.setattr(module.CheckpointReader, "restore_state", restored)
+    found = replay(workdir, 4, log=lambda _: None)
+    assert not found.executed[0]["accepted"]
+    rewritten(workdir, 4, **{name: str(found.executed[0][name]) for name in ("loss", "grad_norm")}, accepted=False)
+    found = replay(workdir, 4, log=lambda _: None)
+    assert found.verdict == "numerics" and "the guard refused the update" in found.why
+    assert found.non_finite == "weights/layers/mlp/up of layer 1"
+
+
+def test_the_first_tensor_is_that_which_is_computed_first():
+    good, bad = [1.0, 1.0], [1.0, np.nan]
+    norms = {
+        "weights": {"embed": 1.0, "layers/up": good, "prefix/up": good},
+        "activations": {"residual": good},
+        "gradients": {"embed": np.nan, "layers/up": bad, "layers/down": good},
+        "updates": {"embed": np.nan, "layers/up": bad},
+    }
+    figures = {3: {"loss": 1.0, "grad_norm": np.nan}}
+
+    def first(**changed):
+        return module._non_finite(module._Execution(figures, {}, norms | changed), 3)
+
+    assert first() == "gradients/layers/up of layer 1"  # from the last layer on, the embedding last
+    assert first(activations={"residual": bad}) == "activations/residual of layer 1"
+    weights = norms["weights"] | {"layers/up": bad, "prefix/up": bad}
+    assert first(activations={"residual": bad}, weights=weights) == "weights/prefix/up of layer 1"
+    assert first(gradients={}, updates={}) == "grad_norm"
+
+
+@pytest.mark.slow
+def test_a_run_of_another_mesh_is_not_called_faulty(runs):
+    workdir = copied(runs, "mesh")
+    text = (workdir / FILE_NAME).read_text()
+    (workdir / FILE_NAME).write_text(text.replace('"mesh": "data 8"', '"mesh": "data 4, tensor 2"'))
+    recorded = next(record for record in read_metrics(workdir, "step") if record["step"] == 4)
+    rewritten(workdir, 4, loss=recorded["loss"] * (1 + 1e-6))
+    found = replay(workdir, 4, log=lambda _: None)
+    assert found.verdict == "unlike" and "mesh was data 4, tensor 2, here it is data 8" in found.why
+
+
+def test_a_step_that_was_not_made_is_refused(runs, tmp_path):
+    with pytest.raises(UserError, match="--step is 9, but the run in .* has steps 1 to 5"):
+        replay(runs / "whole", 9, log=lambda _: None)
+    with pytest.raises(UserError, match="has made no step"):
+        replay(tmp_path, 1, log=lambda _: None)

@@ -1,0 +1,214 @@
+"""Rollback: what is passed over, recorded, and done again alike after a kill."""
+
+import json
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.checkpoint.digest import digest_array
+from maxlm.checkpoint.reader import CheckpointReader
+from maxlm.data.batch import Batch
+from maxlm.data.loader import Loader, Skip
+from maxlm.data.prepare import prepare_data
+from maxlm.errors import UserError
+from maxlm.resolve import resolve
+from maxlm.train import rollback
+from maxlm.train.goodput import Ledger
+from maxlm.train.loop import train
+from maxlm.train.metrics import read_metrics
+from maxlm.train.rollback import Refusals, Rollback, TurnBack, recorded, skips
+from tests.tiny import replace, tiny_config, write_corpus
+
+STEPS = 18
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is saved or tidied up on the way out that a kill would not leave behind."""
+
+
+@pytest.mark.parametrize(
+    ("rollbacks", "expected"),
+    [
+        ([], ()),
+        ([Rollback(9, 6)], (Skip(6, 3),)),
+        ([Rollback(9, 6), Rollback(8, 6)], (Skip(6, 5),)),  # again at once: both stretches
+        ([Rollback(9, 6), Rollback(8, 4)], (Skip(4, 7),)),  # further back: all that was consumed, once
+        ([Rollback(9, 6), Rollback(20, 18)], (Skip(6, 3), Skip(18, 2))),
+        ([Rollback(9, 6), Rollback(20, 18), Rollback(21, 16)], (Skip(6, 3), Skip(16, 7))),
+        ([Rollback(9, 6), Rollback(20, 18), Rollback(21, 4)], (Skip(4, 22),)),
+    ],
+)
+def test_all_that_was_consumed_is_passed_over_and_nothing_more(rollbacks, expected):
+    assert skips(rollbacks) == expected
+    # The batch after a rollback is the one after the last that any way has consumed.
+    consumed, position = set(), 0
+    ways = [*rollbacks, Rollback(30, 0)]
+    for number, (at, _) in enumerate(ways):
+        passed = skips(rollbacks[:number])
+        batches = [step + sum(skip.batches for skip in passed if skip.at_step <= step) for step in range(position, at)]
+        assert not consumed & set(batches)
+        assert not batches or batches[0] == max(consumed, default=-1) + 1
+        consumed |= set(batches)
+        position = ways[number].to
+
+
+def test_refusals_are_counted_within_so_many_steps_and_not_while_the_loss_scale_moves():
+    refusals = Refusals((3, 5, 1), steps=(), in_row=0)
+    for step, in_row in enumerate([0, 1, 0, 0, 1, 1, 0, 1]):  # the second 1 at 4, 5: one refusal, then one excused
+        refusals.read(step, in_row)
+    assert refusals.steps == [4, 7]
+    with pytest.raises(TurnBack) as turn:
+        refusals.read(8, 2)
+    assert (turn.value.since, turn.value.at) == (4, 9)
+    with pytest.raises(TurnBack):  # as read back from a checkpoint
+        Refusals((3, 5, 1), steps=[4, 7], in_row=1).read(8, 2)
+    never = Refusals((0, 0, 0), steps=(), in_row=0)
+    for step in range(9):
+        never.read(step, step)
+
+
+@pytest.mark.parametrize("rule", [(0, 8, 1), (4, 3, 1), (2, 8, 0)])
+def test_a_rule_that_cannot_be_is_refused(tmp_path, rule):
+    with pytest.raises(UserError, match=r"optim.guard.rollback is .*; give \(K, M, N\)"):
+        resolve(tiny_config(tmp_path, optim__guard__rollback=rule))
+
+
+def test_the_ledger_counts_what_a_rollback_gave_up_as_lost(tmp_path):
+    now = [100.0]
+    ledger = Ledger(tmp_path, age=0, clock=lambda: now[0], now=lambda: now[0], heartbeat_seconds=0)
+    ledger.restored(0)
+    ledger.settle("step")
+    for step in range(1, 8):
+        now[0] += 1.0
+        ledger.completed(step)
+        if step in (2, 4):
+            ledger.checkpoint(step)
+    with ledger.bucket("restore"):
+        now[0] += 2.0
+        ledger.begin_anew(2)
+        now[0] += 3.0
+    now[0] += 4.0
+    account = ledger.summary()
+    assert account.seconds["lost"] == 5.0 and account.seconds["step"] == 2.0 + 4.0
+    assert account.seconds["restore"] == 5.0 and account.wall == now[0] - 100.0 and account.down == 0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The config, and the batches of its data in the order without skips, by digest."""
+    folder = tmp_path_factory.mktemp("rollback")
+    config = tiny_config(
+        write_corpus(folder / "corpus"),
+        data__cache_dir=str(folder / "data"),
+        train__steps=STEPS,
+        train__compilation_cache=str(folder / "xla"),
+        checkpoint__every_steps=3,
+        checkpoint__keep_latest=4,
+        optim__guard__rollback=(2, 6, 2),
+        eval__prompts=(),
+    )
+    config = replace(config, ["data", "prefetch"], 0)
+    data = prepare_data(resolve(config), folder)
+    return SimpleNamespace(folder=folder, config=config, data=data, order=Loader(data.stores, config.data, seed=0))
+
+
+def digest(batch: Batch) -> int:
+    return int(digest_array(jnp.asarray(batch.tokens))[0])
+
+
+def poisoned(monkeypatch, world, numbers, *, killed_at=None):
+    """Batches with these numbers in the order without skips have a loss that is not finite, wherever they come."""
+    bad = {digest(world.order.batch(number)) for number in numbers}
+    read = Loader.batch
+
+    def batch(self, step, rows=None):
+        if step == killed_at:
+            raise Killed
+        found = read(self, step, rows)
+        return found._replace(weights=found.weights * np.nan) if digest(read(self, step)) in bad else found
+
+    monkeypatch.setattr(Loader, "batch", batch)
+
+
+def run(world, name):
+    logged = []
+    train(world.config, world.folder / name, log=logged.append)
+    return "\n".join(logged)
+
+
+def batches(world, name):
+    """The number, in the order without skips, of the batch of each step."""
+    numbers = {digest(world.order.batch(number)): number for number in range(2 * STEPS)}
+    return [numbers[record["batch"]] for record in read_metrics(world.folder / name, "step")]
+
+
+def losses(world, name):
+    return [record["loss"] for record in read_metrics(world.folder / name, "step")]
+
+
+TWICE = {10, 11, 13, 14}  # the second stretch is met right after the first was passed over
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poisoned(monkeypatch, world, TWICE)
+        return run(world, "whole")
+
+
+def test_bad_stretches_are_passed_over_the_second_time_from_further_back(world, whole):
+    assert recorded(world.folder / "whole") == [Rollback(at=12, to=9), Rollback(at=12, to=6)]
+    assert batches(world, "whole") == [*range(6), *range(15, 15 + STEPS - 6)]
+    assert np.isfinite(losses(world, "whole")).all()
+    assert "were refused, from step 11 to 12: back to the checkpoint of step 9, past 3 batches (rollback 1" in whole
+    assert "back to the checkpoint of step 6, past 9 batches (rollback 2 of at most 2)" in whole
+    # What the checkpoints say of the data is what the loader needs, and all of it.
+    reader = CheckpointReader(world.folder / "whole" / "checkpoints")
+    kept = reader.record(STEPS).metadata["data"]["skips"]
+    loader = Loader(world.data.stores, world.config.data, seed=0, skips=kept)
+    assert [digest(loader.batch(step)) for step in range(STEPS)] == [
+        record["batch"] for record in read_metrics(world.folder / "whole", "step")
+    ]
+    aside = {path.name for path in reader.directory.glob("*rolled_back*")}
+    assert aside == {"9.rolled_back-1"}
+    report = json.loads((world.folder / "whole" / "report.json").read_text())
+    assert report["goodput"]["lost"] > 0
+    assert sum(report["goodput"].values()) == pytest.approx(report["wall_seconds"], abs=0.01)
+
+
+@pytest.mark.parametrize("moment", ["recorded", pytest.param("later", marks=pytest.mark.slow)])
+def test_killed_at_a_rollback_or_after_it_the_run_goes_on_alike(world, whole, monkeypatch, moment):
+    with pytest.MonkeyPatch.context() as first:
+        if moment == "recorded":  # rollbacks.json is written, the newer checkpoints are still there
+
+            def killed(checkpointer, rollbacks):
+                if rollbacks:
+                    raise Killed
+
+            first.setattr(rollback, "set_others_aside", killed)
+        poisoned(first, world, TWICE, killed_at=STEPS - 4)
+        with pytest.raises(Killed):
+            run(world, moment)
+    poisoned(monkeypatch, world, TWICE)
+    run(world, moment)
+    assert recorded(world.folder / moment) == recorded(world.folder / "whole")
+    assert batches(world, moment) == batches(world, "whole")
+    assert losses(world, moment) == losses(world, "whole")
+
+
+@pytest.mark.slow
+def test_after_so_many_rollbacks_the_run_ends_and_says_so(world, monkeypatch):
+    poisoned(monkeypatch, world, TWICE | {16, 17})
+    for _ in range(2):  # and the same command ends alike
+        with pytest.raises(UserError, match="from step 8 to 9, and the run was taken back 2 times already"):
+            run(world, "ended")
+    assert len(recorded(world.folder / "ended")) == 2
+
+
+@pytest.mark.slow
+def test_without_an_old_enough_checkpoint_the_run_ends_and_says_so(world, monkeypatch):
+    poisoned(monkeypatch, world, {0, 1})
+    with pytest.raises(UserError, match="no whole checkpoint of step 0 or before is left"):
+        run(world, "early")

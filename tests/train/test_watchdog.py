@@ -1,0 +1,106 @@
+"""The watchdog: what is late, what is written down, and when the run is ended."""
+
+import time
+
+import pytest
+
+from maxlm.train.watchdog import FOLDER, Watchdog
+
+
+class Time:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def watched(tmp_path, *, process=0, steps=10, seconds=1.0, times=10.0, least=4.0):
+    """A watchdog after some steps of one length, with the reasons that it gave for an end."""
+    clock, reasons = Time(), []
+    watchdog = Watchdog(times, least, folder=tmp_path, process=process, stuck=reasons.append, clock=clock)
+    for step in range(steps + 1):
+        watchdog.completed(step)
+        clock.now += seconds
+    watchdog.completed(steps)
+    return watchdog, clock, reasons
+
+
+def stacks(tmp_path):
+    return sorted(path.name for path in (tmp_path / FOLDER).glob("*"))
+
+
+def test_a_late_step_has_its_stacks_written_once_and_a_hanging_one_ends_the_run(tmp_path, capfd):
+    watchdog, clock, reasons = watched(tmp_path)
+    clock.now += 9.9
+    watchdog.check()
+    assert not stacks(tmp_path)
+    clock.now += 0.2
+    watchdog.check()
+    assert stacks(tmp_path) == ["step-11-process-0.txt"] and not reasons
+    assert "step 11 has not ended after 10 s (usual are 1 s)" in capfd.readouterr().err
+    clock.now += 9.0
+    watchdog.check()
+    assert capfd.readouterr().err == "" and not reasons
+    clock.now += 1.0
+    watchdog.check()
+    assert len(reasons) == 1 and "step 11 has not ended after 20 s" in reasons[0]
+    watchdog.completed(11)
+    watchdog.check()
+    assert len(reasons) == 1
+    clock.now += 11
+    watchdog.check()
+    assert stacks(tmp_path) == ["step-11-process-0.txt", "step-12-process-0.txt"]
+
+
+def test_short_steps_have_a_floor_and_a_few_steps_say_nothing(tmp_path):
+    watchdog, clock, reasons = watched(tmp_path, seconds=0.1)
+    assert watchdog.limit == 4.0
+    watchdog, clock, reasons = watched(tmp_path, steps=1)
+    clock.now += 1000
+    watchdog.check()
+    assert watchdog.limit is None and not reasons and not stacks(tmp_path)
+
+
+def test_one_long_step_does_not_move_the_limit_and_pauses_do_not_count(tmp_path):
+    watchdog, clock, reasons = watched(tmp_path)
+    clock.now += 9
+    watchdog.completed(11)
+    assert watchdog.limit == 10
+    with watchdog.off():
+        clock.now += 1000
+        watchdog.check()
+    clock.now += 5
+    watchdog.check()
+    assert not stacks(tmp_path) and not reasons
+
+
+def test_process_0_speaks_before_the_others(tmp_path):
+    watchdog, clock, reasons = watched(tmp_path, process=3)
+    clock.now += 25
+    watchdog.check()
+    assert not reasons
+    clock.now += 6
+    watchdog.check()
+    assert len(reasons) == 1 and stacks(tmp_path) == ["step-11-process-3.txt"]
+
+
+@pytest.mark.parametrize("times", [0.0, 2.0])
+def test_the_thread_finds_where_the_loop_hangs(tmp_path, times):
+    reasons = []
+
+    def here_it_hangs():
+        deadline = time.monotonic() + (10 if times else 0.5)
+        while not reasons and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    with Watchdog(times, 0.2, folder=tmp_path, process=1, stuck=reasons.append) as watchdog:
+        for step in range(5):
+            watchdog.completed(step)
+            time.sleep(0.01)
+        here_it_hangs()
+    assert bool(reasons) == bool(times)
+    written = [path.read_text() for path in (tmp_path / FOLDER).glob("step-5-process-1.txt")]
+    assert [("here_it_hangs" in text, "step 5 has not ended" in text) for text in written] == [(True, True)] * bool(
+        times
+    )
