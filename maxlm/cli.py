@@ -160,7 +160,7 @@ def _replay(args: list[str]) -> int:
     from maxlm.train.metrics import plain
     from maxlm.train.replay import replay, table
 
-    found = replay(Path(values.workdir).absolute(), values.step, log=_log)
+    found = replay(values.workdir, values.step, log=_log)
     Console().print(table(found))
     print(f"{found.verdict}: {found.why}")
     if values.json:

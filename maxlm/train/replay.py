@@ -23,6 +23,7 @@ import numpy as np
 from rich.table import Table
 
 from maxlm.checkpoint.digest import array_paths
+from maxlm.checkpoint.bucket import open_reader
 from maxlm.checkpoint.reader import CheckpointReader, digest_each
 from maxlm.config import Config, ParallelConfig
 from maxlm.convert.weights import open_weights
@@ -34,6 +35,7 @@ from maxlm.model.decoder import STACKS
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import ConfigError, resolve
 from maxlm.train import rollback
+from maxlm.train.home import Home, copied
 from maxlm.train.metrics import read_metrics
 from maxlm.train.peak import describe_place
 from maxlm.train.setup import Setup, make_setup, place_batch
@@ -79,8 +81,8 @@ class _Execution(NamedTuple):
     norms: dict[str, Any]
 
 
-def replay(workdir: Path, step: int, *, log: Log) -> Replay:
-    """Executes a step of the run in `workdir` again; nothing in the folder is changed.
+def replay(place: str | Path, step: int, *, log: Log) -> Replay:
+    """Executes a step of the run in `place`, a folder or a bucket's, again; nothing of the run is changed.
 
     Args:
       step: as in metrics.jsonl, from 1 on.
@@ -88,16 +90,19 @@ def replay(workdir: Path, step: int, *, log: Log) -> Replay:
     Raises:
       UserError: the run has not made such a step, or its data or checkpoints cannot be read.
     """
+    home = Home(place, log=log, writes=False)
+    home.pull()
+    workdir = home.folder
     records = {record["step"]: record for record in read_metrics(workdir, "step")}
     if step not in records:
         made = f"has steps {min(records)} to {max(records)}" if records else "has made no step"
-        raise UserError(f"--step is {step}, but the run in {workdir} {made}")
+        raise UserError(f"--step is {step}, but the run in {place} {made}")
     config = _config(workdir, log=log)
-    data = prepare_data(config, workdir, build=False)
+    data = prepare_data(config, workdir, build=False, home=home.place)
     skips = rollback.skips(rollback.recorded(workdir))
     loader = Loader(data.stores, config.data, seed=config.seed, skips=skips)
     setup = make_setup(config, make_mesh(config.parallel))
-    checkpoints = CheckpointReader(workdir / "checkpoints", log=log)
+    checkpoints = open_reader(home.checkpoints, log=log)
     start = _start(checkpoints, step - 1)
     log(f"replaying step {step} twice from {f'the checkpoint of step {start}' if start else 'the beginning'}")
     bench = _Bench(config, setup, loader, checkpoints)
@@ -121,6 +126,10 @@ def replay(workdir: Path, step: int, *, log: Log) -> Replay:
         _non_finite(first, step),
         jax.tree.map(np.ndarray.tolist, first.norms),
     )
+
+
+def _quiet(line: str) -> None:
+    """Says nothing."""
 
 
 def _config(workdir: Path, *, log: Log) -> Config:
@@ -175,7 +184,7 @@ class _Bench:
         """The state after `start` steps, on its devices."""
         if not start:
             source = self.config.train.init_from
-            weights = open_weights(Path(source).expanduser(), self.config.model, log=lambda _: None) if source else None
+            weights = open_weights(copied(source, log=_quiet), self.config.model, log=_quiet) if source else None
             params = weights(self.setup.shardings.params) if weights else None
             return make_state(self.config, self.setup.optimizer, self.setup.shardings, params)
         restored = self.checkpoints.restore_state(self.setup.abstract_state(), step=start)
