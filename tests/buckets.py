@@ -5,7 +5,9 @@ import os
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +41,7 @@ class Server:
         self.concerns: Callable[[str, str], bool] = lambda method, path: True
         self.seen: list[tuple[str, str]] = []
 
-    def _handle(self, environ, start):
+    def _handle(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         asked = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         with self._lock:
             self.seen.append(asked)
@@ -56,7 +58,7 @@ class Server:
                 return self._error(start, "503 Slow Down", "SlowDown")
         return self._app(environ, start)
 
-    def _error(self, start, status: str, code: str):
+    def _error(self, start: Callable[..., Any], status: str, code: str) -> Iterable[bytes]:
         start(status, [("Content-Type", "application/xml")])
         return [f"<Error><Code>{code}</Code><Message>as the test wanted</Message></Error>".encode()]
 
@@ -75,7 +77,9 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def bucket(server, request, monkeypatch, tmp_path) -> Iterator[str]:
+def bucket(
+    server: Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[str]:
     """The URL of an empty bucket that answers; copies of what is in it are kept below `tmp_path`."""
     for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": server.endpoint, "MAXLM_CACHE": f"{tmp_path}/cache"}.items():
         monkeypatch.setenv(name, value)

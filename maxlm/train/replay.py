@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from maxlm.checkpoint.digest import array_paths
 from maxlm.checkpoint.bucket import open_reader
+from maxlm.checkpoint.digest import array_paths
 from maxlm.checkpoint.reader import CheckpointReader, digest_each
 from maxlm.config import Config, ParallelConfig
 from maxlm.convert.weights import open_weights
