@@ -52,6 +52,7 @@ def no_secret(bucket: str, tmp_path: Path, said: str) -> None:
     assert len(written) > 50 and SECRET not in said and not any(SECRET.encode() in content for content in written)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_outlives_a_save_that_fails_and_tells_no_secret(bucket, server, corpus, tmp_path, capfd):
     url, lines, refused = f"{bucket}/runs/one", [], []
 

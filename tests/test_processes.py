@@ -24,6 +24,7 @@ def wait(processes, runs, name, code, timeout=200):
     assert codes == [code] * len(processes), runs.log(name)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step_and_any_number_go_on(tmp_path):
     runs = Runs(tmp_path, steps=STEPS)
     runs.finish("whole")

@@ -32,6 +32,7 @@ def test_a_whole_run_accounts_for_its_time_and_reports(runs):
     assert len(losses) == STEPS and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_killed_several_times_it_ends_bit_identical(runs):
     rng = random.Random(time.time_ns())  # another moment each time: the property has to hold at every one
     moments = sorted(rng.randrange(4, STEPS - 8, 4) for _ in range(3))
@@ -58,6 +59,7 @@ def test_other_device_counts_consume_the_same_tokens(runs):
     )  # over 120 steps the last bits of different meshes add up
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_with_its_own_exit_code(runs):
     process = runs.start("stopped")
     while runs.newest("stopped") < 8:

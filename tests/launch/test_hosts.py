@@ -124,6 +124,7 @@ def test_a_dry_run_can_be_typed(capsys, monkeypatch):
     assert SECRET not in text
 
 
+@pytest.mark.slow
 def test_two_processes_train_here_and_a_signal_to_the_launcher_saves(tmp_path):
     runs = Runs(tmp_path, steps=40)
     command = [sys.executable, "-m", "launch.hosts", "run", "--processes=2", f"--config={runs.config}", "--no-check"]

@@ -16,8 +16,8 @@ from maxlm.plan.page import headlines, print_plan
 from maxlm.plan.plan import as_json, make_plan
 from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
-from tests.plan.test_hlo import TPU
 from tests.plan.test_memory import BUFFERS, RANGES
+from tests.plan.test_plan_hlo import TPU
 
 MODEL = ModelConfig(
     vocab_size=512, embed_dim=32, num_layers=2, attention=AttentionConfig(q_heads=4, kv_heads=2), mlp=MlpConfig(dim=64)
