@@ -47,6 +47,7 @@ def test_killed_several_times_it_ends_bit_identical(runs):
     assert goodput["restore"] > 0
 
 
+@pytest.mark.slow
 def test_other_device_counts_consume_the_same_tokens(runs):
     runs.kill_after("elastic", 20, 0.02, devices=8, overrides=("--config.parallel.fsdp=4",))
     runs.kill_after("elastic", 60, 0.0, devices=4, overrides=("--config.parallel.tensor=2",))
