@@ -113,6 +113,7 @@ class Job:
 
 def make_job(**settings: object) -> Job:
     """A checked job. Raises LaunchError with everything that is wrong with it, a sentence a line."""
+    # The settings are flags, parsed to the fields' types; a name that is none raises here.
     job = Job(**settings)  # type: ignore[arg-type]
     problems = []
     if not _NAME.fullmatch(job.name):

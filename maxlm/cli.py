@@ -143,7 +143,7 @@ def _in_memory(config: Config, run: Callable[[], int]) -> int:
     """The run; where memory is short, the error says what would fit. The training loop knows nothing of plans."""
     try:
         return run()
-    except Exception as error:
+    except Exception as error:  # an allocation that fails comes as JAX's error or XLA's; all others go on as they are
         from maxlm.plan.shortage import explained, is_shortage
 
         if not is_shortage(error):

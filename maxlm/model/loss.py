@@ -82,6 +82,7 @@ def token_nll(
         return spread(local_nll(Settings(chunk, softcap)), hidden_BSD, head_DV, targets_BS, weights, kinds="token")
 
 
+# In place of arrays, the kind of each: the tree that a spread function reads to know what crosses the mesh, and how.
 _SUMS: Any = Sums("sum", "sum")  # type: ignore[arg-type]
 _GRADIENTS: Any = Gradients(_SUMS, "hidden", "head")  # type: ignore[arg-type]
 

@@ -55,6 +55,7 @@ def plan(study: Study) -> list[PlannedRun]:
       UserError: a config does not resolve.
     """
     makers = {Isoflops: _isoflops, Rungs: _rungs, Trunks: _trunks, Sweep: _sweep}
+    # Each maker takes the design that it stands beside, which no type can say of a dict.
     runs = list(makers[type(study.design)](study, study.design))  # type: ignore[operator]
     labels = [run.label for run in runs]
     if not runs:
