@@ -16,6 +16,7 @@ from rich.table import Table
 
 from maxlm.config import Config
 from maxlm.errors import UserError
+from maxlm.files import write_asked
 from maxlm.resolve import ConfigError, differences, resolve
 
 USAGE = """usage: maxlm <command> [flags]
@@ -163,8 +164,7 @@ def _replay(args: list[str]) -> int:
     found = replay(values.workdir, values.step, log=_log)
     Console().print(table(found))
     print(f"{found.verdict}: {found.why}")
-    if values.json:
-        Path(values.json).write_text(json.dumps(plain(found._asdict()), indent=1) + "\n")
+    write_asked(values.json, json.dumps(plain(found._asdict()), indent=1) + "\n")
     return 0
 
 
@@ -198,8 +198,7 @@ def _check(args: list[str]) -> int:
         for name, value in rows.items():
             table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
         console.print(table, "")
-    if values.json:
-        Path(values.json).write_text(json.dumps(figures, indent=2) + "\n")
+    write_asked(values.json, json.dumps(figures, indent=2) + "\n")
     return 0
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
@@ -13,6 +11,7 @@ from rich.console import Console
 from maxlm.chips import CHIPS, load_chips
 from maxlm.config import Config
 from maxlm.errors import UserError
+from maxlm.files import write_asked
 from maxlm.plan import searching
 from maxlm.plan.topology import Topology, parse_topology
 from maxlm.resolve import resolve
@@ -77,8 +76,8 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
         searching.print_changes(made, config, topology, log=log)
     if values.mtbf:
         searching.print_failures(values, config, topology, log=log)
-    _write(values.json, as_json(made), log)
-    _write(values.html, render(made), log)
+    write_asked(values.json, as_json(made))
+    write_asked(values.html, render(made))
     return 0 if made.fits else 1
 
 
@@ -89,7 +88,7 @@ def explain(values: flags.FlagValues, *, log: Log) -> int:
 
     told = explanation(config)
     print_explanation(told, topology, Console())
-    _write(values.json, as_json(told), log)
+    write_asked(values.json, as_json(told))
     return 0
 
 
@@ -110,13 +109,3 @@ def _options(text: str | None) -> dict[str, str] | None:
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise UserError(f"--options has {wrong[0]!r}; write name=value,name=value, or none")
     return {name: value for name, _, value in pairs}
-
-
-def _write(path: str | None, content: Any, log: Log) -> None:
-    if not path:
-        return
-    try:
-        Path(path).expanduser().write_text(content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); give a file in a folder that exists") from error
-    log(f"written: {path}")

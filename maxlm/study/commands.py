@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maxlm.errors import UserError
+from maxlm.files import write_asked
 from maxlm.study.spec import Study, load_study
 
 Log = Callable[[str], None]
@@ -88,7 +89,10 @@ def _plan(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int
         f"{machine.name}, {machine.jobs} at a time, at {machine.flops_per_second / 1e9:,.0f} GFLOP/s{money}. N counts "
         "parameters besides embeddings"
     )
-    _write_json(values.json, {"study": study.name, "seconds": seconds, "dollars": dollars, "runs": rows})
+    write_asked(
+        values.json,
+        json.dumps({"study": study.name, "seconds": seconds, "dollars": dollars, "runs": rows}, indent=1) + "\n",
+    )
     return 0
 
 
@@ -105,7 +109,7 @@ def _fit(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
     for line in describe(fit):
         log(line)
     write_fit(folder, fit)
-    _write_json(values.json, as_json(fit))
+    write_asked(values.json, json.dumps(as_json(fit), indent=1) + "\n")
     return 0
 
 
@@ -147,8 +151,3 @@ def _report(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> i
         log(check.sentence())
     log(f"report: {write_report(study, folder, fit, checks=checks)}")
     return 0
-
-
-def _write_json(path: str | None, content: Any) -> None:
-    if path:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
