@@ -7,13 +7,16 @@ from pathlib import Path
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("NPROC", "32")  # see maxlm.compilation.give_virtual_devices_threads
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
     )
 
 import jax  # noqa: E402 (the settings above come first)
+
+from maxlm.compilation import settle_cpu_devices  # noqa: E402
+
+settle_cpu_devices()
 
 # A second run of the tests spends half as long. Only this process: the programs that tests start have caches of their
 # own, or none.

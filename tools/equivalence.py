@@ -336,9 +336,9 @@ def run_here(given: argparse.Namespace) -> list[dict[str, Any]]:
         f"--xla_force_host_platform_device_count={given.devices} "
         "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     )
-    from maxlm.compilation import give_virtual_devices_threads
+    from maxlm.compilation import settle_cpu_devices
 
-    give_virtual_devices_threads()
+    settle_cpu_devices()
     first, step = (int(number) for number in given.part.split("/"))
     chosen = [case for case in itertools.islice(cases(given.devices), first, None, step) if given.case in case.name]
     results, began = [], time.monotonic()

@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     flag = f"--xla_force_host_platform_device_count={given.devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    from maxlm.compilation import give_virtual_devices_threads
+    from maxlm.compilation import settle_cpu_devices
 
-    give_virtual_devices_threads()
+    settle_cpu_devices()
     found = compare(rest, given.devices, given.steps)
     from rich.console import Console
     from rich.table import Table

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from maxlm import tree
-from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
+from maxlm.compilation import settle_cpu_devices, use_compilation_cache
 from maxlm.config import Config, ModelConfig, ParallelConfig
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.folder import is_huggingface_folder
@@ -117,7 +117,7 @@ def generate_from(path: Path, asked: Asked, *, log: Log, write: Callable[[str], 
     Raises:
       UserError: there is no model, or no tokenizer or chat template for what is asked.
     """
-    give_virtual_devices_threads()
+    settle_cpu_devices()
     carried, run = carried_files(path), _run_config(path)
     text: Any  # both have `encode`, `decode` and `vocab_size`
     if run is not None and not asked.chat:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from maxlm.compilation import settle_cpu_devices
 from maxlm.parallel.mesh import make_mesh
 from maxlm.plan.compile import Request
 from maxlm.plan.topology import Topology
@@ -53,6 +54,7 @@ def place_of(device: Any, topology: Topology) -> list[int]:
 
 def run(work: Path) -> None:
     """Compiles what was asked for."""
+    settle_cpu_devices()
     request: Request = pickle.loads((work / "request.pickle").read_bytes())
     config = request.config
     mesh = make_mesh(config.parallel, devices_of(request.topology))

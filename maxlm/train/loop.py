@@ -25,7 +25,7 @@ from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import Restored
 from maxlm.cluster import Agreement, agree_on, meet
-from maxlm.compilation import give_virtual_devices_threads, use_compilation_cache
+from maxlm.compilation import settle_cpu_devices, use_compilation_cache
 from maxlm.config import Config
 from maxlm.convert.folder import carry
 from maxlm.convert.stored import CARRIED, carried_files
@@ -77,13 +77,13 @@ def train(config: Config, workdir: str | Path, *, log: Log, heartbeat: Heartbeat
       UserError: what is in `workdir` does not go with the config, no checkpoint is whole, too many updates in a row
         were refused or too many saves in a row have failed, or a bucket does not answer.
     """
+    settle_cpu_devices()
     with Home(workdir, log=log, writes=jax.process_index() == 0) as home:
         return train_at(config, home, log=log, heartbeat=heartbeat or Heartbeat())
 
 
 def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> int:
     """`train`, where the run's files are on this machine."""
-    give_virtual_devices_threads()
     first_process = jax.process_index() == 0
     log, workdir = log if first_process else _silent, home.folder
     with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:

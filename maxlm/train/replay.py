@@ -25,6 +25,7 @@ from rich.table import Table
 from maxlm.checkpoint.bucket import open_reader
 from maxlm.checkpoint.digest import array_paths
 from maxlm.checkpoint.reader import CheckpointReader, digest_each
+from maxlm.compilation import settle_cpu_devices
 from maxlm.config import Config, ParallelConfig
 from maxlm.convert.weights import open_weights
 from maxlm.data.loader import Loader
@@ -90,6 +91,7 @@ def replay(place: str | Path, step: int, *, log: Log) -> Replay:
     Raises:
       UserError: the run has not made such a step, or its data or checkpoints cannot be read.
     """
+    settle_cpu_devices()
     home = Home(place, log=log, writes=False)
     home.pull()
     workdir = home.folder
