@@ -50,23 +50,32 @@ def plain() -> Runner:
     return Runner(ParallelConfig(data=1))
 
 
-def test_mesh_and_accumulation_do_not_change_the_losses(plain):
-    """The acceptance line: 20 steps, float32, every loss within 2e-6; initial parameters bit-equal."""
+@pytest.fixture(scope="module")
+def alone(plain):
+    """The first parameters and 20 losses on one device."""
     plain.reset()
-    first = jax.device_get(plain.state.params)
-    expected = [plain.step(random_batch(i))["loss"] for i in range(20)]
+    first = tree.paths(jax.device_get(plain.state.params))
+    return first, [plain.step(random_batch(i))["loss"] for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+        ({"data": 2, "context": 4}, 2),
+        pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, 1, marks=pytest.mark.slow),
+        pytest.param({"data": 4}, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_mesh_and_accumulation_do_not_change_the_losses(alone, sizes, accumulation):
+    """The acceptance line: 20 steps, float32, every loss within 2e-6; initial parameters bit-equal."""
+    first, expected = alone
     assert expected[-1] < expected[0]
-    for parallel, accumulation in [
-        (ParallelConfig(data=1, fsdp=4, tensor=2), 1),
-        (ParallelConfig(data=2, fsdp=2, tensor=2), 2),
-        (ParallelConfig(data=4), 2),
-        (ParallelConfig(data=2, context=4), 2),
-    ]:
-        other = Runner(parallel, train__accumulation=accumulation)
-        for path, value in tree.paths(jax.device_get(other.state.params)).items():
-            assert value.tobytes() == tree.paths(first)[path].tobytes(), path
-        found = [other.step(random_batch(i))["loss"] for i in range(20)]
-        np.testing.assert_allclose(found, expected, rtol=2e-6, err_msg=str(parallel))
+    other = Runner(ParallelConfig(**sizes), train__accumulation=accumulation)
+    for path, value in tree.paths(jax.device_get(other.state.params)).items():
+        assert value.tobytes() == first[path].tobytes(), path
+    found = [other.step(random_batch(i))["loss"] for i in range(20)]
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
 
 
 def test_parameters_and_moments_are_really_sharded():
@@ -135,7 +144,7 @@ def test_float16_overflow_lowers_the_scale_and_is_not_held_against_the_run():
     assert float(runner.state.scale.scale) < start
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "muon"])
+@pytest.mark.parametrize("optimizer", ["adafactor", pytest.param("lion", marks=pytest.mark.slow), "muon"])
 def test_every_optimizer_gives_the_same_losses_on_a_mesh(optimizer):
     one = Runner(ParallelConfig(data=1), optim__optimizer=optimizer)
     mesh = Runner(ParallelConfig(data=1, fsdp=2, tensor=2), optim__optimizer=optimizer)
