@@ -4,6 +4,9 @@ python -m launch.slurm --nodes=4 --gpus_per_node=8 --time=24:00:00 --folder=/sha
 
 The scheduler sends SIGTERM before the time is over (--signal) or when it preempts the job; the run saves and leaves
 with exit code 75, and the job puts itself back into the queue. After a failure it does so too, --retries times.
+
+With --wait this program lasts as long as the job, through all its starts, and leaves with its exit code. Begun again,
+it waits for the job that is there rather than hand in a second one.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +38,8 @@ from launch.job import (
 ARRAY = "{array}"  # in --workdir and overrides: the number of the array's task
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@,/+-]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+# States in which a job has come to its end; from all others it may yet run (again).
+_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _ARRAY = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?")
 
 
@@ -139,6 +145,31 @@ def submit_command(job: Job, values: argparse.Namespace, file: Path) -> list[str
     return ["sbatch", "--parsable", f"--output={values.folder}/logs/{job.name}-{number}.log", str(file)]
 
 
+def queued(job: Job) -> str | None:
+    """The number of a job of this user and name that has not ended, or None."""
+    return _answer("squeue", "--me", "--noheader", f"--name={job.name}", "--format=%i").split("\n")[0].strip() or None
+
+
+def wait_for(number: str, *, poll: float) -> int:
+    """Waits until SLURM has done with a job, and returns its exit code; 1 for one that was ended from outside."""
+    while True:
+        fields = dict(re.findall(r"(\w+)=(\S*)", _answer("scontrol", "show", "job", "--oneliner", number)))
+        if fields.get("JobState") in _ENDED:
+            code, _, killed_by = fields.get("ExitCode", "").partition(":")
+            own = int(code) if code.isdigit() and killed_by in ("", "0") else 1
+            print(f"job {number}: {fields['JobState'].lower()}, exit code {fields.get('ExitCode')}")
+            return 0 if fields["JobState"] == "COMPLETED" else own or 1
+        time.sleep(poll)
+
+
+def _answer(*command: str) -> str:
+    """What a command of SLURM prints. Raises LaunchError if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise LaunchError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout.strip()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = job_parser(__doc__)
     add = parser.add_argument
@@ -157,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--python", default=sys.executable, help="the interpreter with the packages, on the nodes or in the container")
     add("--container-image", default="", help="enroot image, through pyxis; without it the job runs bare")
     add("--container-mount", action="append", default=[], help="a further folder of the nodes inside the container")
+    add("--wait", action="store_true", help="last as long as the job, and leave with its exit code")
+    add("--poll", type=float, default=20.0, help="seconds between looks at the job, with --wait; under a few minutes")
     add("--join_seconds", type=int, default=600, help="how long the processes wait for each other")
     return parser
 
@@ -180,19 +213,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(job.describe(), f"# {file}\n{text}", printed(command), sep="\n\n")
         return 0
     secret_values(job)
+    if values.wait and values.array is not None:
+        raise LaunchError("--wait is for one job, --array makes several; leave one of them out")
+    if values.wait and (number := queued(job)):
+        print(f"job {number} of this name is there already: waiting for it")
+        return wait_for(number, poll=values.poll)
     if not values.no_check and values.array is None:
         check_config(job)
     for name in ("jobs", "logs"):
         (Path(values.folder) / name).mkdir(parents=True, exist_ok=True)
     unpack_code(job.commit, Path(values.folder))
     file.write_text(text)
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise LaunchError(f"sbatch: {done.stderr.strip()}")
-    number = done.stdout.strip().split(";")[0]
+    number = _answer(*command).split(";")[0]
     print(f"job {number}; squeue --job={number} looks at it, scancel --signal=TERM {number} saves and starts it again,")
-    print(f"scancel {number} ends it. The log is in {values.folder}/logs")
-    return 0
+    print(f"scancel {number} ends it. The log is in {values.folder}/logs", flush=True)
+    return wait_for(number, poll=values.poll) if values.wait else 0
 
 
 if __name__ == "__main__":

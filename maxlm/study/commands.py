@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("json", None, "plan, fit: also write the figures to this file", flag_values=values)
     flags.DEFINE_string(
         "topology", None, "plan: hardware whose time and price count, such as v5e-8", flag_values=values
+    )
+    flags.DEFINE_string(
+        "launcher", None, "run: command of launch/ that starts each run and lasts as long", flag_values=values
     )
     flags.DEFINE_integer("jobs", 0, "run: runs at a time; 0: as the study says", flag_values=values, lower_bound=0)
     flags.DEFINE_float("flops", 0.0, "predict: compute of the larger run", flag_values=values, lower_bound=0.0)
@@ -97,9 +101,10 @@ def _plan(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int
 
 
 def _run(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
-    from maxlm.study.runner import run_study
+    from maxlm.study.runner import run_study, through
 
-    return run_study(study, folder, jobs=values.jobs, log=log).code
+    launch = through(shlex.split(values.launcher), study.name) if values.launcher else None
+    return run_study(study, folder, jobs=values.jobs, launch=launch, log=log).code
 
 
 def _fit(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:

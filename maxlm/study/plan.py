@@ -73,7 +73,7 @@ UTILISATION = 0.4
 
 
 def machine_of(name: str, study: Study) -> Machine:
-    """Hardware of the planner's chip table as the machine of a study: all its devices for each run.
+    """Hardware of the planner's chip table as the machine of a study: a run at a time, on all its devices.
 
     Raises:
       UserError: the hardware is not known, or its speed is not in the table.
@@ -89,6 +89,7 @@ def machine_of(name: str, study: Study) -> Machine:
         name=topology.describe(),
         flops_per_second=rate,
         dollars_per_hour=topology.devices * topology.chip.price,
+        jobs=1,
     )
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -105,9 +106,28 @@ def run_study(
 
 def start_process(run: PlannedRun, workdir: Path, cores: Sequence[int], lock: IO[Any]) -> subprocess.Popen:
     """`maxlm train` on some cores; it keeps the lock for as long as it lives, and is told when this process dies."""
+    return _start([sys.executable, "-m", "maxlm.cli", "train"], run, workdir, cores, lock)
+
+
+def through(launcher: Sequence[str], study: str) -> Launch:
+    """Starts runs by a command of `launch/` that lasts as long as its job, with a name, config and workdir added.
+
+    A name is that of the run, so that a launcher that is started again finds the job that is under way.
+    """
+
+    def start(run: PlannedRun, workdir: Path, cores: Sequence[int], lock: IO[Any]) -> subprocess.Popen:
+        prefix = re.sub("[^a-z0-9]+", "-", study.lower()).strip("-")[:20].strip("-")
+        return _start([*launcher, f"--name=s-{prefix}-{workdir.name}"], run, workdir, (), lock)
+
+    return start
+
+
+def _start(
+    words: Sequence[str], run: PlannedRun, workdir: Path, cores: Sequence[int], lock: IO[Any]
+) -> subprocess.Popen:
     config = workdir / "given.py"
     write_atomically(config, source(run.config))
-    command = [sys.executable, "-m", "maxlm.cli", "train", f"--config={config}", f"--workdir={workdir}"]
+    command = [*words, f"--config={config}", f"--workdir={workdir}"]
     with (workdir / "log.txt").open("ab") as out:
         return subprocess.Popen(
             command,
@@ -124,7 +144,8 @@ def _in_child(cores: Sequence[int]) -> None:
     """Before the program of a run begins: its share of the cores, and a SIGTERM when the parent is gone (Linux)."""
     if sys.platform != "linux":
         return
-    os.sched_setaffinity(0, cores)
+    if cores:
+        os.sched_setaffinity(0, cores)
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -110,3 +110,55 @@ def test_what_the_scheduler_is_told(folder, capsys, monkeypatch):
 def test_what_cannot_be_is_refused(flags, message):
     with pytest.raises(LaunchError, match=message):
         slurm.main([*COMMON, "--folder=/s", "--workdir=/s/run", *flags, "--dry-run"])
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """A queue whose only job goes through the states of `states`; `handed_in` counts calls of sbatch."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "squeue").write_text('#!/bin/bash\ncat "$QUEUE/there" 2> /dev/null || true\n')
+    (programs / "sbatch").write_text('#!/bin/bash\necho "$@" >> "$QUEUE/handed_in"\necho "41;cluster"\n')
+    (programs / "scontrol").write_text(
+        '#!/bin/bash\n[ "$4" = 41 ] || { echo "Invalid job id specified" >&2; exit 1; }\n'
+        'head -n 1 "$QUEUE/states"\nsed -i 1d "$QUEUE/states"\n'
+    )
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE", str(tmp_path))
+    return tmp_path
+
+
+def waited(queue, *states):
+    lines = [f"JobId=41 JobName=run JobState={state} Reason=None Restarts=1 ExitCode={code}" for state, code in states]
+    (queue / "states").write_text("".join(f"{line}\n" for line in lines))
+    flags = [f"--folder={queue}/shared", f"--workdir={queue}/run", "--no-check", "--wait", "--poll=0.01"]
+    return slurm.main([*COMMON, *flags])
+
+
+def test_waiting_lasts_through_new_starts_and_tells_the_exit_code(queue):
+    begun = [("PENDING", "0:0"), ("RUNNING", "0:0"), ("COMPLETING", "75:0"), ("PENDING", "0:0"), ("RUNNING", "0:0")]
+    assert waited(queue, *begun, ("COMPLETED", "0:0")) == 0
+    assert waited(queue, ("FAILED", "3:0")) == 3
+    assert waited(queue, ("CANCELLED", "0:15")) == 1
+    assert waited(queue, ("TIMEOUT", "0:0")) == 1
+    assert len((queue / "handed_in").read_text().splitlines()) == 4
+
+
+def test_begun_again_it_waits_for_the_job_that_is_there(queue):
+    (queue / "there").write_text("41\n")
+    assert waited(queue, ("RUNNING", "0:0"), ("COMPLETED", "0:0")) == 0
+    assert not (queue / "handed_in").exists()
+
+
+def test_a_job_that_slurm_has_forgotten_is_no_success(queue):
+    (queue / "there").write_text("40\n")
+    with pytest.raises(LaunchError, match="Invalid job id"):
+        waited(queue, ("COMPLETED", "0:0"))
+
+
+def test_waiting_is_for_one_job():
+    flags = ["--folder=/s", "--workdir=/s/{array}", "--array=0-3", "--wait", "--no-check"]
+    with pytest.raises(LaunchError, match="leave one of them out"):
+        slurm.main([*COMMON, *flags])

@@ -3,9 +3,16 @@
 import dataclasses
 import json
 import os
+import shlex
+import sys
 
 import pytest
+from absl import flags
 
+from launch.job import make_job
+from maxlm.chips import CHIPS
+from maxlm.errors import UserError
+from maxlm.study import commands
 from maxlm.study import predict as prediction
 from maxlm.study.fitting import describe, fit_study
 from maxlm.study.plan import plan
@@ -223,3 +230,54 @@ def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
         step = branch.branch.step
         assert step % trunk.config.checkpoint.keep_every_steps == 0
         assert branch.config.train.steps - branch.config.optim.decay_steps == step
+
+
+def verb(name, study, folder, monkeypatch, **given):
+    """`maxlm study NAME` for a study that is in no file; returns what was logged, and the exit code."""
+    values = flags.FlagValues()
+    commands.define_flags(values)
+    values(["maxlm", f"--dir={folder}", *(f"--{flag}={value}" for flag, value in given.items())])
+    monkeypatch.setattr(commands, "load_study", lambda path: study)
+    said = []
+    code = commands.main(name, "study.py", values, log=said.append)
+    return "\n".join(said), code
+
+
+def test_a_topology_says_what_a_study_costs_there(tmp_path, monkeypatch):
+    study, found = isoflop_study(tmp_path, budgets=(1e15, 2e15)), {}
+    for hardware, chips in (("v5p-8", 4), ("v5p-32", 16)):
+        made = tmp_path / f"{hardware}.json"
+        said, code = verb("plan", study, tmp_path / "out", monkeypatch, topology=hardware, json=made)
+        assert code == 0 and f"on {chips} v5p chips" in said and "dollars" in said
+        found[hardware] = json.loads(made.read_text())
+    small, large = found["v5p-8"], found["v5p-32"]
+    runs = len(small["runs"])
+    overhead = runs * study.machine.overhead_seconds
+    # Four times the chips: four times as fast but for what a run takes besides, at four times the price an hour.
+    assert small["seconds"] - overhead == pytest.approx(4 * (large["seconds"] - overhead))
+    hourly = 4 * CHIPS["v5p"].price
+    assert small["dollars"] == pytest.approx(small["seconds"] / 3600 * hourly)
+    assert large["dollars"] == pytest.approx(large["seconds"] / 3600 * 4 * hourly)
+    with pytest.raises(UserError, match="cpu-8"):
+        verb("plan", study, tmp_path / "out", monkeypatch, topology="cpu-8")
+
+
+def test_a_launcher_is_given_each_run_and_its_exit_code_counts(tmp_path, monkeypatch):
+    study, folder = isoflop_study(tmp_path, budgets=(1e13,)), tmp_path / "out"
+    program = tmp_path / "launcher.py"
+    program.write_text(
+        "import sys, pathlib\n"
+        f"with open({str(tmp_path / 'given')!r}, 'a') as file: print(*sys.argv[1:], file=file)\n"
+        "print('no nodes are left')\n"
+        "sys.exit(3)\n"
+    )
+    launcher = shlex.join([sys.executable, str(program), "--time=1:00:00"])
+    said, code = verb("run", study, folder, monkeypatch, launcher=launcher, jobs=2)
+    assert code == 1 and said.count("failed: exit code 3 (no nodes are left)") == 5
+    lines = [line.split() for line in (tmp_path / "given").read_text().splitlines()]
+    names = {r.name for r in read_plan(folder).runs}
+    assert {line[1] for line in lines} == {f"--name=s-made-up-{name}" for name in names}
+    for time, name, config, workdir in lines:
+        place = folder / "runs" / name.rpartition("-")[2]
+        assert (time, config, workdir) == ("--time=1:00:00", f"--config={place / 'given.py'}", f"--workdir={place}")
+        make_job(name=name.partition("=")[2], config=str(place / "given.py"), workdir=str(place))  # is well formed
