@@ -132,7 +132,8 @@ def through_experts(
     def project(x: jax.Array, linear: Linear, name: str) -> jax.Array:
         y = checkpoint_name(grouped_product(x, linear.kernel, sizes, backend=backend, dtype=dtype), SAVED_NAME)
         if linear.bias is not None:  # in float32, so that its gradient adds up in float32
-            own = jnp.take(linear.bias, row_groups(sizes, x.shape[0]), axis=0, mode="clip")
+            # Rows of no group get no bias, and their cotangents, which may be anything, reach none.
+            own = jnp.take(linear.bias, row_groups(sizes, x.shape[0]), axis=0, mode="fill", fill_value=0)
             y = (y.astype(jnp.float32) + own).astype(dtype)
         return checkpoint_name(y, name)
 

@@ -11,7 +11,8 @@ from flax import nnx
 
 from maxlm import tree
 from maxlm.config import MoeConfig
-from maxlm.kernels.experts import local_experts, order
+from maxlm.kernels import grouped
+from maxlm.kernels.experts import Experts, Linear, Routes, local_experts, order
 from maxlm.kernels.grouped import choose
 from maxlm.model import moe
 from maxlm.model.attention import Sight
@@ -278,3 +279,38 @@ def test_only_the_selection_bias_is_not_trained(tiny):
     specs = split_model(tiny.config(moe=MoeConfig(experts=4, dim=16, selection_bias=True))).specs
     frozen = [path for path, spec in tree.paths(specs).items() if not spec.trained]
     assert frozen == ["layers/mlp/selection_bias"]
+
+
+def _undefined(function):
+    """The kernel's rows of no group hold what an accelerator's kernel may leave there."""
+
+    def poisoned(x, w, sizes):
+        out = function(x, w, sizes)
+        return jnp.where((jnp.arange(x.shape[0]) < sizes.sum())[:, None], out, jnp.nan)
+
+    return poisoned
+
+
+def test_rows_of_no_expert_reach_no_gradient():
+    """Entries that go nowhere leave undefined rows in the buffer: biases and all else get nothing of them."""
+    plain = grouped.PLAIN
+    poisoned = dataclasses.replace(
+        plain, rows=_undefined(plain.rows), rows_transposed=_undefined(plain.rows_transposed)
+    )
+    keys = iter(jax.random.split(jax.random.key(0), 12))
+    draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    experts = Experts(*(Linear(draw(3, *shape), draw(3, shape[1])) for shape in ((8, 6), (8, 6), (6, 8))))
+    chosen = jnp.array([[[0, 3], [3, 1], [3, 3], [1, 0]]])  # 3: nowhere; expert 2 gets no row
+    x, weights = draw(1, 4, 8), jax.nn.softmax(draw(1, 4, 2)) * (chosen < 3)
+
+    def loss(x, experts, weights, backend):
+        out = local_experts(
+            x, Routes(chosen, weights), experts, hidden=lambda g, u: jnp.tanh(g) * u, dtype=jnp.float32, backend=backend
+        )
+        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum()
+
+    expected, got = (
+        jax.value_and_grad(loss, argnums=(0, 1, 2))(x, experts, weights, backend) for backend in (plain, poisoned)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+    assert np.abs(expected[1][1].up.bias[2]).max() == 0
