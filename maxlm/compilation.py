@@ -57,6 +57,5 @@ def settle_cpu_devices() -> None:
     devices = int(asked[1]) if asked else 1
     if devices > 1:
         os.environ.setdefault("NPROC", str(4 * devices))  # the size of XLA's pools
-    together = jax.distributed.is_initialized() and (jax.config.values["jax_platforms"] or "").startswith("cpu")
-    if (devices > 1 or together) and IN_ORDER.partition("=")[0] not in given:
+    if (devices > 1 or jax.distributed.is_initialized()) and IN_ORDER.partition("=")[0] not in given:
         os.environ["XLA_FLAGS"] = f"{given} {IN_ORDER}".strip()
