@@ -91,3 +91,12 @@ def test_the_commands_of_a_run(tmp_path, capsys):
     assert main(["train", f"--config={tmp_path / 'run' / 'config.py'}", workdir]) == 0
     assert main(["train", f"--config={config}", workdir, "--config.seed=1"]) == 1
     assert "seed" in capsys.readouterr().err
+
+
+def test_samples_that_do_not_fit_are_refused_before_training(tmp_path, capsys):
+    config = tmp_path / "config.py"
+    corpus = write_corpus(tmp_path / "corpus", documents=20)
+    config.write_text(source(tiny_config(corpus, model__learned_positions=64, eval__sample_tokens=60)))
+    assert main(["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 1
+    assert "has 12 tokens and 60 more are asked for, but the model has 64 learned" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -87,7 +87,7 @@ def test_config_dict_is_locked_and_typed():
         ("model__attention__latent__kv_dim", 8, "use an even number between 2 and 31"),
         ("model__rope__turns", (4.0, 1.0), "model.rope.turns is (4.0, 1.0), but has to be two, rising"),
         ("train__profile", (3,), "train.profile is (3,), but it is (first step, steps)"),
-        ("model__learned_positions", 100, "rows have up to 512 positions"),
+        ("model__learned_positions", 100, "rows have up to 512 positions (data.sequence_length)"),
         ("optim__warmup_steps", 1000, "the warm-up would never end; use at most 999"),
         ("parallel__tensor", 3, "parallel.tensor is 3, which does not divide model.attention.q_heads"),
         ("parallel__tensor", 16, "does not divide 8 devices"),
@@ -117,6 +117,14 @@ def test_each_problem_is_one_clear_sentence(path, value, expected):
     found = problems(changed(**{path: value}), devices=8)
     assert any(expected in problem for problem in found), found
     assert all("\n" not in problem for problem in found)
+
+
+def test_learned_positions_hold_the_rows_of_evaluations_and_phases():
+    given = changed(model__learned_positions=512, eval__sequence_length=2048)
+    assert any("512, but rows have up to 2048 positions (eval.sequence_length)" in item for item in problems(given))
+    given = changed(model__learned_positions=512, data__phases={"long": {"from_step": 5, "sequence_length": 1024}})
+    assert any("1024 positions (data.phases.long.sequence_length)" in item for item in problems(given))
+    assert resolve(changed(model__learned_positions=512)).model.learned_positions == 512
 
 
 @pytest.mark.parametrize(

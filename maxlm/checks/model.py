@@ -41,11 +41,16 @@ def check_model(config: Config) -> Iterator[str]:
             f"model.mtp_layers is {model.mtp_layers}, but no token of a row of data.sequence_length "
             f"{config.data.sequence_length} is that far from the next; use less"
         )
-    longest = max([config.data.sequence_length, *(phase.sequence_length for phase in config.data.phases.values())])
-    if 0 < model.learned_positions < longest:
+    lengths = {
+        "data.sequence_length": config.data.sequence_length,
+        **{f"data.phases.{name}.sequence_length": phase.sequence_length for name, phase in config.data.phases.items()},
+        "eval.sequence_length": config.eval.sequence_length,
+    }
+    longest = max(lengths, key=lengths.__getitem__)
+    if 0 < model.learned_positions < lengths[longest]:
         yield (
-            f"model.learned_positions is {model.learned_positions}, but rows have up to {longest} positions "
-            "(data.sequence_length and data.phases); use that or more"
+            f"model.learned_positions is {model.learned_positions}, but rows have up to {lengths[longest]} positions "
+            f"({longest}); use that or more, or shorter rows"
         )
     yield from _check_rope(model)
     yield from _check_latent(model)

@@ -19,6 +19,7 @@ import numpy as np
 
 from maxlm.config import ModelConfig
 from maxlm.data.tokenizers import Tokenizer
+from maxlm.errors import UserError
 from maxlm.infer.sampling import Sampling, penalised, sample
 from maxlm.model.decoder import Cache, init_cache, merge
 from maxlm.model.runtime import Runtime
@@ -70,9 +71,9 @@ def generate(
       The new tokens of each row, without the one that ended it.
 
     Raises:
-      ValueError: for no prompt, an empty one, one with an id that the model does not have, or no token to add.
+      UserError: see `check_prompts`.
     """
-    _check(prompts, max_new_tokens, model.config.vocab_size)
+    check_prompts(prompts, max_new_tokens, model=model.config)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     width = _rounded(int(lengths.max()))
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -116,6 +117,42 @@ def generate(
     return out
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, *, model: ModelConfig) -> None:
+    """Sees, before anything is computed or loaded, that a model can continue prompts by so many tokens.
+
+    Raises:
+      UserError: for no prompt, an empty one, one with an id that the model does not have, no token to add, or more
+        positions than the model has learned.
+    """
+    if not prompts:
+        raise UserError("there is no prompt to continue; give at least one")
+    if max_new_tokens < 1:
+        raise UserError(f"{max_new_tokens} tokens are asked for, but it has to be at least 1")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {row} has no token, and its tokenizer no begin token to put there; give it a text")
+        if min(prompt) < 0 or max(prompt) >= model.vocab_size:
+            raise UserError(
+                f"prompt {row} has ids from {min(prompt)} to {max(prompt)}, but the model has 0 to "
+                f"{model.vocab_size - 1}; encode it with the model's own tokenizer"
+            )
+    longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
+    length, places = len(prompts[longest]), model.learned_positions
+    if places and length + max_new_tokens - 1 > places:  # the last token that is drawn is not read
+        most = places + 1 - length
+        advice = f"ask for {most} at most (--max_tokens={most}, or eval.sample_tokens for a run's samples)"
+        raise UserError(
+            f"prompt {longest} has {length} tokens and {max_new_tokens} more are asked for, but the model has "
+            f"{places} learned positions; {advice if most > 0 else f'give a prompt of {places} tokens at most'}"
+        )
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Raises UserError where a stop is empty."""
+    if "" in stops:
+        raise UserError("a stop is empty, which would end every text at once; leave --stop='' out, or give it a text")
+
+
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Each text, which may be empty, as the beginning of a document."""
     return [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -145,6 +182,9 @@ def generate_text(
 
     Returns:
       The continuations, without the prompts.
+
+    Raises:
+      UserError: see `check_prompts` and `check_stops`.
     """
     if stop_ids is None:
         stop_ids = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None]
@@ -182,12 +222,11 @@ class StopTexts:
     """Passes text on up to the first of the stops, and holds back what may be the beginning of one.
 
     Raises:
-      ValueError: a stop is empty.
+      UserError: see `check_stops`.
     """
 
     def __init__(self, stops: Sequence[str]):
-        if "" in stops:
-            raise ValueError("a stop is empty, which would end every text at once; leave it out")
+        check_stops(stops)
         self._stops = stops
         self._held = ""
         self.found = False
@@ -285,18 +324,3 @@ def _rounded(length: int) -> int:
     if length > 256:
         return -(-length // 256) * 256
     return max(16, 1 << (length - 1).bit_length())
-
-
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int) -> None:
-    if not prompts:
-        raise ValueError("there is no prompt to continue; give at least one")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, but it has to be at least 1")
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {row} has no token; begin it with the tokenizer's begin token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(
-                f"prompt {row} has ids from {min(prompt)} to {max(prompt)}, but the model has 0 to {vocab_size - 1}; "
-                "encode it with the model's own tokenizer"
-            )

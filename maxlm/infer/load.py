@@ -22,7 +22,7 @@ from maxlm.convert.stored import carried_files, model_config
 from maxlm.convert.weights import open_weights
 from maxlm.data.prepare import prepare_data
 from maxlm.errors import UserError
-from maxlm.infer.generate import RunnableModel, encode_prompts, generate_text
+from maxlm.infer.generate import RunnableModel, check_prompts, check_stops, encode_prompts, generate_text
 from maxlm.infer.pretrained import PretrainedText
 from maxlm.infer.sampling import Sampling
 from maxlm.kernels import grouped
@@ -115,8 +115,9 @@ def generate_from(path: Path, asked: Asked, *, log: Log, write: Callable[[str], 
     """Continues the prompts with the model at `path`; a single prompt is streamed as it comes.
 
     Raises:
-      UserError: there is no model, or no tokenizer or chat template for what is asked.
+      UserError: there is no model, no tokenizer or chat template for what is asked, or the model cannot do it.
     """
+    check_stops(asked.stop)
     settle_cpu_devices()
     carried, run = carried_files(path), _run_config(path)
     text: Any  # both have `encode`, `decode` and `vocab_size`
@@ -131,6 +132,7 @@ def generate_from(path: Path, asked: Asked, *, log: Log, write: Callable[[str], 
         chats = [[{"role": "user", "content": prompt}] for prompt in asked.prompts]
         ids = [text.encode_chat(chat) for chat in chats] if asked.chat else [text.encode(p) for p in asked.prompts]
         stop_ids = text.stop_ids
+    check_prompts(ids, asked.max_tokens, model=model_config(path))
     usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # CPUs without units for it are slow at it
     model = load_model(path, dtype=run.train.precision if run else usual, log=log)
     streamed = len(asked.prompts) == 1

@@ -9,13 +9,15 @@ import jax
 
 from maxlm.data.prepare import heldout_documents
 from maxlm.eval.baselines import Baselines, compression_baselines
-from maxlm.infer.generate import encode_prompts, generate_text
+from maxlm.infer.generate import check_prompts, encode_prompts, generate_text
 from maxlm.infer.load import runnable
 from maxlm.infer.sampling import Sampling
 from maxlm.model.flops import ledger as flop_ledger
 from maxlm.train.report import Facts, Foretold, Sample, write_report
 
 if TYPE_CHECKING:
+    from maxlm.config import Config
+    from maxlm.data.prepare import Prepared
     from maxlm.train.loop import Run
     from maxlm.train.state import TrainState
 
@@ -33,6 +35,12 @@ def finish(run: Run, state: TrainState) -> None:
         run.flush()
         write_report(run.workdir, facts(run, samples, baselines))
         run.log(f"report: {run.home.place}/report.md")
+
+
+def check_samples(config: Config, data: Prepared) -> None:
+    """Raises UserError, before anything is trained, where the config's prompts cannot be continued at the end."""
+    if prompts := config.eval.prompts:
+        check_prompts(encode_prompts(data.tokenizer, prompts), config.eval.sample_tokens, model=config.model)
 
 
 def draw_samples(run: Run, state: TrainState) -> list[Sample]:

@@ -42,7 +42,7 @@ from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import as_config_dict, resolve
 from maxlm.train import rollback
 from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
-from maxlm.train.finish import finish
+from maxlm.train.finish import check_samples, finish
 from maxlm.train.goodput import Ledger, process_age
 from maxlm.train.home import Home, copied
 from maxlm.train.metrics import MetricsWriter
@@ -94,6 +94,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
         given = recorded_steps(config, workdir)
         config = resolve(given, devices=jax.device_count())
         data = prepare_together(config, home)
+        check_samples(config, data)
         proof = Proof(data.stores if first_process else {})
         rollbacks = rollback.recorded(workdir)
         loader = Loader(data.stores, config.data, seed=config.seed, skips=rollback.skips(rollbacks))

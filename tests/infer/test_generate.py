@@ -1,5 +1,7 @@
 """Generation with the cache against a naive loop over whole forward passes; batches, seeds, stops and text."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import AttentionConfig, MlpConfig, ModelConfig
-from maxlm.infer.generate import RunnableModel, StopTexts, TextStream, encode_prompts, generate, generate_text
+from maxlm.errors import UserError
+from maxlm.infer.generate import (
+    RunnableModel,
+    StopTexts,
+    TextStream,
+    check_prompts,
+    encode_prompts,
+    generate,
+    generate_text,
+)
 from maxlm.infer.sampling import Sampling
 from maxlm.model.decoder import merge, split_model
 from maxlm.model.runtime import Runtime
@@ -118,8 +129,19 @@ def test_one_token_and_an_early_end_of_all_rows(model):
     ],
 )
 def test_what_cannot_be_continued_is_refused(model, prompts, count, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         run(model, prompts, count=count)
+
+
+def test_learned_positions_are_not_overrun(model):
+    learned = model._replace(config=dataclasses.replace(model.config, learned_positions=12))
+    prompts = [[BOS], [BOS, 1, 2, 3, 4]]
+    message = r"prompt 1 has 5 tokens and 9 more are asked for, but the model has 12 learned positions; ask for 8 at"
+    with pytest.raises(UserError, match=message):
+        run(learned, prompts, count=9)
+    check_prompts(prompts, 8, model=learned.config)  # 5 + 8 - 1: the last token drawn is not read
+    with pytest.raises(UserError, match="give a prompt of 12 tokens at most"):
+        run(learned, [[BOS] * 13], count=1)
 
 
 class Pieces:

@@ -1,6 +1,7 @@
 """Models from folders and checkpoints, over eight devices and one; tokenizers and chat templates that come along."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -9,12 +10,22 @@ from maxlm.convert import model_config
 from maxlm.convert.engine import from_hf
 from maxlm.data.tokenizers import TokenizerError, train_sentencepiece
 from maxlm.errors import UserError
+from maxlm.infer import load
 from maxlm.infer.generate import generate
 from maxlm.infer.load import Asked, generate_from, generation_mesh, load_model
 from maxlm.infer.pretrained import PretrainedText
 from maxlm.infer.sampling import Sampling
 from tests.convert.folders import CONFIG, write_folder
 
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 84,
+    "n_positions": 64,
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+}
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -120,10 +131,29 @@ def test_a_sentencepiece_model_is_read_as_well(tmp_path):
     assert text.encode_chat([{"role": "user", "content": "the dog"}]) == [1, 300, *ids[1:]]
 
 
+def test_what_a_model_cannot_do_is_said_before_it_is_loaded(place, tmp_path, monkeypatch):
+    def loaded(*_args, **_kwargs):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(load, "load_model", loaded)
+    asked = Asked(["hi"], max_tokens=90, sampling=Sampling(temperature=0.0), seed=0)
+    shutil.copytree(place / "hf", tmp_path / "few")
+    (tmp_path / "few" / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 8}))
+    with pytest.raises(UserError, match=r"has ids from 0 to 13, but the model has 0 to 7; encode it with"):
+        generate_from(tmp_path / "few", asked, log=quiet, write=quiet)
+    (tmp_path / "gpt2").mkdir()
+    shutil.copy(place / "hf" / "tokenizer.json", tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(GPT2))
+    with pytest.raises(UserError, match=r"prompt 0 has 3 tokens and 90 more .* 64 learned positions; .*max_tokens=62,"):
+        generate_from(tmp_path / "gpt2", asked, log=quiet, write=quiet)
+
+
 def test_what_is_missing_is_said(place, tmp_path):
     asked = Asked(["hi"], max_tokens=1, sampling=Sampling(temperature=0.0), seed=0)
     with pytest.raises(UserError, match="holds no model"):
         generate_from(tmp_path, asked, log=quiet, write=quiet)
+    with pytest.raises(UserError, match="a stop is empty"):  # before it is looked for
+        generate_from(tmp_path, asked._replace(stop=["x", ""]), log=quiet, write=quiet)
     write_folder(tmp_path / "hf")
     with pytest.raises(TokenizerError, match="has no tokenizer.json"):
         generate_from(tmp_path / "hf", asked, log=quiet, write=quiet)
