@@ -16,7 +16,7 @@ from rich.table import Table
 
 from maxlm.config import Config
 from maxlm.errors import UserError
-from maxlm.files import write_asked
+from maxlm.files import asked_file, check_asked, write_asked
 from maxlm.resolve import ConfigError, differences, resolve
 
 USAGE = """usage: maxlm <command> [flags]
@@ -248,11 +248,13 @@ def _tokenizer(args: list[str]) -> int:
     flags.DEFINE_string("out", None, "the model file to write", flag_values=values)
     _parse(values, args, required=("config", "workdir", "out"))
     config = resolve(values.config)
+    check_asked(values.out)
     from maxlm.data.prepare import prepare_tokenizer
     from maxlm.train.home import Home
 
     tokenizer = prepare_tokenizer(config, Home(values.workdir, log=_log).place)
-    tokenizer.save(Path(values.out).absolute())
+    with asked_file(values.out) as out:
+        tokenizer.save(out)
     print(f"{values.out}: {tokenizer.vocab_size} pieces ({tokenizer.fingerprint[:16]})")
     return 0
 

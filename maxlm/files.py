@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from maxlm.errors import UserError
@@ -27,11 +29,39 @@ def write_asked(path: str | None, content: str) -> None:
     """
     if not path:
         return
+    with asked_file(path) as place:
+        write_atomically(place, content)
+    print(f"written: {path}", flush=True)
+
+
+@contextlib.contextmanager
+def asked_file(path: str) -> Iterator[Path]:
+    """The place of a file that a command was asked for, to be written inside.
+
+    Raises:
+      UserError: what is done inside cannot write it.
+    """
     try:
-        write_atomically(Path(path).expanduser().absolute(), content)
+        yield _place(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}); give a file in a folder that exists") from error
-    print(f"written: {path}", flush=True)
+
+
+def check_asked(path: str) -> None:
+    """Sees before long work whether its result can be written.
+
+    Raises:
+      UserError: the place is a folder, or lies in none that can be written.
+    """
+    place = _place(path)
+    if place.is_dir():
+        raise UserError(f"{path} is a folder; give a file in it")
+    if not (place.parent.is_dir() and os.access(place.parent, os.W_OK)):
+        raise UserError(f"{path} cannot be written; give a file in a folder that exists and that you may write")
+
+
+def _place(path: str) -> Path:
+    return Path(path).expanduser().absolute()
 
 
 def file_digest(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The command line: what a user types, and the one sentence that answers a mistake."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from maxlm.cli import main
+from maxlm.config import TokenizerConfig
 from maxlm.configfile import source
+from maxlm.data.tokenizers import load_tokenizer
 from tests.tiny import tiny_config, write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +103,27 @@ def test_samples_that_do_not_fit_are_refused_before_training(tmp_path, capsys):
     assert main(["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 1
     assert "has 12 tokens and 60 more are asked for, but the model has 64 learned" in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_tokenizer_goes_where_it_was_asked_to_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    config, run = tmp_path / "config.py", tmp_path / "run"
+    corpus = write_corpus(tmp_path / "corpus", documents=40)
+    tokenizer = TokenizerConfig(kind="sentencepiece")
+    config.write_text(source(tiny_config(corpus, data__tokenizer=tokenizer, model__vocab_size=320)))
+    command = ["tokenizer", f"--config={config}", f"--workdir={run}"]
+    for out, message in ((tmp_path / "gone" / "t.model", "in a folder that exists"), (tmp_path, "is a folder")):
+        assert main([*command, f"--out={out}"]) == 1
+        assert f"{out}" in (error := capsys.readouterr().err) and message in error
+    assert not run.exists()  # it was not trained in vain
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([*command, "--out=~/t.model"]) == 0
+    assert load_tokenizer("sentencepiece", tmp_path / "t.model").vocab_size == 320
+    kept = (tmp_path / "t.model").read_bytes()
+
+    def full(_file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([*command, "--out=~/t.model"]) == 1
+    assert "~/t.model cannot be written ([Errno 28] No space left" in capsys.readouterr().err
+    assert (tmp_path / "t.model").read_bytes() == kept

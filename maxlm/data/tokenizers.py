@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from maxlm.errors import UserError
+from maxlm.files import write_atomically
 
 # Sentencepiece writes a space as this character and reads it back as a space.
 WORD_MARK = "\u2581"
@@ -122,7 +123,7 @@ class _FileTokenizer:
         self.fingerprint = hashlib.sha256(self.kind.encode() + b"\0" + data).hexdigest()
 
     def save(self, path: Path) -> None:
-        path.write_bytes(self._data)
+        write_atomically(path, self._data)
 
 
 class SentencePieceTokenizer(_FileTokenizer):
