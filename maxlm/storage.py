@@ -77,6 +77,16 @@ class Folder:
     def __truediv__(self, name: str) -> Folder:
         return Folder(f"{self.url}/{name}")
 
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Folder:
+        """The folder that it is in."""
+        return Folder(self.url.rpartition("/")[0])
+
     def spec(self) -> dict[str, Any]:
         """The folder as TensorStore's description of a key-value store."""
         if self._scheme == "gs":

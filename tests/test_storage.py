@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,64 @@ def test_small_files_follow_a_run_and_the_buckets_count_unless_those_here_go_on(
     assert local.place == local.folder == tmp_path / "run" and local.checkpoints == tmp_path / "run" / "checkpoints"
     with pytest.raises(UserError, match="holds nothing"):
         copied(f"{bucket}/none", log=print)
+
+
+def commit(run: Folder, name: str, *, objects: int = 6) -> None:
+    """Writes a checkpoint whose objects hold its name."""
+    for number in range(objects):
+        (run / "checkpoints" / name).write(f"state/{number}", name)
+    (run / "checkpoints" / "commits").write(name, b"\n")
+
+
+def held(folder: Path, step: int) -> list[str]:
+    return [file.read_text() for file in sorted((folder / "checkpoints" / str(step) / "state").iterdir())]
+
+
+def test_processes_that_copy_the_same_checkpoint_do_it_once_and_get_all_of_it(bucket, server, tmp_path):
+    run = Folder(f"{bucket}/run")
+    run.write("config.json", "{}")
+    commit(run, "1500-abc-1")
+    left = tmp_path / "cache" / "copies" / f"{storage.local_name(run.url)}-1000-abc-1.partial-x"
+    left.mkdir(parents=True)
+    server.delay, server.delay_every = 0.02, 1
+    lines: list[str] = []
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(lambda _: copied(run.url, log=lines.append), range(8)))
+    assert len(folders) == 1 and not left.exists()
+    assert held(folders.pop(), 1500) == ["1500-abc-1"] * 6
+    assert sum(line.startswith("copying checkpoint") for line in lines) == 1
+
+
+def test_a_copy_is_of_the_save_that_counts_now(bucket):
+    run = Folder(f"{bucket}/run")
+    commit(run, "1500-abc-1")
+    before = copied(run.url, log=print)
+    run.write("config.json", "new")
+    commit(run, "1500-abc-3")  # as `save(force=True)` or a rollback does
+    (run / "checkpoints" / "commits").remove("1500-abc-1")
+    now = copied(run.url, log=print)
+    assert held(now, 1500) == ["1500-abc-3"] * 6 and (now / "config.json").read_text() == "new"
+    assert held(before, 1500) == ["1500-abc-1"] * 6  # who reads it still, reads on
+    commit(run, "1000-abd-1")
+    (run / "checkpoints" / "commits").remove("1500-abc-3")  # the run went back: what was copied of step 1500 is past
+    later = copied(run.url, log=print)
+    assert [path.name for path in (later / "checkpoints").iterdir()] == ["1000"] and later.name.endswith("1000-abd-1")
+
+
+def test_a_checkpoint_that_is_retired_while_it_is_copied_gives_way_to_the_next(bucket, server):
+    run = Folder(f"{bucket}/run")
+    commit(run, "1000-abc-1")
+    gone = []
+
+    def retire(method, path):  # as the run does that goes on: the commit first
+        if path.endswith("/1000-abc-1/state/3") and not gone:
+            gone.append(path)
+            commit(run, "2000-abc-2")
+            (run / "checkpoints" / "commits").remove("1000-abc-1")
+            (run / "checkpoints" / "1000-abc-1").delete()
+        return False
+
+    server.concerns = retire
+    folder = copied(run.url, log=print)
+    assert gone and held(folder, 2000) == ["2000-abc-2"] * 6
+    assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == [folder.name]

@@ -94,6 +94,11 @@ class BucketReader(CheckpointReader):
         """The folder of a step."""
         return self.directory / self._commits().get(step, f"commits/{step}")
 
+    def newest(self) -> Folder | None:
+        """The folder of the newest checkpoint; None: there is none. Raises StorageError: the bucket does not answer."""
+        commits = self._commits()
+        return self.directory / commits[max(commits)] if commits else None
+
     def record(self, step: int) -> Record:
         """The record of a step. Raises OSError, ValueError: it is missing or altered; StorageError: no answer."""
         name = self._commits().get(step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Self
 
 from maxlm.checkpoint.bucket import BucketReader
 from maxlm.errors import UserError
+from maxlm.files import locked
 from maxlm.storage import Folder, cache_folder, is_bucket, local_name
 
 CHECKPOINTS = "checkpoints"
@@ -33,15 +35,17 @@ class Home:
       place: what was given as its workdir: a folder, or a bucket's.
       log: takes one line of text an event.
       writes: whether this process copies into the bucket what changes here; of several one does.
+      folder: of a bucket, where its small files are copied to; None: where this machine keeps those of runs.
 
     Raises:
       UserError: the place cannot be one.
     """
 
-    def __init__(self, place: str | Path, *, log: Log, writes: bool = True):
+    def __init__(self, place: str | Path, *, log: Log, writes: bool = True, folder: Path | None = None):
         self._remote = Folder(str(place)) if is_bucket(place) else None
         self.place: str | Path = self._remote.url if self._remote else Path(place).expanduser().absolute()
-        self.folder = cache_folder() / "runs" / local_name(str(place)) if self._remote else Path(self.place)
+        usual = cache_folder() / "runs" / local_name(str(place)) if self._remote else Path(self.place)
+        self.folder = folder or usual
         self._log, self._writes = log, writes
         self._pushed: dict[str, tuple[int, int]] = {}
         self._pushing = threading.Lock()
@@ -119,6 +123,9 @@ class Home:
 def copied(place: str | Path, *, log: Log) -> Path:
     """The folder of a run or model on this machine; one of a bucket is copied, with its newest checkpoint.
 
+    A copy is named after the checkpoint's own folder in the bucket, which no other save ever has, and the name appears
+    when it is whole. Of several processes that ask for it at once one copies, the others wait.
+
     Raises:
       UserError: there is none, or the place cannot be one.
       StorageError: the bucket cannot be read.
@@ -126,22 +133,43 @@ def copied(place: str | Path, *, log: Log) -> Path:
     home = Home(place, log=log)
     if not is_bucket(place):
         return home.folder
-    home.pull()
-    reader = BucketReader(str(home.checkpoints), log=log)
-    steps = reader.steps()
-    if not steps and not any(home.folder.iterdir()):
-        raise UserError(f"{place} holds nothing: give the place of a run or of a converted model")
-    for step in steps[-1:]:
-        source, out = reader.path(step), home.folder / CHECKPOINTS / str(step)
-        if out.is_dir():
-            continue
-        beside = out.with_name(f"{step}.copying")
-        shutil.rmtree(beside, ignore_errors=True)
-        log(f"copying checkpoint {step} of {place}")
-        for name in source.names():
-            source.download(name, beside / name)
-        beside.rename(out)
+    copies, name = cache_folder() / "copies", local_name(str(place))
+    with locked(copies / f".{name}.lock"):
+        for left in copies.glob(f"{name}-*.partial-*"):  # by whoever held the lock before, and was killed
+            log(f"removed {left}: it was not copied to its end")
+            shutil.rmtree(left)
+        reader = BucketReader(str(home.checkpoints), log=log)
+        while source := reader.newest():
+            folder = copies / f"{name}-{source.name}"
+            if folder.is_dir() or _copy_checkpoint(source, folder, log=log):
+                home = Home(place, log=log, folder=folder)
+                break
+        home.pull()
+        if not any(home.folder.iterdir()):
+            raise UserError(f"{place} holds nothing: give the place of a run or of a converted model")
     return home.folder
+
+
+def _copy_checkpoint(source: Folder, folder: Path, *, log: Log) -> bool:
+    """Copies a checkpoint into `folder`, which is not there yet; False: the bucket has given it up meanwhile."""
+    commits, name = source.parent / "commits", source.name
+    log(f"copying checkpoint {name} of {source.parent}")
+    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    try:
+        inside = beside / CHECKPOINTS / name.partition("-")[0]
+        for part in source.names():
+            source.download(part, inside / part)
+        if name not in commits.names():  # a run that goes on may have retired it in between
+            return False
+        beside.chmod(0o755)
+        beside.rename(folder)
+    except FileNotFoundError:
+        if name in commits.names():
+            raise
+        return False
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return True
 
 
 def _seen(file: Path) -> tuple[int, int]:

@@ -188,10 +188,11 @@ def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> d
     """
     if not config.train.init_from:
         return None
-    found: str | UserError = "weights"
+    found: str | UserError
     try:
         source = copied(config.train.init_from, log=log)
         place = open_weights(source, config.model, log=log)
+        found = source.name  # of a bucket's it tells the checkpoint: a run there may go on meanwhile
     except UserError as error:
         found = error
     agree_on("train.init_from", found)
