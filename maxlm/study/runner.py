@@ -28,7 +28,7 @@ from maxlm.study.identity import commit, fingerprint_of, run_name
 from maxlm.study.plan import PlannedRun, plan
 from maxlm.study.results import Result, check_unchanged, outcome, read_result, write_plan, write_result
 from maxlm.study.spec import Study, StudyError
-from maxlm.train.metrics import read_metrics
+from maxlm.train.metrics import FILE_NAME, cut_metrics, read_metrics
 from maxlm.train.progress import format_duration
 from maxlm.train.signals import EXIT_PREEMPTED
 
@@ -281,7 +281,7 @@ class _Queue:
         self.log(f"{run.label} failed: {why}; see {self.workdirs[run.label] / 'log.txt'}")
 
     def _branch_off(self, run: PlannedRun) -> None:
-        """Gives a branch its trunk's checkpoint and records, unless it has gone on from them before."""
+        """Gives a branch its trunk's checkpoint and the records up to it, unless it has gone on from them before."""
         assert run.branch is not None
         trunk, workdir, step = self.workdirs[run.branch.trunk], self.workdirs[run.label], run.branch.step
         if (workdir / "checkpoints").exists():
@@ -291,7 +291,8 @@ class _Queue:
         origin = trunk / "checkpoints" / str(step)
         if not origin.is_dir():
             raise StudyError(f"its trunk {run.branch.trunk} has no checkpoint of step {step}")
-        shutil.copy(trunk / "metrics.jsonl", workdir / "metrics.jsonl")
+        shutil.copy(trunk / FILE_NAME, workdir / FILE_NAME)
+        cut_metrics(workdir / FILE_NAME, step)  # the trunk went further, and the branch has not
         staged = workdir / "checkpoints.partial"
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(origin, staged / str(step))

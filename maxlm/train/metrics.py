@@ -72,7 +72,7 @@ class MetricsWriter:
         self._close_files()
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / FILE_NAME
-        done = _cut(path, step) if path.exists() else Truncation(kept=0, dropped=0, unreadable=0, last_step=0)
+        done = cut_metrics(path, step) if path.exists() else Truncation(kept=0, dropped=0, unreadable=0, last_step=0)
         self._lines = _Lines(path)
         self._events = _Events(self._workdir / "tensorboard", purge_step=step + 1)
         self._last_step = step
@@ -192,7 +192,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def _cut(path: Path, step: int) -> Truncation:
+def cut_metrics(path: Path, step: int) -> Truncation:
     """Drops the records after `step`: a shorter file is written beside and takes the place, if anything is to go."""
     beside = path.with_name(path.name + ".partial")
     kept = dropped = unreadable = last_step = 0

@@ -20,6 +20,7 @@ from maxlm.study.report import write_report
 from maxlm.study.results import read_plan, read_result, write_result
 from maxlm.study.runner import run_study
 from maxlm.study.spec import StudyError, Trunks
+from maxlm.train.metrics import read_metrics
 from tests.study.fake import LAW, Fake, isoflop_study
 
 
@@ -221,10 +222,17 @@ def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
                     (workdir / "checkpoints" / str(branch.branch.step)).mkdir(parents=True)
             else:
                 assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(planned.branch.step)]
-                assert (workdir / "metrics.jsonl").exists()
-            return super().__call__(planned, workdir, cores, lock)
+                assert [record["step"] for record in read_metrics(workdir)][-1] == planned.branch.step
+            ended = super().__call__(planned, workdir, cores, lock)
+            if planned.label == trunk.label:
+                leaves = [branch.branch.step for branch in branches]
+                records = [{"kind": "step", "step": step, "loss": 1.0, "accepted": True, "tokens": 1, "seconds": 1.0}
+                           for step in (1, *leaves, planned.config.train.steps)]  # fmt: skip
+                (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            return ended
 
-    outcome, _ = run(study, tmp_path / "out", Saving())
+    outcome, said = run(study, tmp_path / "out", Saving())
+    assert said.count("begins; about") == 3 and "begins, from" not in said
     assert outcome.finished == [planned.label for planned in (trunk, *branches)]
     for branch in branches:
         step = branch.branch.step
