@@ -28,6 +28,8 @@ from maxlm.study.spec import StudyError
 COUNTS = {"besides embeddings": "params_nonembedding", "total": "params_total"}
 """The two ways of counting N. The first is the default: embeddings of small models would be most of them."""
 
+RATE = "optim.peak_lr"
+
 
 class Row(NamedTuple):
     """A run that counts."""
@@ -71,7 +73,10 @@ class HeldBack(NamedTuple):
 
 
 class StudyFit(NamedTuple):
-    """All fits of a study. What could not be had is None, and `notes` say why."""
+    """All fits of a study. What could not be had is None, and `notes` say why.
+
+    bests: of a sweep over learning rates, by series and width; see `_series`. shifts: by series.
+    """
 
     gathered: Gathered
     counted: str
@@ -132,16 +137,16 @@ def fit_study(folder: Path, *, counted: str = "besides embeddings") -> StudyFit:
     if isoflops:
         notes += isoflops.left_out
     law = None
-    rates = _rates(gathered.rows)
-    if not rates:
+    series = _series(gathered.rows)
+    if not series:
         points = points_of(gathered.rows, counted)
         try:
             check_points(points)
             law = bootstrap(points, fit_law(points))
         except TooFewPoints as error:
             notes.append(str(error))
-    bests = {rule: _bests(widths, rates) for rule, widths in rates.items()}
-    shifts = {rule: sweep.shift(found) for rule, found in bests.items() if len(found) > 1}
+    bests = _bests(series, notes)
+    shifts = {words: sweep.shift(found) for words, found in bests.items() if len(found) > 1}
     held_back = None
     if isoflops:
         try:
@@ -180,28 +185,42 @@ def hold_back(slices: Sequence[Slice], whole: IsoflopFit) -> HeldBack | None:
     return HeldBack(largest, predicted.loss, predicted.interval, found[0].loss, predicted.how)
 
 
-def _rates(rows: Sequence[Row]) -> dict[str, dict[float, list[Row]]]:
-    """The runs of a sweep over learning rates by rule and width."""
+def _series(rows: Sequence[Row]) -> dict[str, dict[float, list[Row]]]:
+    """The runs of a sweep over learning rates by series, in words, and by width.
+
+    A series is a rule and one value of every other setting of the sweep, the depth among them, so that its runs of one
+    width differ in their rate and seed alone. The words name the rule, and those settings that have several values.
+    """
+    tried = [row for row in rows if RATE in row.planned.facts]
+    values: dict[str, set[str]] = {}
+    for row in tried:
+        for name, value in row.planned.facts.items():
+            values.setdefault(name, set()).add(json.dumps(value))
+    told = [name for name, seen in values.items() if len(seen) > 1 and name not in ("rule", "width", RATE, "seed")]
     found: dict[str, dict[float, list[Row]]] = {}
-    for row in rows:
+    for row in tried:
         facts = row.planned.facts
-        if "optim.peak_lr" in facts:
-            found.setdefault(facts["rule"], {}).setdefault(facts["width"], []).append(row)
+        words = ", ".join([facts["rule"], *(f"{name} {facts.get(name)}" for name in told)])
+        found.setdefault(words, {}).setdefault(facts["width"], []).append(row)
     return found
 
 
-def _bests(widths: dict[float, list[Row]], rates: dict[str, dict[float, list[Row]]]) -> dict[float, sweep.Best]:
+def _bests(series: dict[str, dict[float, list[Row]]], notes: list[str]) -> dict[str, dict[float, sweep.Best]]:
+    """The best rate of each series at each width; where there are too few rates for one, `notes` say so."""
     groups: dict[tuple[Any, ...], list[float]] = {}
-    for rule, by_width in rates.items():
-        for width, rows in by_width.items():
+    for words, widths in series.items():
+        for width, rows in widths.items():
             for row in rows:
-                groups.setdefault((rule, width, row.planned.facts["optim.peak_lr"]), []).append(row.loss)
+                groups.setdefault((words, width, row.planned.facts[RATE]), []).append(row.loss)
     spread = sweep.spread_between(list(groups.values()))
-    found = {}
-    for width, rows in widths.items():
-        tries = [sweep.Try(row.planned.facts["optim.peak_lr"], row.loss) for row in rows]
-        if len({item.rate for item in tries}) >= 3:
-            found[width] = sweep.best_rate(tries, spread=spread)
+    found: dict[str, dict[float, sweep.Best]] = {}
+    for words, widths in series.items():
+        for width, rows in widths.items():
+            tries = [sweep.Try(row.planned.facts[RATE], row.loss) for row in rows]
+            if (rates := len({item.rate for item in tries})) < 3:
+                notes.append(f"{words}, width {width:g}: {rates} rates have no best; three at least do")
+                continue
+            found.setdefault(words, {})[width] = sweep.best_rate(tries, spread=spread)
     return found
 
 
@@ -225,14 +244,14 @@ def describe(fit: StudyFit) -> list[str]:
             lines.append(f"{name} = {value:.4g}{_words(ends)}")
         agreed, tried = fit.law.fit.agreed
         lines.append(f"{agreed} of {tried} starts came to this minimum; residuals of {fit.law.fit.spread:.2%}")
-    for rule, bests in fit.bests.items():
+    for series, bests in fit.bests.items():
         for width, best in sorted(bests.items()):
             edge = "" if best.inside else " (at the end of the rates tried: the best may lie beyond)"
-            lines.append(f"{rule}, width {width:g}: best rate {best.rate:.3g}{_words(best.interval)}{edge}")
+            lines.append(f"{series}, width {width:g}: best rate {best.rate:.3g}{_words(best.interval)}{edge}")
         if law_words := _rate_law(bests):
-            lines.append(f"{rule}: {law_words}")
-    for rule, moved in fit.shifts.items():
-        lines.append(f"{rule}: the best rate moves by a factor of {moved.factor:.2f}{_words(moved.interval)}")
+            lines.append(f"{series}: {law_words}")
+    for series, moved in fit.shifts.items():
+        lines.append(f"{series}: the best rate moves by a factor of {moved.factor:.2f}{_words(moved.interval)}")
     if fit.held_back:
         lines.append(_held_words(fit.held_back))
     return lines + [f"note: {note}" for note in fit.notes]
@@ -295,13 +314,13 @@ def as_json(fit: StudyFit) -> dict[str, Any]:
         },
         "held_back": held and {**held._asdict(), "miss": held.miss, "reach": held.reach},
         "best_rates": {
-            rule: {
+            series: {
                 str(width): {"rate": best.rate, "interval": best.interval, "inside": best.inside}
                 for width, best in bests.items()
             }
-            for rule, bests in fit.bests.items()
+            for series, bests in fit.bests.items()
         },
-        "shifts": {rule: moved._asdict() for rule, moved in fit.shifts.items()},
+        "shifts": {series: moved._asdict() for series, moved in fit.shifts.items()},
         "notes": list(fit.notes),
     }
 

@@ -178,7 +178,7 @@ def _sweep(study: Study, design: Sweep) -> Iterator[PlannedRun]:
             config = ladder.lasting(resolve(raw), design.tokens, rules)
             words = [f"{path.rsplit('.', 1)[-1]}{_word(value)}" for path, value in chosen.items()]
             label = "-".join([rule, f"{shape.layers}x{shape.width}", *words])
-            yield _planned(study, label, config, {"rule": rule, "width": shape.width, **chosen})
+            yield _planned(study, label, config, {"rule": rule, "width": shape.width, "layers": shape.layers, **chosen})
 
 
 def _planned(

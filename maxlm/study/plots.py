@@ -94,16 +94,16 @@ def draw_law(fit: StudyFit) -> bytes:
 
 
 def draw_rates(bests: dict[str, dict[float, Best]]) -> bytes:
-    """Loss against learning rate by width, a panel for each rule."""
+    """Loss against learning rate by width, a panel for each series (see `fitting`)."""
     figure, panels = _figure(len(bests))
-    for axes, (rule, by_width) in zip(panels, sorted(bests.items()), strict=True):
+    for axes, (series, by_width) in zip(panels, sorted(bests.items()), strict=True):
         for number, (width, best) in enumerate(sorted(by_width.items())):
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(*best.tried, "o-", color=colour, label=f"width {width:g}", linewidth=1.2, markersize=4)
             axes.plot(best.rate, best.loss, "*", color=colour, markersize=13, markeredgecolor="white")
             axes.plot([best.interval.low, best.interval.high], [best.loss] * 2, color=colour, linewidth=3, alpha=0.4)
         axes.set_xscale("log", base=2)
-        axes.set(title=f"{rule} rule (star: the best rate)", xlabel="peak learning rate", ylabel=_NATS)
+        axes.set(title=f"{series} (star: the best rate)", xlabel="peak learning rate", ylabel=_NATS)
         axes.legend(frameon=False)
     return _png(figure)
 
