@@ -7,12 +7,18 @@ step in any order.
 
 A store goes on in the next phase where it stood, as long as the sequence length stays. Where that changes, rows are
 cut anew and the store begins an epoch with a number that it never had: its tokens may come again before all were seen.
+
+A run that goes back to an earlier step goes on behind all that it has consumed: each phase with its next batch, each
+store with the row after its last (of that length). The steps are laid out in sections, along the ways that were gone,
+so that this too follows from the records alone.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +68,7 @@ class Shape(NamedTuple):
 
 
 class Skip(NamedTuple):
-    """Batches that a rollback passed over: `batches` of them, just before the batch of step `at_step`."""
+    """A way back to step `at_step`, past the `batches` that had been consumed from there on, whatever their phases."""
 
     at_step: int
     batches: int
@@ -80,17 +86,45 @@ class Phase:
 
 @dataclass(frozen=True)
 class _Stand:
-    """How far a store is at the beginning of a phase.
+    """How far a store is.
 
     Attributes:
       epoch: Number of the epoch in which `row` counts from 0.
-      row: Rows taken since then; may be many epochs of them.
+      row: Rows taken since then, those passed over counted; may be many epochs of them.
       passed: Epochs consumed before that, in other cuts.
     """
 
     epoch: int = 0
     row: int = 0
     passed: float = 0.0
+
+
+class _Section(NamedTuple):
+    """Steps of one phase in a row.
+
+    Attributes:
+      from_step: The first of them.
+      phase: Number of the phase.
+      first: Which batch of its phase that step takes, those passed over counted.
+      stands: Of each store, as if batch 0 of the phase came next.
+    """
+
+    from_step: int
+    phase: int
+    first: int
+    stands: dict[str, _Stand]
+
+
+class _Progress(NamedTuple):
+    """What has been consumed, on all the ways that were gone.
+
+    Attributes:
+      batches: By the number of the phase.
+      stands: Of each store, by the length's number, which counts the changes of the sequence length.
+    """
+
+    batches: dict[int, int]
+    stands: dict[int, dict[str, _Stand]]
 
 
 class _Addresses(NamedTuple):
@@ -112,7 +146,7 @@ class Loader:
       stores: Every store of `data`, by name.
       data: Mixture, lengths, packing, phases.
       seed: Of the order of rows.
-      skips: Batches passed over.
+      skips: The ways back, in the order in which they were gone.
 
     Raises:
       DataError: A mixture names a store twice, or one that is not there or has nothing to train on, or a skip is
@@ -121,13 +155,17 @@ class Loader:
 
     def __init__(self, stores: Mapping[str, Store], data: DataConfig, *, seed: int, skips: Sequence[Skip] = ()):
         self._stores, self._data, self._seed = stores, data, seed
-        self._skips = tuple(sorted(Skip(*skip) for skip in skips))
+        self._skips = tuple(Skip(*skip) for skip in skips)
         if any(skip.at_step < 0 or skip.batches < 0 for skip in self._skips):
             raise DataError(f"skips are (step, batches) of zero and more, not {list(self._skips)}")
         self._rows: dict[tuple[str, int], Rows] = {}
         self._phases = self._resolve()
         self._starts = [phase.from_step for phase in self._phases]
-        self._stands = self._walk()
+        lengths = [phase.sequence_length for phase in self._phases]
+        changes = [one != other for one, other in itertools.pairwise(lengths)]
+        self._lengths = list(itertools.accumulate(changes, initial=0))  # of each phase: the length's number
+        self._sections = self._lay()
+        self._section_starts = [section.from_step for section in self._sections]
         self._block = functools.lru_cache(maxsize=8)(self._address_block)
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
@@ -137,10 +175,9 @@ class Loader:
           step: From 0 on.
           rows: Which rows of the whole batch (axis B), as in indexing; None: all.
         """
-        number = self._phase_number(step)
-        phase = self._phases[number]
+        section, phase = self._section_number(step), self.phase(step)
         wanted = np.arange(phase.batch_size)[rows if rows is not None else slice(None)]
-        addresses = self._addresses(number, wanted + self._batches(number, step) * phase.batch_size)
+        addresses = self._addresses(section, wanted + self._batches(section, step) * phase.batch_size)
         batch = empty_batch(wanted.size, phase.sequence_length)
         for store, name in enumerate(phase.mixture.names):
             chosen = np.flatnonzero(addresses.stores == store)
@@ -156,10 +193,9 @@ class Loader:
 
     def rows(self, step: int) -> dict[str, np.ndarray]:
         """Which rows of each store's cut the whole batch of a step is made of; (n,) int64."""
-        number = self._phase_number(step)
-        phase = self._phases[number]
-        first = self._batches(number, step) * phase.batch_size
-        addresses = self._addresses(number, np.arange(first, first + phase.batch_size))
+        section, phase = self._section_number(step), self.phase(step)
+        first = self._batches(section, step) * phase.batch_size
+        addresses = self._addresses(section, np.arange(first, first + phase.batch_size))
         return {name: addresses.rows[addresses.stores == store] for store, name in enumerate(phase.mixture.names)}
 
     def shape(self, step: int) -> Shape:
@@ -169,14 +205,15 @@ class Loader:
 
     def phase(self, step: int) -> Phase:
         """The phase that a step lies in."""
-        return self._phases[self._phase_number(step)]
+        return self._phases[self._sections[self._section_number(step)].phase]
 
     def epochs(self, step: int) -> dict[str, float]:
         """Epochs of each store that the batches before `step` have consumed."""
-        number = self._phase_number(step)
+        number = self._section_number(step)
+        length = self.phase(step).sequence_length
         return {
-            name: self._consumed(name, stand, self._phases[number].sequence_length)
-            for name, stand in self._advance(number, self._batches(number, step)).items()
+            name: self._consumed(name, stand, length)
+            for name, stand in self._advance(self._sections[number], self._batches(number, step)).items()
         }
 
     def fill(self, step: int) -> dict[str, float]:
@@ -206,17 +243,17 @@ class Loader:
             "skips": [list(skip) for skip in self._skips],
         }
 
-    def _addresses(self, number: int, rows: np.ndarray) -> _Addresses:
-        """Where rows (n,) of a phase are found."""
+    def _addresses(self, section: int, rows: np.ndarray) -> _Addresses:
+        """Where rows (n,) of a phase are found, on the way that a section belongs to."""
         if not rows.size:
             return _Addresses(stores=rows, rows=rows)
         first = int(rows.min()) // _BLOCK
-        blocks = [self._block(number, block) for block in range(first, int(rows.max()) // _BLOCK + 1)]
+        blocks = [self._block(section, block) for block in range(first, int(rows.max()) // _BLOCK + 1)]
         return _Addresses(*(np.concatenate(parts)[rows - first * _BLOCK] for parts in zip(*blocks, strict=True)))
 
-    def _address_block(self, number: int, block: int) -> _Addresses:
-        """Where rows block * _BLOCK … of a phase are found."""
-        phase, stands = self._phases[number], self._stands[number]
+    def _address_block(self, section: int, block: int) -> _Addresses:
+        """Where rows block * _BLOCK … of a section's phase are found."""
+        phase, stands = self._phases[self._sections[section].phase], self._sections[section].stands
         stores, counts = phase.mixture.assign(np.arange(block * _BLOCK, (block + 1) * _BLOCK))
         rows = np.empty(_BLOCK, np.int64)
         for store, name in enumerate(phase.mixture.names):
@@ -278,44 +315,66 @@ class Loader:
                 raise DataError(f"the store {name!r} has no tokens to train on: take it out of the mixture")
         return mixture
 
-    def _walk(self) -> list[dict[str, _Stand]]:
-        """Where each store stands at the beginning of each phase."""
-        self._stands = [{name: _Stand() for name in self._phases[0].mixture.names}]
-        for number in range(1, len(self._phases)):
-            before, phase = self._phases[number - 1], self._phases[number]
-            batches = self._batches(number - 1, phase.from_step - 1) + 1
-            stands = self._advance(number - 1, batches)
-            if phase.sequence_length != before.sequence_length:
-                for name, stand in stands.items():
-                    if stand.row:
-                        begun = -(-stand.row // self._cut(name, before.sequence_length).num_rows)
-                        passed = self._consumed(name, stand, before.sequence_length)
-                        stands[name] = _Stand(epoch=stand.epoch + begun, passed=passed)
-            for name in phase.mixture.names:
-                stands.setdefault(name, _Stand())
-            self._stands.append(stands)
-        return self._stands
+    def _lay(self) -> list[_Section]:
+        """The sections of the way that is gone in the end: to each step gone back from, back, and on."""
+        sections: list[_Section] = []
+        progress, step = _Progress({}, {}), 0
+        ways: list[tuple[float, int]] = [(skip.at_step + skip.batches, skip.at_step) for skip in self._skips]
+        for end, back in [*ways, (math.inf, 0)]:
+            sections = [section for section in sections if section.from_step < step]
+            for number, start in enumerate(self._starts):
+                stop = min(end, self._starts[number + 1] if number + 1 < len(self._starts) else math.inf)
+                if (begin := max(step, start)) >= stop:
+                    continue
+                sections.append(self._enter(number, begin, progress))
+                if stop < math.inf:
+                    taken = sections[-1].first + int(stop) - begin
+                    progress.batches[number] = taken
+                    progress.stands[self._lengths[number]] = self._advance(sections[-1], taken)
+            step = back
+        return sections
 
-    def _advance(self, number: int, batches: int) -> dict[str, _Stand]:
-        """Where each store stands after so many batches of a phase."""
-        phase, stands = self._phases[number], self._stands[number]
+    def _enter(self, number: int, step: int, progress: _Progress) -> _Section:
+        """The section of phase `number` that begins at `step`, when so much has been consumed."""
+        phase, length = self._phases[number], self._lengths[number]
+        stands = dict(progress.stands.get(length, {}))
+        if number and self._lengths[number - 1] != length and step == phase.from_step:
+            before = self._phases[number - 1].sequence_length
+            for name, stand in progress.stands[length - 1].items():
+                passed = self._consumed(name, stand, before)
+                if name in stands:  # it was here on another way
+                    stands[name] = replace(stands[name], passed=passed)
+                elif stand.row:
+                    begun = -(-stand.row // self._cut(name, before).num_rows)
+                    stands[name] = _Stand(epoch=stand.epoch + begun, passed=passed)
+                else:
+                    stands[name] = stand
+        for name in phase.mixture.names:
+            stands.setdefault(name, _Stand())
+        first = progress.batches.get(number, 0)
+        taken = phase.mixture.counts(first * phase.batch_size)
+        stands = {name: replace(stand, row=stand.row - taken.get(name, 0)) for name, stand in stands.items()}
+        return _Section(step, number, first, stands)
+
+    def _advance(self, section: _Section, batches: int) -> dict[str, _Stand]:
+        """Where each store stands after so many batches of a section's phase."""
+        phase = self._phases[section.phase]
         taken = phase.mixture.counts(batches * phase.batch_size)
-        return {name: replace(stand, row=stand.row + taken.get(name, 0)) for name, stand in stands.items()}
+        return {name: replace(stand, row=stand.row + taken.get(name, 0)) for name, stand in section.stands.items()}
 
     def _consumed(self, name: str, stand: _Stand, sequence_length: int) -> float:
         """Epochs of a store, whole and part, up to a stand."""
         # A store that has not been read since rows were cut anew is not cut (and packed) just to be counted.
         return stand.passed + (stand.row / self._cut(name, sequence_length).num_rows if stand.row else 0.0)
 
-    def _batches(self, number: int, step: int) -> int:
-        """Which batch of its phase a step takes, those passed over counted."""
-        from_step = self._starts[number]
-        return step - from_step + sum(skip.batches for skip in self._skips if from_step <= skip.at_step <= step)
+    def _batches(self, section: int, step: int) -> int:
+        """Which batch of its phase a step of a section takes, those passed over counted."""
+        return step - self._sections[section].from_step + self._sections[section].first
 
-    def _phase_number(self, step: int) -> int:
+    def _section_number(self, step: int) -> int:
         if step < 0:
             raise IndexError(f"steps begin at 0, not {step}")
-        return bisect.bisect_right(self._starts, step) - 1
+        return bisect.bisect_right(self._section_starts, step) - 1
 
 
 def _weights(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -364,8 +423,8 @@ def check_records(old: Mapping[str, Any], new: Mapping[str, Any], *, step: int) 
     for start in after:
         if start not in before and start < step:
             problems.append(f"the new phase from step {start} on begins before step {step}")
-    past = list(old.get("skips", ()))
-    if [skip for skip in new["skips"] if skip in past or skip[0] < step] != past:
+    past, more = list(old.get("skips", ())), new["skips"][len(old.get("skips", ())) :]
+    if new["skips"][: len(past)] != past or any(skip[0] < step for skip in more):
         problems.append(f"the skipped batches were {past} and are {new['skips']}")
     if problems:
         raise DataChanged(

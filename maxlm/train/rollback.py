@@ -12,6 +12,7 @@ loader follow from the rollbacks. Checkpoints of the way that was given up are s
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,12 +89,8 @@ def recorded(workdir: Path) -> list[Rollback]:
 
 
 def skips(rollbacks: Sequence[Rollback]) -> tuple[Skip, ...]:
-    """The batches that these rollbacks pass over: at each step gone back to, all that had been consumed till then."""
-    found: list[Skip] = []
-    for at, to in rollbacks:
-        again = sum(skip.batches for skip in found if skip.at_step >= to)  # passed over before, and again
-        found = [skip for skip in found if skip.at_step < to] + [Skip(to, at - to + again)]
-    return tuple(found)
+    """The batches that these rollbacks pass over: at each step gone back to, all that had been consumed from there."""
+    return tuple(Skip(to, at - to) for at, to in rollbacks)
 
 
 def set_others_aside(checkpointer: Checkpointer, rollbacks: Sequence[Rollback]) -> None:
@@ -146,7 +143,8 @@ def roll_back(run: Run, since: int, at: int) -> tuple[TrainState, int]:
         write_atomically(run.workdir / FILE_NAME, json.dumps([each._asdict() for each in rollbacks], indent=1) + "\n")
         run.home.push()
     set_others_aside(run.checkpointer, rollbacks)
-    passed = skips(rollbacks)[-1].batches
+    further = itertools.takewhile(lambda each: each.to >= restored.step, reversed(rollbacks))
+    passed = sum(each.at - each.to for each in further)  # with those that earlier rollbacks to here or after passed
     run.log(
         f"{trouble}: back to the checkpoint of step {restored.step}, past {passed} batches (rollback {len(rollbacks)} "
         f"of at most {most})"

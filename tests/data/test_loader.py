@@ -193,6 +193,54 @@ def test_skipped_batches_are_passed_over_and_the_rest_moves_up():
         Loader(stores(), data(), seed=0, skips=[Skip(at_step=4, batches=-1)])
 
 
+def history(config: DataConfig, rollbacks: list[tuple[int, int]], end: int) -> list[tuple[Loader, int]]:
+    """The loader and step of every batch that a run consumes which goes back (at, to) so often, one after the other."""
+    out, position, skips = [], 0, []
+    for at, to in [*rollbacks, (end, end)]:
+        loader = Loader(stores(), config, seed=0, skips=skips)
+        out += [(loader, step) for step in range(position, at)]
+        position = to
+        skips.append(Skip(to, at - to))
+    return out
+
+
+def test_a_bad_stretch_behind_the_begin_of_a_longer_phase_does_not_come_again():
+    longer = data(phases={"long": PhaseConfig(from_step=10, sequence_length=16, batch_size=3)})
+    short, plain = Loader(stores(), data(), seed=0), Loader(stores(), longer, seed=0)
+    went = history(longer, [(13, 6)], 25)  # the batches of steps 10 to 12 are bad
+    in_first = [loader.batch(step) for loader, step in went if step < 10]
+    assert all(equal(batch, short.batch(number)) for number, batch in enumerate(in_first))
+    in_second = [loader.batch(step) for loader, step in went if step >= 10]
+    assert len(in_first) == 14 and len(in_second) == 18
+    assert all(equal(batch, plain.batch(10 + number)) for number, batch in enumerate(in_second))
+    back, _ = went[-1]
+    assert sum(back.epochs(9).values()) == pytest.approx(sum(short.epochs(13).values()))
+    assert back.epochs(25)["small"] > plain.epochs(25)["small"]
+
+
+@st.composite
+def ways_back(draw) -> list[tuple[int, int]]:
+    out: list[tuple[int, int]] = []
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(out[-1][1] + 1 if out else 1, 32))
+        out.append((at, draw(st.integers(0, at))))
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(ways_back())
+def test_however_often_a_run_goes_back_no_row_comes_twice_and_none_is_left_out(rollbacks: list[tuple[int, int]]):
+    taken: dict[tuple[str, int], list[int]] = {}
+    for loader, step in history(several_phases(), rollbacks, 35):
+        for name, rows in loader.rows(step).items():
+            taken.setdefault((name, loader.shape(step).sequence_length), []).extend(rows.tolist())
+    for (name, length), rows in taken.items():
+        size = -(-(sum({"small": SMALL, "large": LARGE}[name]) - 1) // length)
+        for start in range(0, len(rows), size):
+            epoch = rows[start : start + size]
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(size)), (name, length, start)
+
+
 def test_documents_may_be_left_unmasked():
     masked = Loader(stores(), data(packing="pack"), seed=0).batch(5)
     joined = Loader(stores(), data(packing="pack", mask_documents=False), seed=0).batch(5)
@@ -306,6 +354,8 @@ class TestRecords:
         check_records(self.records(skips=[Skip(3, 1)]), self.records(skips=[Skip(3, 1), Skip(30, 2)]), step=30)
         with pytest.raises(DataChanged, match="skipped"):
             check_records(self.records(skips=[Skip(3, 1)]), self.records(), step=30)
+        with pytest.raises(DataChanged, match="skipped"):  # in another order, which is another way
+            check_records(self.records(skips=[Skip(9, 1), Skip(3, 1)]), self.records(skips=[Skip(3, 1)]), step=2)
 
     def test_a_store_added_to_a_mixture_by_size_is_refused_until_the_mixture_is_written_out(self):
         one = {"small": MemoryStore(SMALL)}
