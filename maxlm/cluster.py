@@ -6,11 +6,12 @@ With each step goes a flag of every device, and a process leaves when the sum th
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,50 @@ def agree_on(what: str, mine: str | UserError) -> None:
         ]
     if problems:
         raise UserError(f"the processes do not have the same {what}: {'; '.join(problems[:8])}")
+
+
+def told(mine: bytes, *, source: bool) -> bytes:
+    """What one of the processes has, on all of them; each has to enter.
+
+    Args:
+      mine: read on that process alone.
+      source: whether this is the one.
+    """
+    if jax.process_count() == 1:
+        return mine
+    with jax.transfer_guard("allow"):  # meant, whatever the training loop guards against
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine)), is_source=source))
+        text = np.zeros(size, np.uint8)
+        if source:
+            text[:] = np.frombuffer(mine, np.uint8)
+        everyones = multihost_utils.broadcast_one_to_all(text, is_source=source)
+    return np.asarray(everyones, np.uint8).tobytes()
+
+
+def decided(decide: Callable[[], Any], *, error: type[UserError] = UserError) -> Any:
+    """What process 0 finds, on all processes, each of which has to call it.
+
+    What processes look up for themselves, in a folder above all, may differ for a moment, and with it the collectives
+    that they enter next.
+
+    Args:
+      decide: called by process 0; gives what JSON can hold.
+      error: what the other processes raise where process 0 has raised a UserError or OSError.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    if jax.process_index() == 0:
+        try:
+            found = decide()
+        except (UserError, OSError) as trouble:
+            told(json.dumps([f"process 0: {trouble}", None]).encode(), source=True)
+            raise
+        told(json.dumps(["", found]).encode(), source=True)
+        return found
+    failed, found = json.loads(told(b"", source=False))
+    if failed:
+        raise error(failed)
+    return found
 
 
 class Agreement:

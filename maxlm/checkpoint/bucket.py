@@ -17,7 +17,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,14 +148,15 @@ class BucketCheckpointer(BucketReader, Checkpointer):
         (self.directory / name).delete()
         (self.directory / "begun").remove(name)
 
-    def set_aside(self, step: int, why: str) -> None:
-        """Renames the commit of a checkpoint, so that it no longer counts as one. All processes call it."""
-        if jax.process_index() == 0 and (name := self._commits().get(step)):
-            commits = self.directory / "commits"
-            commits.write(f"{name}.{why}-1", commits.read(name))
-            commits.remove(name)
-            self._log(f"checkpoint {step} was set aside as {commits}/{name}.{why}-1")
-        self._saved.discard(step)
+    def set_aside(self, steps: Sequence[int], why: str) -> None:
+        """Renames the commits of checkpoints, so that they no longer count. All processes call it, for the same."""
+        if jax.process_index() == 0:
+            commits, names = self.directory / "commits", self._commits()
+            for name in (names[step] for step in steps if step in names):
+                commits.write(f"{name}.{why}-1", commits.read(name))
+                commits.remove(name)
+                self._log(f"checkpoint {name.partition('-')[0]} was set aside as {commits}/{name}.{why}-1")
+        self._saved.difference_update(steps)
         multihost_utils.sync_global_devices("maxlm: checkpoint set aside")
 
     def _start(self, record: Record, sealed: Mapping[str, Any], leaves: Mapping[str, jax.Array], digests: Any) -> None:

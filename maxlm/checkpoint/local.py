@@ -43,6 +43,7 @@ from maxlm.checkpoint.reader import (
     record_from_json,
     record_to_json,
 )
+from maxlm.cluster import told
 from maxlm.errors import UserError
 from maxlm.storage import is_bucket, local_name
 
@@ -174,13 +175,7 @@ class LocalCopies:
         mine = b""
         if saved is not None:
             mine = json.dumps([record_to_json(saved.record), saved.digests.tolist()]).encode()
-        source = jax.process_index() == first
-        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine)), is_source=source))
-        text = np.zeros(size, np.uint8)
-        if source:
-            text[:] = np.frombuffer(mine, np.uint8)
-        told = multihost_utils.broadcast_one_to_all(text, is_source=source)
-        record, digests = json.loads(np.asarray(told, np.uint8).tobytes())
+        record, digests = json.loads(told(mine, source=jax.process_index() == first))
         return record_from_json(record), np.array(digests, np.uint32)
 
     def _write(self, record: Record, shards: Shards, digests: np.ndarray, layout: str) -> None:

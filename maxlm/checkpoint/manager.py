@@ -34,6 +34,7 @@ from maxlm.checkpoint.reader import (
     digest_each,
     record_to_json,
 )
+from maxlm.cluster import decided
 from maxlm.config import CheckpointConfig
 from maxlm.tree import from_paths
 
@@ -147,7 +148,7 @@ class Checkpointer(CheckpointReader):
         if self._exists(step):
             if not force:
                 return SaveResult(False, time.perf_counter() - start)
-            self.set_aside(step, "replaced")
+            self.set_aside([step], "replaced")
         self._writing, self._began = step, time.perf_counter()
         self._retention.add(record)
         problem = None
@@ -180,9 +181,8 @@ class Checkpointer(CheckpointReader):
         search = self._search(abstract_state, step=step, prefix="")
         if search is None:
             return None
-        for damage in search.damaged:
-            self.set_aside(damage.step, "damaged")
         if search.damaged:
+            self.set_aside([damage.step for damage in search.damaged], "damaged")
             self._log(f"using checkpoint {search.restored.step} instead")
         return search.restored
 
@@ -255,7 +255,8 @@ class Checkpointer(CheckpointReader):
         return self._manager is not None and self._manager.is_saving_in_progress()
 
     def _exists(self, step: int) -> bool:
-        return step in self.steps()
+        """Whether there is a checkpoint of `step`; the same on all processes, whose views of a disk may differ."""
+        return decided(lambda: step in self.steps())
 
     def _open(self) -> Any:
         if jax.process_index() == 0:
@@ -282,14 +283,18 @@ class Checkpointer(CheckpointReader):
             what = "could not be removed" if folder.exists() else "removed"
             self._log(f"{what} {folder.name}: the save of this checkpoint was interrupted")
 
-    def set_aside(self, step: int, why: str) -> None:
-        """Renames a checkpoint to `<step>.<why>-<n>`, so that it no longer counts as one. All processes call it."""
+    def set_aside(self, steps: Sequence[int], why: str) -> None:
+        """Renames checkpoints to `<step>.<why>-<n>`, so that they no longer count as such.
+
+        All processes call it, with the same steps; process 0 renames them, and then all go on.
+        """
         if jax.process_index() == 0:
-            number = 1
-            while (aside := self.directory / f"{step}.{why}-{number}").exists():
-                number += 1
-            self.path(step).rename(aside)
-            self._log(f"checkpoint {step} was set aside as {aside}")
+            for step in steps:
+                number = 1
+                while (aside := self.directory / f"{step}.{why}-{number}").exists():
+                    number += 1
+                self.path(step).rename(aside)
+                self._log(f"checkpoint {step} was set aside as {aside}")
         self._reopen()
 
     def _reopen(self) -> None:

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from maxlm.checkpoint.digest import array_paths, digest_array
+from maxlm.cluster import decided
 from maxlm.errors import UserError
 from maxlm.storage import StorageError, is_bucket
 from maxlm.tree import from_paths, paths
@@ -218,7 +219,7 @@ class CheckpointReader:
     def _search(self, abstract: Any, *, step: int | None, prefix: str) -> Search | None:
         """The newest whole checkpoint among those asked for; None if there is no checkpoint at all."""
         damaged: list[Damage] = []
-        for candidate in reversed(self._candidates(step)):
+        for candidate in reversed(decided(lambda: self._candidates(step), error=CheckpointError)):
             with jax.transfer_guard("allow"):  # meant, whatever the caller guards against
                 result = self._read(candidate, abstract, prefix)
             if isinstance(result, Restored):

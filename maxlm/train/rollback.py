@@ -22,9 +22,11 @@ import jax
 
 from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.reader import CheckpointError, Restored
+from maxlm.cluster import decided
 from maxlm.data.loader import Skip
 from maxlm.errors import UserError
 from maxlm.files import write_atomically
+from maxlm.storage import StorageError
 
 if TYPE_CHECKING:
     from maxlm.train.loop import Run
@@ -94,19 +96,29 @@ def skips(rollbacks: Sequence[Rollback]) -> tuple[Skip, ...]:
 
 
 def set_others_aside(checkpointer: Checkpointer, rollbacks: Sequence[Rollback]) -> None:
-    """Takes the checkpoints of the way that the last rollback gave up out of the way, if a kill has left any."""
-    if not rollbacks:
-        return
-    expected = [list(skip) for skip in skips(rollbacks)]
+    """Takes the checkpoints of the way that the last rollback gave up out of the way, if a kill has left any.
+
+    Process 0 says which these are: it renames them, after which another that is slower would not find them any more.
+    """
+    if rollbacks and (others := decided(lambda: _given_up(checkpointer, rollbacks))):
+        checkpointer.set_aside(others, _ASIDE)
+
+
+def _given_up(checkpointer: Checkpointer, rollbacks: Sequence[Rollback]) -> list[int]:
+    """The steps of the checkpoints that belong to the way that the last rollback gave up."""
+    expected, found = [list(skip) for skip in skips(rollbacks)], []
     for step in checkpointer.steps():
         if step <= rollbacks[-1].to:
             continue
         try:
             known = checkpointer.record(step).metadata["data"]["skips"]
+        except StorageError:
+            raise
         except (OSError, ValueError):
             continue  # damaged: it is not restored from
         if known != expected:
-            checkpointer.set_aside(step, _ASIDE)
+            found.append(step)
+    return found
 
 
 def roll_back(run: Run, since: int, at: int) -> tuple[TrainState, int]:
@@ -156,7 +168,7 @@ def roll_back(run: Run, since: int, at: int) -> tuple[TrainState, int]:
 
 def _restore(run: Run, newest: int) -> Restored | None:
     """The newest whole checkpoint that is not newer than that."""
-    for step in reversed([step for step in run.checkpointer.steps() if step <= newest]):
+    for step in decided(lambda: [old for old in reversed(run.checkpointer.steps()) if old <= newest]):
         try:
             return run.checkpointer.restore(run.setup.abstract_state(), step=step)
         except CheckpointError as error:

@@ -344,6 +344,16 @@ def test_a_step_that_exists_stays_unless_forced(copy):
     assert (copy / "2.replaced-1").is_dir() and "2.replaced-1" in log[0]
 
 
+def test_several_are_set_aside_at_one_meeting_of_the_processes(copy, monkeypatch):
+    log: list[str] = []
+    with Checkpointer(copy, KEEP_ALL, log=log.append) as checkpointer:
+        opened, really = [], checkpointer._open
+        monkeypatch.setattr(checkpointer, "_open", lambda: opened.append(1) or really())
+        checkpointer.set_aside([1, 2], "tried")
+        assert checkpointer.steps() == [] and len(opened) == 1
+    assert {path.name for path in copy.iterdir()} == {"1.tried-1", "2.tried-1"} and len(log) == 2
+
+
 def test_a_failed_save_is_told_and_the_next_one_works(tmp_path):
     log: list[str] = []
     state = {"x": jnp.ones((1024, 1024))}

@@ -145,6 +145,40 @@ print("AGREED", flush=True)
 """
 
 
+ASIDE = """
+import sys, time, jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from maxlm.checkpoint.bucket import open_checkpointer
+from maxlm.config import CheckpointConfig
+from maxlm.train.rollback import Rollback, set_others_aside
+
+me, lines = jax.process_index(), []
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+make = lambda step: {"x": jax.make_array_from_callback((4096,), sharding, lambda i: np.full(4096, step, np.float32)[i])}
+abstract = {"x": jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=sharding)}
+with open_checkpointer(sys.argv[1], CheckpointConfig(keep_latest=9), log=lines.append) as c:
+    for step in (1, 2, 3, 4):
+        c.save(step, make(step), metadata={"data": {"skips": []}})
+    c.wait()
+    listed, read = c.steps, c.record
+    def slowly(function, *arguments):
+        if me == 1:
+            time.sleep(3)  # process 0 has long renamed what it renames
+        return function(*arguments)
+    c.steps, c.record = lambda: slowly(listed), lambda step: slowly(read, step)
+    set_others_aside(c, [Rollback(at=5, to=2)])
+    assert listed() == [1, 2], listed()
+    c.record = read
+    assert len([line for line in lines if "set aside" in line]) == 2 * (me == 0), lines
+    c.steps = lambda: [1, 2, 3] if me == 1 else listed()  # what a shared disk may show for a while after a rename
+    assert c.save(3, make(3), metadata={}).started
+    assert c.restore(abstract).step == 3 and c.failures == 0
+print("AGREED", flush=True)
+"""
+
+
 def start(program: str, *arguments: str, devices: int) -> subprocess.Popen[str]:
     environment = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     root = str(Path(__file__).parents[2])
@@ -200,3 +234,8 @@ def test_a_process_that_lost_its_disk_gets_its_part_from_the_other(tmp_path):
 
 def test_two_processes_write_one_checkpoint_into_a_bucket_or_none(bucket):
     together(BUCKET, f"{bucket}/run/checkpoints")
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_process_that_looks_later_sets_the_same_checkpoints_aside(tmp_path, bucket, place):
+    together(ASIDE, str(tmp_path) if place == "disk" else f"{bucket}/aside/checkpoints")
