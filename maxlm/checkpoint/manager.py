@@ -36,6 +36,7 @@ from maxlm.checkpoint.reader import (
 )
 from maxlm.cluster import decided
 from maxlm.config import CheckpointConfig
+from maxlm.storage import StorageError
 from maxlm.tree import from_paths
 
 BEST_METRIC = "heldout_bits_per_byte"
@@ -365,21 +366,22 @@ class _Retention:
         context: policies.PreservationContext,
     ) -> Sequence[bool]:
         """Which of the checkpoints stay; the newest is the one with the highest step."""
-        order = sorted(range(len(checkpoints)), key=lambda i: checkpoints[i].step)
-        ordered = self._policy.should_preserve([self._info(checkpoints[i].step) for i in order], context=context)
-        keep = dict(zip(order, ordered, strict=True))
-        return [keep[i] for i in range(len(checkpoints))]
+        retired = set(self.retired([each.step for each in checkpoints], context))
+        return [each.step not in retired for each in checkpoints]
 
-    def retired(self, steps: Iterable[int]) -> list[int]:
-        """Those of the steps that need not stay."""
-        ordered = [self._info(step) for step in sorted(steps)]
-        keep = self._policy.should_preserve(ordered, context=policies.PreservationContext())
+    def retired(self, steps: Iterable[int], context: policies.PreservationContext | None = None) -> list[int]:
+        """Those of the steps that need not stay. Raises StorageError: a bucket did not answer."""
+        ordered = [info for info in map(self._info, sorted(steps)) if info is not None]
+        keep = self._policy.should_preserve(ordered, context=context or policies.PreservationContext())
         return [info.step for info, stays in zip(ordered, keep, strict=True) if not stays]
 
-    def _info(self, step: int) -> _Info:
+    def _info(self, step: int) -> _Info | None:
+        """None: its record cannot be read, perhaps for a moment only. It stays, and is asked for the next time."""
         if step not in self._known:
             try:
                 self.add(self._reader.record(step))
-            except (OSError, ValueError):  # damaged: kept only as one of the newest or by its step
-                self.add(Record(step, 0.0, {}, {}, {}))
+            except StorageError:
+                raise
+            except (OSError, ValueError):
+                return None
         return self._known[step]

@@ -175,6 +175,18 @@ def test_keeps_what_it_is_told_and_a_forced_save_replaces(folder):
     assert_same(found.state, make_state(9, mesh(1, 1)))
 
 
+def test_a_bucket_that_does_not_answer_for_a_moment_costs_no_checkpoint(folder, server):
+    config, log = CheckpointConfig(keep_latest=1, keep_best=1), []
+    for step, score in ((1, 1.0), (2, 3.0)):
+        save(folder, step, config=config, metrics={"heldout_bits_per_byte": score})
+    server.concerns = lambda method, path: method == "GET" and "/1-" in path and path.endswith("record/metadata")
+    server.refuse = True
+    assert save(folder, 3, config=config, log=log.append, metrics={"heldout_bits_per_byte": 2.0}) == [1, 2, 3]
+    assert "was not removed" in log[-1]
+    server.heal()
+    assert save(folder, 4, config=config, metrics={"heldout_bits_per_byte": 2.0}) == [1, 4]
+
+
 def test_the_state_may_be_donated_at_once(folder, server):
     train = jax.jit(lambda x: x * 1.5 + 1, donate_argnums=0)
     x = train(jnp.arange(1 << 16, dtype=jnp.float32))

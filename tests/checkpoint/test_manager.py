@@ -1,6 +1,7 @@
 """Saving and coming back: other meshes, damage of every kind, retention, donation, interrupted and failed saves."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -318,6 +319,23 @@ def test_keeps_the_best_and_always_the_newest(tmp_path):
     config = CheckpointConfig(keep_latest=1, keep_best=2)
     assert save_all(tmp_path, config, [1, 2, 3, 4], scores) == [2, 3, 4]
     assert save_all(tmp_path, config, [5, 6, 7], scores) == [2, 5, 7]  # another process knows the scores from disk
+
+
+def test_a_read_error_costs_no_checkpoint(tmp_path, monkeypatch):
+    config, scores = CheckpointConfig(keep_latest=1, keep_best=1), {1: 1.0, 2: 3.0, 3: 2.0, 4: 2.5}
+    assert save_all(tmp_path, config, [1, 2], scores) == [1, 2]
+    really, failing = CheckpointReader.record, [5, 0]
+
+    def record(reader, step):
+        if step == 1 and failing[0]:
+            failing[:] = failing[0] - 1, failing[1] + 1
+            raise OSError(errno.EIO, "for a moment")
+        return really(reader, step)
+
+    monkeypatch.setattr(CheckpointReader, "record", record)
+    assert save_all(tmp_path, config, [3], scores) == [1, 3] and failing[1]  # the best stays while it cannot be read
+    failing[0] = 0
+    assert save_all(tmp_path, config, [4], scores) == [1, 4]
 
 
 def test_keeps_every_so_many_steps(tmp_path):
