@@ -19,6 +19,7 @@ class Pace:
 
     def __init__(self, every_steps: int, *, mtbf: float):
         self._every, self._mtbf = every_steps, mtbf
+        self._steps = every_steps  # chosen last
         self._next: int | None = None
 
     def due(self, step: int) -> bool:
@@ -50,4 +51,9 @@ class Pace:
                 with jax.transfer_guard("allow"):
                     steps = int(multihost_utils.broadcast_one_to_all(np.int32(steps)))
             self._next = step + steps
+        self._steps = steps
         return steps
+
+    def go_back(self, step: int) -> None:
+        """The run is at `step` again, and counts from there on."""
+        self._next = step + self._steps

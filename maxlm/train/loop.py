@@ -277,6 +277,8 @@ class Run:
     def go_on_from(self, restored: Restored, skips: tuple[Skip, ...]) -> None:
         """The run is where a checkpoint was, and passes over other batches from there on."""
         self.goodput.begin_anew(restored.step)
+        for pace in (self.checkpointer.pace, self.copy_pace):
+            pace.go_back(restored.step)
         self.loader = Loader(self.data.stores, self.config.data, seed=self.config.seed, skips=skips)
         self.sentries.refusals = rollback.refusals(self.config.optim.guard.rollback, restored.state, restored.metadata)
         self.writer.truncate(restored.step)
