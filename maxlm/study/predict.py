@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 from maxlm.config import Config
 from maxlm.configfile import source
+from maxlm.errors import UserError
 from maxlm.files import write_atomically
 from maxlm.resolve import as_config_dict, resolve
 from maxlm.study import ladder
 from maxlm.study.fitting import StudyFit, as_json, fit_study
-from maxlm.study.identity import changed_leaves, commit
+from maxlm.study.identity import changed_leaves, commit, fingerprint_of
 from maxlm.study.isoflop import forecast
+from maxlm.study.results import heldout_loss
 from maxlm.study.spec import Study, StudyError
 
 TOLERANCE = 0.02  # of N or D by which a run may differ from the one that was predicted
@@ -94,7 +96,7 @@ def judge(folder: Path, place: Path, workdir: Path) -> str:
 
     Raises:
       StudyError: the prediction or the run is not there or not finished, the run began before the prediction was
-        written, or it is another run than was predicted.
+        written, it is another run than was predicted or on other data, or its held-out loss is not finite.
     """
     said, report = place / "prediction.json", workdir / "report.json"
     if not said.exists():
@@ -103,8 +105,12 @@ def judge(folder: Path, place: Path, workdir: Path) -> str:
         raise StudyError(f"{workdir} has no report.json: give the folder of a run that has ended")
     prediction, figures = json.loads(said.read_text()), json.loads(report.read_text())
     _check_same(prediction, place, figures, workdir)
-    counted = sum(record["tokens"] for record in figures["heldout"].values())
-    found = sum(record["nats_per_token"] * record["tokens"] for record in figures["heldout"].values()) / counted
+    found = heldout_loss(figures)
+    if found is None:
+        raise StudyError(
+            f"{workdir} has no held-out loss that is finite: it diverged, or nothing was held out, and says nothing of "
+            f"the prediction; see its report.md, and run {place / 'config.py'} again in another folder"
+        )
     low, high = prediction["interval"]
     held = low <= found <= high
     miss = found / prediction["loss"] - 1
@@ -156,7 +162,10 @@ def _share_besides(fit: StudyFit) -> float:
 
 def _check_same(prediction: dict[str, Any], place: Path, figures: dict[str, Any], workdir: Path) -> None:
     """The run has to be the predicted one, on the same data, and later."""
-    began = os.stat(workdir / "config.json").st_mtime  # written at a run's first start
+    config = workdir / "config.json"  # written at a run's first start
+    if not config.exists():
+        raise StudyError(f"{workdir} has no config.json: give the folder of a run, as `maxlm train` has left it")
+    began = os.stat(config).st_mtime
     written = datetime.datetime.fromisoformat(prediction["date"]).timestamp()
     if began < written - 1:
         raise StudyError(
@@ -169,9 +178,27 @@ def _check_same(prediction: dict[str, Any], place: Path, figures: dict[str, Any]
             f"{workdir} has {params:,} parameters besides embeddings and {tokens:,} tokens, but {wanted[0]:,} and "
             f"{wanted[1]:,} were predicted; run {place / 'config.py'}"
         )
-    recorded = resolve(json.loads((workdir / "config.json").read_text()))
+    recorded = resolve(json.loads(config.read_text()))
     if changed := changed_leaves(prediction["config"], recorded):
         raise StudyError(f"{workdir} is another run than was predicted: {'; '.join(changed)}")
+    found, wanted_data = _fingerprint(recorded, workdir), prediction["fingerprint"]
+    if found != wanted_data:
+        raise StudyError(
+            f"{workdir} was run on other data (fingerprint {found[:12]}, the study's is {wanted_data[:12]}); run "
+            f"{place / 'config.py'} with data.cache_dir as it stands there"
+        )
+
+
+def _fingerprint(config: Config, workdir: Path) -> str:
+    """Of the data that a run has read, as its folder says."""
+    from maxlm.data.prepare import prepare_data
+
+    try:
+        prepared = prepare_data(config, workdir, build=False)
+    except UserError as error:
+        raise StudyError(f"what data {workdir} was run on cannot be told: {error}") from error
+    stores = {name: store.fingerprint for name, store in prepared.stores.items()}
+    return fingerprint_of(stores, prepared.tokenizer.fingerprint)
 
 
 def _now() -> str:

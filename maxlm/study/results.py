@@ -146,12 +146,7 @@ def outcome(workdir: Path, run: PlannedRun, *, fingerprint: str, commit: str, no
     stopped = bool(steps) and steps[-1].get("rejections_in_row", 0) >= run.config.optim.guard.max_rejections
     if report is None and not stopped:
         return None
-    heldout = report["heldout"] if report else {}
-    counted = sum(record["tokens"] for record in heldout.values())
-    nats = [record["nats_per_token"] for record in heldout.values()]
-    loss = None
-    if counted and all(value is not None and math.isfinite(value) for value in nats):
-        loss = sum(record["nats_per_token"] * record["tokens"] for record in heldout.values()) / counted
+    loss = heldout_loss(report) if report else None
     why = (
         "the guard refused too many updates in a row"
         if stopped
@@ -171,6 +166,17 @@ def outcome(workdir: Path, run: PlannedRun, *, fingerprint: str, commit: str, no
         finished_at=now,
         why=why,
     )
+
+
+def heldout_loss(report: Mapping[str, Any]) -> float | None:
+    """Nats a token of a run's report.json, all stores by their tokens; None: not finite, or nothing was held out."""
+    records = report["heldout"].values()
+    counted = sum(record["tokens"] for record in records)
+    # What is not finite is written as null.
+    if not counted or any(record["nats_per_token"] is None for record in records):
+        return None
+    loss = sum(record["nats_per_token"] * record["tokens"] for record in records) / counted
+    return loss if math.isfinite(loss) else None
 
 
 def _diverged(steps: Sequence[Mapping[str, Any]], loss: float | None, vocab_size: int) -> str:

@@ -11,7 +11,9 @@ from absl import flags
 
 from launch.job import make_job
 from maxlm.chips import CHIPS
+from maxlm.data.prepare import prepare_data
 from maxlm.errors import UserError
+from maxlm.resolve import resolve
 from maxlm.study import commands
 from maxlm.study import predict as prediction
 from maxlm.study.fitting import describe, fit_study
@@ -172,6 +174,7 @@ def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
         workdir = tmp_path / name
         workdir.mkdir()
         (workdir / "config.json").write_text(json.dumps(said["config"]))
+        prepare_data(resolve(said["config"]), workdir)
         loss = float(LAW.loss(said["params_nonembedding"], said["tokens"])) * factor
         report = {
             "heldout": {"tiny": {"nats_per_token": loss, "tokens": 10}},
@@ -192,6 +195,41 @@ def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
     (changed / "config.json").write_text(json.dumps(config))
     with pytest.raises(StudyError, match="seed was 0 and is 5"):
         prediction.judge(folder, place, changed)
+
+
+def test_a_run_that_cannot_be_judged_is_named_in_a_sentence(done, tmp_path):
+    study, folder = done
+    place = prediction.predict(study, folder, flops=3 * max(run.flops for run in plan(study)))
+    said = json.loads((place / "prediction.json").read_text())
+    good = {"tiny": {"nats_per_token": 2.0, "tokens": 10}}
+
+    def judged(name, *, heldout=good, config=True, data=None):
+        workdir = tmp_path / name
+        workdir.mkdir()
+        model = {"parameters besides embeddings": said["params_nonembedding"]}
+        (workdir / "report.json").write_text(json.dumps({"heldout": heldout, "tokens": said["tokens"], "model": model}))
+        if config:
+            (workdir / "config.json").write_text(json.dumps(said["config"]))
+        if data is not False:
+            prepare_data(data or resolve(said["config"]), workdir)
+        with pytest.raises(StudyError) as caught:
+            prediction.judge(folder, place, workdir)
+        return str(caught.value)
+
+    diverged = {"nats_per_token": None, "tokens": 10}
+    assert "no held-out loss that is finite" in judged("diverged", heldout=good | {"other": diverged})
+    assert "no held-out loss that is finite" in judged("nothing", heldout={})
+    assert "has no config.json" in judged("bare", config=False)
+    assert "cannot be told" in judged("moved", data=False)
+    more = folder.parent / "corpus" / "more.txt"
+    more.write_text("a document that the study has not seen")
+    try:
+        config = resolve(said["config"])
+        grown = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache")))
+        assert "was run on other data (fingerprint" in judged("other", data=grown)
+    finally:
+        more.unlink()
+    assert not (place / "judgement.json").exists()
 
 
 def test_the_report_shows_every_run(done):
