@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,10 +115,18 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def overrides(before: Config, after: Config) -> list[str]:
-    """What to add to `maxlm train` to turn one config into another: `--config.parallel.fsdp=16`, …, each one word."""
+    """What to add to `maxlm train` to turn one config into another: `--config.parallel.fsdp=16`, …, each one word.
+
+    Words are as a program takes them, unquoted and without blanks, so that a shell can be given them by `$(cat FILE)`,
+    which removes no quotes; a line that is to be typed needs `shlex.join`.
+    """
     old = {path: value for path, _, value in leaves(before)}
-    return [
-        shlex.quote(f"--config.{path}={value!r}" if isinstance(value, tuple) else f"--config.{path}={value}")
-        for path, _, value in leaves(after)
-        if old.get(path) != value
-    ]
+    return [f"--config.{path}={_written(value)}" for path, _, value in leaves(after) if old.get(path) != value]
+
+
+def _written(value: Any) -> str:
+    """A leaf's value as the command line takes it: tuples as Python has them, but without blanks."""
+    if not isinstance(value, tuple):
+        return str(value)
+    items = [_written(item) if isinstance(item, tuple) else repr(item) for item in value]
+    return f"({','.join(items)}{',' if len(items) == 1 else ''})"

@@ -6,6 +6,7 @@ known to be needed (compiled, or asked of a device and refused), the model's fig
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ SHOWN = 3
 
 
 class Change(NamedTuple):
-    """words: what it does. overrides: for the command line. slower: seconds of a step over those of the config as it
-    is, as a fraction; below nought: faster. bytes: on a device afterwards.
+    """words: what it does. overrides: words of a command line, unquoted. slower: seconds of a step over those of the
+    config as it is, as a fraction; below nought: faster. bytes: on a device afterwards.
     """
 
     words: str
@@ -104,7 +105,7 @@ def _meshes(config: Config) -> Iterator[tuple[str, Config]]:
 def sentences(changes: list[Change]) -> list[str]:
     """A line for each, with what to type."""
     return [
-        f"{c.words} ({c.bytes / 2**30:.2f} GiB a device, {_pace(c.slower)}): {' '.join(c.overrides)}" for c in changes
+        f"{c.words} ({c.bytes / 2**30:.2f} GiB a device, {_pace(c.slower)}): {shlex.join(c.overrides)}" for c in changes
     ]
 
 

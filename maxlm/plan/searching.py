@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -98,9 +99,9 @@ def run_search(values: flags.FlagValues, config: Config, topology: Topology, *, 
     print_found(found, topology, Console())
     words = overrides(config, found.winner.config)
     log(f"why: {why(found, topology)}")
-    log("add to maxlm train: " + (" ".join(words) or "nothing: the config is the winner"))
+    log("add to maxlm train: " + (shlex.join(words) or "nothing: the config is the winner"))
     write_asked(values.winner, "".join(f"{word}\n" for word in words))
-    log(f"with it: maxlm train --config=... --workdir=... $(cat {values.winner})")
+    log(f"with it: maxlm train --config=... --workdir=... $(cat {shlex.quote(values.winner)})")
     write_asked(values.json, json.dumps(as_json(found, config, topology), indent=1) + "\n")
     return 0
 

@@ -3,9 +3,10 @@ serves: the search, and the changes that make a run fit. One file, since tests o
 
 import dataclasses
 import math
-import shlex
+import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from maxlm.config import (
 from maxlm.configfile import source
 from maxlm.model.flops import ledger
 from maxlm.parallel.mesh import make_mesh
+from maxlm.plan import searching
 from maxlm.plan.analytic import Estimator
 from maxlm.plan.analytic.memory import facts, memory, state_bytes, state_leaves
 from maxlm.plan.analytic.symbols import values
@@ -242,7 +244,7 @@ def applied(large, words):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.py"
         path.write_text(source(large))
-        args = ["maxlm train", f"--config={path}", *(shlex.split(word)[0] for word in words)]
+        args = ["maxlm train", f"--config={path}", *words]
         values = cli._flags(args, config=True)
         cli._parse(values, args, required=("config",))
     return resolve(values.config, devices=TOPOLOGY.devices)
@@ -258,10 +260,24 @@ def test_the_winner_fits_keeps_the_batch_and_is_had_by_its_overrides(large, foun
     assert why(found, TOPOLOGY)
 
 
-def test_tuples_survive_the_command_line(large):
-    train = dataclasses.replace(large.train, remat="custom", remat_names=("attention_qkv", "attention_out"))
-    other = dataclasses.replace(large, train=train)
-    assert applied(large, overrides(large, other)) == other
+@pytest.mark.parametrize("names", [("attention_qkv", "attention_out"), ("attention_out",)])
+def test_the_winners_file_and_line_go_through_a_shell(large, found, names, tmp_path, monkeypatch):
+    train = dataclasses.replace(large.train, remat="custom", remat_names=names)
+    other = dataclasses.replace(large, train=train, parallel=dataclasses.replace(large.parallel, fsdp=4, tensor=2))
+    won = dataclasses.replace(found, best=(dataclasses.replace(found.winner, config=other), *found.best))
+    monkeypatch.setattr(searching, "search", lambda *_, **__: won)
+    file, said = tmp_path / "winner.flags", []
+    asked = SimpleNamespace(budget_minutes=0.0, winner=str(file), json=None)
+    assert searching.run_search(asked, large, TOPOLOGY, log=said.append) == 0
+
+    def words(typed):  # in a folder where a pattern would find something
+        (tmp_path / "a").touch()
+        command = ["bash", "-c", f"printf '%s\\n' {typed}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert applied(large, words(f"$(cat {file})")) == other
+    line = next(line for line in said if line.startswith("add to maxlm train: "))
+    assert applied(large, words(line.partition(": ")[2])) == other
 
 
 def test_compiled_figures_rank_and_the_time_is_kept(large):
