@@ -54,8 +54,3 @@ def arrange(parallel: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarr
     outer = tuple(slices if name == axis else 1 for name in MESH_AXES)
     inner = tuple(whole // across for whole, across in zip(shape, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-
-
-def single_device_mesh(device: jax.Device | None = None) -> Mesh:
-    """A mesh of one device, for generation and for tools."""
-    return make_mesh(ParallelConfig(data=1), [device or jax.local_devices()[0]])

@@ -20,9 +20,6 @@ from maxlm.train.setup import attention_needs
 UNNAMED = ("cudnn", "triton", "plain")
 """Attention back ends whose results a remat policy cannot save by name."""
 
-KNOWN_ERROR = {"dense": 0.10, "experts": 0.15}
-"""How far the memory may be from the compiled figure, at full depth (docs/plan.md)."""
-
 
 class Estimate(NamedTuple):
     """memory, time: on one device. room: bytes that are left of what a program may use; below nought: it does not fit.
