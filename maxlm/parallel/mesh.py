@@ -7,7 +7,7 @@ summed once a step, while `fsdp` gathers weights in every layer and `tensor` sum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -44,9 +44,8 @@ def arrange(parallel: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarr
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1 or parallel.across_slices == "any":
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    axis = parallel.across_slices
-    size = parallel.sizes[axis]
-    if size % slices:
+    axis, size = parallel.across_slices, parallel.sizes[parallel.across_slices]
+    if not spreads(parallel.sizes, axis, slices=slices):
         raise MeshError(
             f"the {len(devices)} devices are in {slices} slices or nodes, and parallel.{axis}, the axis that crosses "
             f"them, is {size}; use a multiple of {slices}, or type parallel.across_slices=any to let every axis cross"
@@ -54,3 +53,8 @@ def arrange(parallel: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarr
     outer = tuple(slices if name == axis else 1 for name in MESH_AXES)
     inner = tuple(whole // across for whole, across in zip(shape, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def spreads(sizes: Mapping[str, int], across_slices: str, *, slices: int) -> bool:
+    """Whether such a mesh can be laid over so many slices or nodes: the axis that crosses divides into them."""
+    return slices == 1 or across_slices == "any" or sizes[across_slices] % slices == 0

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from maxlm.config import MESH_AXES, Config
+from maxlm.parallel.mesh import spreads
 from maxlm.plan.topology import Topology
 from maxlm.resolve import leaves
 
@@ -65,6 +66,8 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
     """Configs as `resolve` fills them in, whose relations (`resolve.relations`) are the caller's to check."""
     rows = config.data.batch_size
     for mesh in meshes(config, topology.devices):
+        if not spreads(mesh, config.parallel.across_slices, slices=topology.slices):
+            continue
         shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
         if rows % shards or (mesh["context"] > 1 and config.model.moe.capacity_factor):
             continue

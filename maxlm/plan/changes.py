@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from maxlm.config import Config
+from maxlm.parallel.mesh import spreads
 from maxlm.plan.analytic import Estimate, Estimator
 from maxlm.plan.candidates import REMATS, changed, overrides
 from maxlm.plan.topology import Topology
@@ -43,6 +44,9 @@ def cheapest(config: Config, topology: Topology, *, needs: float = 0.0, usable: 
     scale = max(needs / before.memory.total, 1.0)  # what one allocation asked for is not all that is needed
     found: list[Change] = []
     for words, candidate in _changes(config):
+        parallel = candidate.parallel
+        if not spreads(parallel.sizes, parallel.across_slices, slices=topology.slices):
+            continue
         if relations(candidate, devices=topology.devices):
             continue
         after = estimator(candidate)

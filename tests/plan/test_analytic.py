@@ -313,6 +313,18 @@ def test_three_changes_that_fit_are_named_with_their_cost(large):
     assert all("--config." in line and "GiB" in line for line in sentences(changes))
 
 
+def test_changes_keep_to_what_several_slices_can_share_out(large, monkeypatch):
+    monkeypatch.setattr(maxlm.plan.changes, "SHOWN", 100)
+    sizes = {"data": 2, "fsdp": 4}
+    there = dataclasses.replace(large, parallel=dataclasses.replace(large.parallel, **sizes))
+    found = {
+        name: [change.words for change in cheapest(there, parse_topology(name), usable=200e9)]
+        for name in ("v5p-16", "2*v5p-8")
+    }
+    assert any("from data" in words for words in found["v5p-16"])
+    assert found["2*v5p-8"] and not any("from data" in words for words in found["2*v5p-8"])
+
+
 def test_a_known_need_scales_the_model(large):
     full = dataclasses.replace(large, train=dataclasses.replace(large.train, remat="full"))
     need = 2 * Estimator(full, TOPOLOGY)(full).memory.total

@@ -191,13 +191,15 @@ def axis_spans(
 
     Args:
       sizes: of the mesh axes, outermost first.
+      across_slices: the axis that crosses from slice to slice; "any": devices are laid out slice after slice.
       slices: TPU slices or nodes.
       sides: of a slice's torus, each with whether it is closed; () for devices behind a switch.
     """
     left = list(sides)
     spans: dict[str, network.Span] = {}
+    crossing = _crossing(sizes, across_slices, slices)
     for axis, size in reversed(sizes):  # the innermost axes are given the nearest neighbours
-        across = slices if axis == across_slices and size % slices == 0 else 1
+        across = crossing[axis]
         inner = size // across
         if not sides or inner == 1:
             spans[axis] = network.Span(size, across, 1.0)
@@ -208,6 +210,18 @@ def axis_spans(
             left[place] = (whole // share, closed)
         spans[axis] = network.Span(size, across, max(lanes, 1.0))
     return spans
+
+
+def _crossing(sizes: tuple[tuple[str, int], ...], across_slices: str, slices: int) -> dict[str, int]:
+    """How many slices a group along each axis is spread over."""
+    if across_slices != "any" and dict(sizes).get(across_slices, 1) % slices == 0:
+        return {axis: slices if axis == across_slices else 1 for axis, _ in sizes}
+    stride, found = math.prod(size for _, size in sizes), {}
+    each = stride // slices  # devices of a slice, which are neighbours in this order
+    for axis, size in sizes:
+        stride //= size
+        found[axis] = min(size, max(math.ceil(size * stride / each), 1))
+    return found
 
 
 def _sides(left: list[tuple[int, bool]], size: int) -> tuple[dict[int, int], float]:

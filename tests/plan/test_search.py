@@ -1,0 +1,55 @@
+"""Which ways to run a training the search looks at, and what it refuses. Nothing here is traced or compiled."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from maxlm.config import MESH_AXES, ParallelConfig
+from maxlm.parallel.mesh import MeshError, arrange
+from maxlm.plan.analytic.timing import axis_spans
+from maxlm.plan.candidates import candidates
+from maxlm.plan.topology import parse_topology
+from tests.parallel.test_mesh import nodes
+from tests.plan.test_plan import tiny
+
+
+def laid_out(parallel, count):
+    """The mesh over eight GPUs in so many nodes, in the order of their numbers."""
+    return arrange(parallel, sorted(nodes(count, 8 // count), key=lambda device: device.id))
+
+
+def spread(mesh):
+    """Over how many nodes the groups along each axis are, at most."""
+    slices = np.vectorize(lambda device: device.slice_index)(mesh)
+    return {
+        axis: max(len(set(group)) for group in np.moveaxis(slices, at, -1).reshape(-1, slices.shape[at]).tolist())
+        for at, axis in enumerate(MESH_AXES)
+    }
+
+
+@pytest.mark.parametrize("across", ["data", "fsdp", "any"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_candidate_can_be_laid_over_the_nodes_and_is_priced_as_it_lies(across, count):
+    config, topology = tiny(data=8), parse_topology(f"h100x{8 // count}x{count}")
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, across_slices=across))
+    found = {tuple(one.parallel.sizes.items()): one.parallel for one in candidates(config, topology)}
+    assert len(found) > 3
+    for sizes, parallel in found.items():
+        spans = axis_spans(sizes, across, slices=count, sides=())
+        assert {axis: span.slices for axis, span in spans.items()} == spread(
+            arrange(parallel, nodes(count, 8 // count))
+        )
+
+
+def test_a_mesh_that_the_nodes_cannot_share_out_is_no_candidate():
+    config = tiny(data=8)
+    meshes = [
+        {tuple(one.parallel.sizes.values()) for one in candidates(config, parse_topology(name))}
+        for name in ("h100x8", "h100x4x2")
+    ]
+    refused = meshes[0] - meshes[1]
+    assert meshes[1] < meshes[0] and refused
+    for sizes in refused:
+        with pytest.raises(MeshError, match="use a multiple of 2"):
+            arrange(ParallelConfig(**dict(zip(MESH_AXES, sizes, strict=True))), nodes(2, 4))
