@@ -3,7 +3,7 @@
 The compiler of a TPU or GPU may need more memory than the machine has, or end its process: the child takes that, and
 the caller gets one sentence. What was compiled is kept by content, so that the same step for the same hardware is
 compiled once: the key is a hash of what shapes the step in the config, of the hardware, of the compiler's options, of
-the versions, and of the sources that make the step.
+its and JAX's settings in the environment, of the versions, and of the sources that make the step.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ ROOMS = ("config.py", "compilation.py", "tree.py", "data/batch.py", "model", "ke
 """Sources that decide, with those of `OWN`, what is compiled; how it is read may change without compiling again."""
 OWN = ("plan/compile.py", "plan/child.py", "plan/cuda.py", "plan/topology.py")
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda12-plugin", "flax", "optax")
+_PLACES = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")  # variables that say where, not what
 Log = Callable[[str], None]
 
 
@@ -159,10 +160,19 @@ def content_key(request: Request) -> str:
     for room in (*ROOMS, *OWN):
         for path in sorted((root / room).rglob("*.py")) if (root / room).is_dir() else [root / room]:
             sources.update(path.read_bytes())
-    chip = dataclasses.asdict(request.topology.chip)
+    topology = dataclasses.asdict(request.topology)
+    for figure in ("usable_bytes", "price", "sources"):  # are for judging what was compiled
+        topology["chip"].pop(figure)
     content = json.dumps(
-        [config, request.topology.name, request.topology.slices, request.topology.shape, chip["name"]]
-        + [sorted(request.options.items()), request.whole, versions(), sources.hexdigest()],
+        [
+            config,
+            topology,
+            sorted(request.options.items()),
+            request.whole,
+            versions(),
+            _settings(),
+            sources.hexdigest(),
+        ],
         sort_keys=True,
         default=str,
     )
@@ -180,6 +190,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _settings() -> dict[str, str]:
+    """What the child inherits that changes what it compiles."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("JAX_") and name not in _PLACES}
+    kept["XLA_FLAGS"] = " ".join(_without_count(os.environ.get("XLA_FLAGS", "")))
+    return kept | {"LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", "")}
+
+
+def _without_count(flags: str) -> list[str]:
+    """XLA's flags but for the number of CPU devices, which the topology says."""
+    return [flag for flag in flags.split() if "host_platform_device_count" not in flag]
+
+
 # --- the child -------------------------------------------------------------------------------------------------------
 
 
@@ -194,8 +216,7 @@ def _environment(work: Path, topology: Topology) -> dict[str, str]:
     if topology.chip.platform == "gpu":
         flags.append("--xla_gpu_autotune_level=0")  # would try kernels out on a device
     if topology.chip.platform == "cpu":
-        kept = [flag for flag in flags[0].split() if "host_platform_device_count" not in flag]
-        flags = [*kept, f"--xla_force_host_platform_device_count={topology.devices}", dump]
+        flags = [*_without_count(flags[0]), f"--xla_force_host_platform_device_count={topology.devices}", dump]
     environment["XLA_FLAGS"] = " ".join(filter(None, flags))
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(Path(maxlm.__file__).parent.parent), environment.get("PYTHONPATH")))

@@ -161,8 +161,32 @@ def test_what_was_compiled_is_read_again_and_found_by_content(tmp_path):
     ):
         assert content_key(other) != key
     assert content_key(dataclasses.replace(request, config=dataclasses.replace(config, name="another"))) == key
+    assert content_key(dataclasses.replace(request, topology=with_chip(topology, price=1.0))) == key
     compiling._write(fake_step(), tmp_path / key)
     assert compiling._read(tmp_path / key) == fake_step()
+
+
+def with_chip(topology, **figures):
+    return dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, **figures))
+
+
+def test_what_changes_the_program_from_outside_the_config_changes_the_key(monkeypatch):
+    request = Request(tiny(data=8), parse_topology("h100x8"), {}, True)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    key = content_key(request)
+    for figures in ({"hbm_bytes": 1e9}, {"hbm_bandwidth": 1e12}, {"kinds": ("mine",)}):  # of cuda.target_config
+        assert content_key(dataclasses.replace(request, topology=with_chip(request.topology, **figures))) != key
+    for name, value in (
+        ("XLA_FLAGS", "--xla_a=2"),
+        ("LIBTPU_INIT_ARGS", "--xla_b=1"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "highest"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert content_key(request) != key, name
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3 --xla_a=1")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu,tpu")
+    assert content_key(request) == key
 
 
 def test_explain_gives_every_array_its_axes_and_a_devices_share():
