@@ -6,10 +6,12 @@ known to be needed (compiled, or asked of a device and refused), the model's fig
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from maxlm.chips import CHIPS, Chip
 from maxlm.config import Config
 from maxlm.parallel.mesh import spreads
 from maxlm.plan.analytic import Estimate, Estimator
@@ -18,6 +20,12 @@ from maxlm.plan.topology import Topology
 from maxlm.resolve import relations
 
 SHOWN = 3
+LIKE: Mapping[str, Chip] = {
+    "tpu": CHIPS["v5p"],
+    "gpu": CHIPS["h100"],
+    "cpu": dataclasses.replace(CHIPS["cpu"], flops=dict.fromkeys(CHIPS["cpu"].flops, 1e11), hbm_bandwidth=2e10),
+}
+"""What stands for a chip whose speed is not known: changes are compared, for which proportions are enough."""
 
 
 class Change(NamedTuple):
@@ -34,11 +42,14 @@ class Change(NamedTuple):
 def cheapest(config: Config, topology: Topology, *, needs: float = 0.0, usable: float = 0.0) -> list[Change]:
     """The changes that make a resolved config fit, the cheapest first, `SHOWN` at most; [] if none of them does.
 
+    A chip whose speed the table does not know is taken to have the proportions of `LIKE`.
+
     Args:
       needs: bytes of a device that the config is known to need at least; 0: as the model says.
       usable: bytes of a device that a program may use; 0: as the chip table says.
     """
     usable = usable or topology.chip.usable_bytes
+    topology = dataclasses.replace(topology, chip=_paced(topology.chip, config.train.precision))
     estimator = Estimator(config, topology, usable=usable)
     before = estimator(config)
     scale = max(needs / before.memory.total, 1.0)  # what one allocation asked for is not all that is needed
@@ -58,6 +69,13 @@ def cheapest(config: Config, topology: Topology, *, needs: float = 0.0, usable: 
     for change in found:  # of each kind the cheapest, so that three different ways are shown
         kinds.setdefault(change.words.split(":")[0], change)
     return list(kinds.values())[:SHOWN]
+
+
+def _paced(chip: Chip, precision: str) -> Chip:
+    if chip.peak(precision) and chip.hbm_bandwidth:
+        return chip
+    rates = ("flops", "hbm_bandwidth", "link_bandwidth", "network_bandwidth")
+    return dataclasses.replace(chip, **{name: getattr(LIKE[chip.platform], name) for name in rates})
 
 
 def _slower(after: Estimate, before: Estimate) -> float:

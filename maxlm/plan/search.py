@@ -93,8 +93,10 @@ def search(
       budget_seconds: for all of it; a compilation is begun only if the last one would have fitted into what is left.
 
     Raises:
-      SearchError: nothing fits; the message names the smallest slice of that chip that can hold the run.
+      SearchError: nothing fits; the message names the smallest slice of that chip that can hold the run. Or the table
+        does not know the chip's speed or memory.
     """
+    _check_known(topology, config.train.precision)
     begun = clock()
     judged = 0
     fitting: list[Ranked] = []
@@ -129,6 +131,20 @@ def search(
     if not best:
         raise SearchError(nothing_fits(config, topology))
     return Found(tuple(best), judged, many, took)
+
+
+def _check_known(topology: Topology, precision: str) -> None:
+    chip = topology.chip
+    figures = {
+        f"peak in {precision} (flops)": chip.peak(precision),
+        "bandwidth of memory (hbm_bandwidth)": chip.hbm_bandwidth,
+        "memory (usable_bytes)": chip.usable_bytes,
+    }
+    if missing := [name for name, value in figures.items() if not value]:
+        raise SearchError(
+            f"--search compares ways of running by the chip's figures, and the table has no {', '.join(missing)} of "
+            f"{chip.name}; plan without --search, or give the figures in a file for --chips (docs/plan.md)"
+        )
 
 
 def judged_candidates(config: Config, topology: Topology) -> Iterator[tuple[Config, Estimate]]:

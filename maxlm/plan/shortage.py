@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from maxlm.chips import CHIPS, Chip, chip_of_kind
+from maxlm.chips import CHIPS, chip_of_kind
 from maxlm.config import Config
 from maxlm.errors import UserError
 from maxlm.plan.changes import cheapest, sentences
@@ -37,41 +37,45 @@ def explained(error: BaseException, config: Config) -> OutOfMemory:
     Args:
       config: of the run, resolved for its devices or not.
     """
-    devices: list[Any] = jax.devices()
-    topology = topology_of(devices)
-    said = str(error).strip().splitlines()[0]
-    whole = resolve(config, devices=len(devices))
-    lines = [f"out of memory: {said}"]
-    usable = topology.chip.usable_bytes
-    if usable:
-        lines.append(f"a device has {usable / GIB:.1f} GiB for a program")
-    changes = cheapest(whole, topology, usable=usable)
-    if changes:
-        lines.append("by the analytical model these would fit, the cheapest first:")
-        lines += [f"  {place}. {line}" for place, line in enumerate(sentences(changes), start=1)]
-    else:
-        lines.append("no single change would make it fit; try more devices, or `maxlm plan --search`")
+    lines = [f"out of memory: {str(error).strip().splitlines()[0]}"]
+    try:
+        lines += _advice(config)
+    except Exception as failed:  # whatever becomes of the advice, the shortage is what the user has to hear of
+        lines.append(f"what would fit could not be found out ({type(failed).__name__}: {failed})")
     return OutOfMemory("\n".join(lines))
 
 
+def _advice(config: Config) -> list[str]:
+    """How much there is, and what would fit into it, in lines."""
+    devices: list[Any] = jax.devices()
+    topology = topology_of(devices)
+    usable = topology.chip.usable_bytes
+    if not usable:
+        return [f"how much memory a {devices[0].device_kind} has is not known; try more devices, or train.remat=full"]
+    lines = [f"a device has {usable / GIB:.1f} GiB for a program"]
+    changes = cheapest(resolve(config, devices=len(devices)), topology, usable=usable)
+    if not changes:
+        searched = ", or `maxlm plan --search`" if topology.chip.hbm_bandwidth else ""
+        return [*lines, f"no single change would make it fit; try more devices{searched}"]
+    lines.append("by the analytical model these would fit, the cheapest first:")
+    return lines + [f"  {place}. {line}" for place, line in enumerate(sentences(changes), start=1)]
+
+
 def topology_of(devices: list[Any]) -> Topology:
-    """The hardware that a process sees, as a topology; memory as the devices themselves report it."""
+    """The hardware that a process sees, as a topology; memory as the devices themselves report it.
+
+    A chip that the table does not name has a memory and no other figures (0 where it does not report that).
+    """
     first = devices[0]
-    chip = chip_of_kind(first.device_kind) or CHIPS["cpu"]
     stats = first.memory_stats() if first.platform != "cpu" else None
-    if first.platform == "cpu":
-        chip = _this_machine(len(devices))
-    elif stats and stats.get("bytes_limit"):
-        chip = dataclasses.replace(chip, usable_bytes=float(stats["bytes_limit"]))
+    limit = float((stats or {}).get("bytes_limit") or 0)
+    if first.platform == "cpu":  # each has its share of the machine's
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    chip = chip_of_kind(first.device_kind)
+    if chip is None:
+        platform = "tpu" if first.platform == "tpu" else "gpu"
+        chip = dataclasses.replace(CHIPS["cpu"], name=first.device_kind, platform=platform)
+    chip = dataclasses.replace(chip, usable_bytes=limit or chip.usable_bytes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     flat = dataclasses.replace(chip, torus_dims=0)  # how the links lie is not known here; a switch is near enough
     return Topology(f"{len(devices)} x {first.device_kind}", flat, slices, (len(devices) // slices,))
-
-
-def _this_machine(devices: int) -> Chip:
-    """A CPU device with its share of the machine's memory. Its speed is not known: only its proportions count."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-    flops = dict.fromkeys(CHIPS["cpu"].flops, 1e11 / devices)
-    return dataclasses.replace(
-        CHIPS["cpu"], flops=flops, usable_bytes=memory, hbm_bytes=memory, hbm_bandwidth=2e10 / devices
-    )

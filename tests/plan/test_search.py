@@ -9,6 +9,7 @@ from maxlm.config import MESH_AXES, ParallelConfig
 from maxlm.parallel.mesh import MeshError, arrange
 from maxlm.plan.analytic.timing import axis_spans
 from maxlm.plan.candidates import candidates
+from maxlm.plan.search import SearchError, search
 from maxlm.plan.topology import parse_topology
 from tests.parallel.test_mesh import nodes
 from tests.plan.test_plan import tiny
@@ -53,3 +54,8 @@ def test_a_mesh_that_the_nodes_cannot_share_out_is_no_candidate():
     for sizes in refused:
         with pytest.raises(MeshError, match="use a multiple of 2"):
             arrange(ParallelConfig(**dict(zip(MESH_AXES, sizes, strict=True))), nodes(2, 4))
+
+
+def test_a_chip_without_figures_is_refused_in_a_sentence():
+    with pytest.raises(SearchError, match=r"no peak in .*\(flops\), .*memory \(usable_bytes\) of cpu; plan without"):
+        search(tiny(data=8), parse_topology("cpu-8"), None, budget_seconds=0.0)

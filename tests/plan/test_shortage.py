@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from maxlm.config import ACTIVATION_NAMES, MlpConfig
 from maxlm.configfile import source
 from maxlm.plan import changes
+from maxlm.plan import shortage as plan_shortage
 from maxlm.plan.candidates import REMATS
 from maxlm.plan.shortage import explained, is_shortage
 from maxlm.resolve import resolve
@@ -46,6 +48,36 @@ def test_it_names_changes_and_what_to_type(shortage, tmp_path, monkeypatch):
     text = str(explained(shortage, config))
     assert text.startswith("out of memory: RESOURCE_EXHAUSTED")
     assert "  1. " in text and text.count("--config.") >= 1 and "GiB a device" in text
+
+
+def gpus(monkeypatch, **stats):
+    """Eight devices of a kind that the table does not name."""
+    one = SimpleNamespace(platform="gpu", device_kind="NVIDIA GeForce RTX 4090", memory_stats=lambda: stats or None)
+    monkeypatch.setattr(plan_shortage, "jax", SimpleNamespace(devices=lambda: [one] * 8, errors=jax.errors))
+    return resolve(tiny_config("corpus", **TOO_MUCH), devices=8)
+
+
+def test_a_chip_that_the_table_does_not_name_is_told_changes_too(shortage, monkeypatch):
+    monkeypatch.setattr(changes, "REMATS", (("none", ()), ("full", ())))
+    config = gpus(monkeypatch, bytes_limit=24 * 2**30)
+    text = str(explained(shortage, config))
+    assert text.startswith("out of memory: RESOURCE_EXHAUSTED") and "a device has 24.0 GiB" in text
+    assert "  1. " in text and "--config." in text and "could not be found out" not in text
+
+
+def test_memory_that_is_not_known_is_said_to_be_so(shortage, monkeypatch):
+    text = str(explained(shortage, gpus(monkeypatch)))
+    assert text.startswith("out of memory: RESOURCE_EXHAUSTED") and "RTX 4090 has is not known" in text
+
+
+def test_the_shortage_is_told_whatever_becomes_of_the_advice(shortage, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr(plan_shortage, "cheapest", broken)
+    text = str(explained(shortage, gpus(monkeypatch, bytes_limit=1e9)))
+    assert text.startswith("out of memory: RESOURCE_EXHAUSTED")
+    assert "could not be found out (ZeroDivisionError: float division by zero)" in text
 
 
 @pytest.mark.slow
