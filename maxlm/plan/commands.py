@@ -17,6 +17,8 @@ from maxlm.plan.topology import Topology, parse_topology
 from maxlm.resolve import resolve
 
 Log = Callable[[str], None]
+OF_ONE_PLAN = ("html", "price", "memory_only", "mtbf", "stall_seconds", "write_seconds")
+"""Flags that say something of one plan, and nothing of a search."""
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -48,10 +50,13 @@ def define_hardware(values: flags.FlagValues) -> None:
 
 def plan(values: flags.FlagValues, *, log: Log) -> int:
     """Compiles the step and prints the page; returns the exit code: 1 where the step does not fit."""
+    if values.search:
+        _check_search(values)
     config, topology = planned(values)
+    options = _options(values.options)
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
     if values.search:
-        return searching.run_search(values, config, topology, log=log)
+        return searching.run_search(values, config, topology, options=options, log=log)
     from maxlm.plan.compile import compile_step
     from maxlm.plan.html import render
     from maxlm.plan.page import print_plan
@@ -63,7 +68,7 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
         whole=not values.memory_only,
         cache=values.plan_cache or None,
         limit=int(values.limit_gib * 2**30),
-        options=_options(values.options),
+        options=options,
         log=log,
     )
     made = make_plan(config, topology, step, price=values.price)
@@ -100,6 +105,15 @@ def planned(values: flags.FlagValues) -> tuple[Config, Topology]:
     """
     topology = parse_topology(values.topology, load_chips(values.chips) if values.chips else CHIPS)
     return resolve(values.config, devices=topology.devices), topology
+
+
+def _check_search(values: flags.FlagValues) -> None:
+    given = [f"--{name}" for name in OF_ONE_PLAN if values[name].value != values[name].default]
+    if given:
+        raise UserError(
+            f"--search compares many plans, and {' and '.join(given)} {'are' if len(given) > 1 else 'is'} of one; "
+            f"search first, then plan with {' '.join(given)} and the winner's flags"
+        )
 
 
 def _options(text: str | None) -> dict[str, str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -82,9 +82,15 @@ def print_failures(values: flags.FlagValues, config: Config, topology: Topology,
         log(line)
 
 
-def run_search(values: flags.FlagValues, config: Config, topology: Topology, *, log: Log) -> int:
-    """Searches, prints the ranked table and writes the winner; the exit code."""
-    judge = compiling(values, log=log) if values.budget_minutes else None
+def run_search(
+    values: flags.FlagValues, config: Config, topology: Topology, *, options: Mapping[str, str] | None, log: Log
+) -> int:
+    """Searches, prints the ranked table and writes the winner; the exit code.
+
+    Args:
+      options: of the compiler, as of `compile_step`.
+    """
+    judge = compiling(values, options, log=log) if values.budget_minutes else None
     if judge is not None:
         try:
             check_installed(topology)
@@ -106,12 +112,17 @@ def run_search(values: flags.FlagValues, config: Config, topology: Topology, *, 
     return 0
 
 
-def compiling(values: flags.FlagValues, *, log: Log) -> Judge:
+def compiling(values: flags.FlagValues, options: Mapping[str, str] | None, *, log: Log) -> Judge:
     """Compiles a candidate whole, or takes what was compiled of the same content before."""
 
     def judge(config: Config, topology: Topology) -> Verdict:
         step = compile_step(
-            config, topology, cache=values.plan_cache or None, limit=int(values.limit_gib * GIB), log=log
+            config,
+            topology,
+            cache=values.plan_cache or None,
+            limit=int(values.limit_gib * GIB),
+            options=options,
+            log=log,
         )
         plan = make_plan(config, topology, step)
         bytes_ = max(float(plan.memory.total), topology.chip.usable_bytes + 1 if step.refused else 0.0)

@@ -268,7 +268,7 @@ def test_the_winners_file_and_line_go_through_a_shell(large, found, names, tmp_p
     monkeypatch.setattr(searching, "search", lambda *_, **__: won)
     file, said = tmp_path / "winner.flags", []
     asked = SimpleNamespace(budget_minutes=0.0, winner=str(file), json=None)
-    assert searching.run_search(asked, large, TOPOLOGY, log=said.append) == 0
+    assert searching.run_search(asked, large, TOPOLOGY, options=None, log=said.append) == 0
 
     def words(typed):  # in a folder where a pattern would find something
         (tmp_path / "a").touch()

@@ -1,14 +1,19 @@
 """Which ways to run a training the search looks at, and what it refuses. Nothing here is traced or compiled."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from maxlm import cli
 from maxlm.config import MESH_AXES, ParallelConfig
+from maxlm.configfile import source
 from maxlm.parallel.mesh import MeshError, arrange
+from maxlm.plan import searching
 from maxlm.plan.analytic.timing import axis_spans
 from maxlm.plan.candidates import candidates
+from maxlm.plan.compile import CompileError
 from maxlm.plan.search import SearchError, search
 from maxlm.plan.topology import parse_topology
 from tests.parallel.test_mesh import nodes
@@ -59,3 +64,28 @@ def test_a_mesh_that_the_nodes_cannot_share_out_is_no_candidate():
 def test_a_chip_without_figures_is_refused_in_a_sentence():
     with pytest.raises(SearchError, match=r"no peak in .*\(flops\), .*memory \(usable_bytes\) of cpu; plan without"):
         search(tiny(data=8), parse_topology("cpu-8"), None, budget_seconds=0.0)
+
+
+@pytest.mark.parametrize("given", ["--html=x.html", "--price=2", "--memory_only", "--mtbf=1000"])
+def test_a_flag_of_one_plan_is_refused_with_a_search(given, tmp_path, capsys):
+    file = tmp_path / "config.py"
+    file.write_text(source(tiny(data=8)))
+    args = ["plan", f"--config={file}", "--topology=v5e-8", "--search", "--budget_minutes=0", given]
+    assert cli.main(args) == 1
+    said = capsys.readouterr().err
+    assert "--search" in said and given.split("=")[0] in said and "Traceback" not in said
+
+
+def test_the_compilers_options_reach_every_compilation_of_a_search(monkeypatch):
+    asked = []
+
+    def compiled(config, topology, **settings):
+        asked.append(settings["options"])
+        raise CompileError("enough")
+
+    monkeypatch.setattr(searching, "compile_step", compiled)
+    values = SimpleNamespace(plan_cache="", limit_gib=1.0)
+    judge = searching.compiling(values, {"xla_a": "1"}, log=print)
+    with pytest.raises(CompileError, match="enough"):
+        judge(tiny(data=8), parse_topology("v5e-8"))
+    assert asked == [{"xla_a": "1"}]
