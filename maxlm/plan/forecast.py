@@ -8,6 +8,7 @@ devices share the cores, so that the work of all of them counts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from maxlm.config import Config
 from maxlm.kernels.attention import Mask, dispatch
+from maxlm.kernels.chunked import chunked
 from maxlm.kernels.matmul import einsum
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.mlp import GATED, UNGATED
@@ -35,7 +37,8 @@ class Rates(NamedTuple):
     """Measured on all cores together.
 
     products: FLOP/s of a layer's products, gradients among them.
-    attend, attend_back: seconds of a layer's attention on one row: forward, and the backward pass besides.
+    attend, attend_back: seconds of a layer's attention on a whole row, all positions by all, with a device's heads:
+      forward, and the backward pass besides.
     loss: seconds a token, gradients included.
     elementwise: bytes a second, read and written.
     optimizer: seconds a parameter.
@@ -85,11 +88,14 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
 
     attention = model.attention
     heads = attention.q_heads // parallel.tensor, attention.kv_heads // parallel.tensor
-    q = jnp.ones((1, length, heads[0], attention.head_dim), dtype)
-    k = jnp.ones((1, length, heads[1], attention.head_dim), dtype)
-    v = jnp.ones((1, length, heads[1], attention.value_dim), dtype)
-    segments = jnp.zeros((1, length), jnp.int32) if config.data.mask_documents else None
-    kernel = dispatch("cpu")
+    # Over `context` every shard's queries meet the keys of all shards: together what a whole row takes, in blocks.
+    row, kernel = config.data.sequence_length, dispatch("cpu")
+    if parallel.context > 1:
+        kernel = functools.partial(chunked, together=False)
+    q = jnp.ones((1, row, heads[0], attention.head_dim), dtype)
+    k = jnp.ones((1, row, heads[1], attention.head_dim), dtype)
+    v = jnp.ones((1, row, heads[1], attention.value_dim), dtype)
+    segments = jnp.zeros((1, row), jnp.int32) if config.data.mask_documents else None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         mask = Mask(scale=attention.head_dim**-0.5, segments_q=segments, segments_k=segments)
@@ -169,8 +175,10 @@ def forecast(config: Config, rates: Rates, *, device_bytes: float) -> Forecast:
     for work, amount, is_loss in zip(anatomy.work, amounts.tolist(), of_loss, strict=True):
         if not is_loss or work.kind != "product":
             done[work.kind] += amount
-    # Layers of all devices, each with its share of rows, positions and heads: of so many rows whole.
-    rows = config.data.batch_size / devices / config.train.accumulation * parallel.context * parallel.tensor
+    # Layers are counted on all devices. On each of them they meet a microbatch's rows of its shard of the batch; the
+    # `context` devices of a row share out its positions, and those of `tensor` its heads, of which `rates` are.
+    shards = parallel.data * parallel.fsdp * parallel.expert
+    rows = config.data.batch_size / shards / config.train.accumulation / parallel.context
     parameters = sum(leaf.bytes for leaf in facts(config).state if leaf.part == "parameters") / 4
     tokens = config.data.batch_size * config.data.sequence_length
     parts = {

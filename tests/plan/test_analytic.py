@@ -33,14 +33,16 @@ from maxlm.config import (
 from maxlm.configfile import source
 from maxlm.model.flops import ledger
 from maxlm.parallel.mesh import make_mesh
+from maxlm.plan import forecast as forecasting
 from maxlm.plan import searching
 from maxlm.plan.analytic import Estimator
 from maxlm.plan.analytic.memory import facts, memory, state_bytes, state_leaves
 from maxlm.plan.analytic.symbols import values
-from maxlm.plan.analytic.timing import axis_spans
+from maxlm.plan.analytic.timing import BACKWARD, _attention_flops, axis_spans
 from maxlm.plan.analytic.walk import KINDS
 from maxlm.plan.candidates import candidates, overrides
 from maxlm.plan.changes import cheapest, sentences
+from maxlm.plan.forecast import Rates, calibrate, forecast
 from maxlm.plan.search import SearchError, Verdict, search, why
 from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
@@ -49,12 +51,13 @@ from maxlm.train.setup import make_setup
 ROWS, LENGTH = 16, 256
 
 
-def config(*, layers=2, experts=0, mesh=None, **train):
+def config(*, layers=2, experts=0, mtp=0, mesh=None, **train):
     """A model of which activations are most of the memory, on eight devices."""
     model = ModelConfig(
         vocab_size=512,
         embed_dim=128,
         num_layers=layers,
+        mtp_layers=mtp,
         attention=AttentionConfig(q_heads=8, kv_heads=2, head_dim=16),
         mlp=MlpConfig(dim=2048),
         moe=MoeConfig(experts=experts, active=2, dim=256) if experts else MoeConfig(),
@@ -112,6 +115,47 @@ def test_products_are_those_of_the_ledger(experts):
     counts = ledger(resolved.model, sequence_length=LENGTH)
     besides_scores = counts.causal_exact - 3 * counts.forward["scores"]
     assert done(resolved)["product"] == pytest.approx(besides_scores * ROWS * LENGTH / 8, rel=1e-6)
+
+
+def test_attention_of_layers_that_predict_further_tokens_counts_once():
+    resolved = config(mtp=1, remat="none")
+    amounts = done(resolved)
+    assert amounts["attention_forward"] == amounts["attention_backward"] == 2 + 1
+    scores = ledger(resolved.model, sequence_length=LENGTH).forward["scores"]
+    assert _attention_flops(resolved, amounts) == pytest.approx((1 + BACKWARD) * scores * ROWS * LENGTH / 8)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "train"),
+    [
+        ({}, {}),
+        ({}, {"accumulation": 2}),
+        ({"fsdp": 4, "pipeline": 2}, {"accumulation": 2}),
+        ({"fsdp": 4, "context": 2}, {}),
+        ({"fsdp": 2, "context": 2, "pipeline": 2}, {"accumulation": 4}),
+        ({"fsdp": 4, "tensor": 2}, {}),
+    ],
+)
+def test_on_cpus_every_row_is_attended_to_once_a_layer(mesh, train):
+    resolved = config(mesh=mesh, remat="none", **train)
+    rates = Rates(products=1e9, attend=1.0, attend_back=2.0, loss=0.0, elementwise=1e9, optimizer=0.0, seconds=0.0)
+    parts = forecast(resolved, rates, device_bytes=0.0).parts
+    # The rates are of the heads of one device.
+    assert parts["attention"] == pytest.approx(ROWS * 2 * (1.0 + 2.0) * mesh.get("tensor", 1))
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_attention_on_cpus_is_measured_on_whole_rows(context, monkeypatch):
+    measured = []
+
+    def note(function, *args, seconds):
+        measured.append((jax.eval_shape(function, *args), [x.shape for x in args]))
+        return 1.0
+
+    monkeypatch.setattr(forecasting, "_measured", note)
+    calibrate(config(mesh={"fsdp": 8 // context, "context": context}), seconds=0.0)
+    attended = [shapes for _, shapes in measured if len(shapes[0]) == 4]
+    assert attended == [[(1, LENGTH, 8, 16), (1, LENGTH, 2, 16), (1, LENGTH, 2, 16)]] * 2
 
 
 def test_work_is_shared_out_and_done_again_as_the_mesh_and_the_policy_say():

@@ -119,7 +119,7 @@ def _attention_flops(config: Config, done: Mapping[str, float]) -> float:
     devices = math.prod(parallel.sizes.values())
     tokens = config.data.batch_size * config.data.sequence_length / devices
     forward = _scores(model, config.data.sequence_length) * tokens
-    layers = model.num_layers / parallel.pipeline * max(config.train.accumulation, 1)
+    layers = (model.num_layers + model.mtp_layers) / parallel.pipeline * max(config.train.accumulation, 1)
     return forward * (done["attention_forward"] + BACKWARD * done["attention_backward"]) / layers
 
 
