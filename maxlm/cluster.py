@@ -219,6 +219,7 @@ def agree_on(what: str, mine: str | UserError) -> None:
     line = np.zeros((_LINE,), np.uint8)
     text = f"{int(failed)}\0{socket.gethostname()}\0{mine}".encode()[:_LINE]
     line[: len(text)] = np.frombuffer(text, np.uint8)
+    meet(what)  # one of them may come much later: it prepares the data, say
     lines = multihost_utils.process_allgather(line)
     if isinstance(mine, UserError):
         raise mine

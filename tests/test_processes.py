@@ -152,19 +152,28 @@ def test_a_process_of_another_config_is_named_before_anything_is_compiled(tmp_pa
 
 
 AGREE = """
-import sys
+import sys, time
+from jax.experimental import multihost_utils
 from maxlm.cluster import agree_on, join
 from maxlm.errors import UserError
+gather, gathered = multihost_utils.process_allgather, []
+def process_allgather(line):
+    gathered.append(time.monotonic())
+    return gather(line)
+multihost_utils.process_allgather = process_allgather
 where, number = sys.argv[1], int(sys.argv[2])
 joined = join({}, coordinator=where, processes=2, process=number)
 print(joined.why)
 def work():
+    time.sleep(2 * number)  # gloo would not wait for half a minute
+    came = time.monotonic()
     for mine in ("same", f"data {number}", UserError("no such file") if number else "mine"):
         try:
             agree_on("data", mine)
             print("go")
         except UserError as error:
             print(error)
+    print(came, gathered[0])
     return 0
 joined.run(work)
 """
@@ -192,3 +201,5 @@ def test_data_that_differs_or_is_missing_on_a_host_is_told_to_all(tmp_path):
         assert f"the processes do not have the same data: process 1 on {host} has data 1, the others data 0" == lines[2]
     assert f"process 1 on {host} has none: no such file" in told[0][3]
     assert told[1][3] == "no such file"
+    (_, entered), (came, _) = ([float(time) for time in lines[4].split()] for lines in told)
+    assert entered > came  # process 0 was not in the collective before process 1 was there

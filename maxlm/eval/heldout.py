@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from maxlm.cluster import meet
 from maxlm.config import Config
 from maxlm.data.batch import Batch, empty_batch
 from maxlm.data.store import Split
@@ -217,17 +218,18 @@ def evaluate(
     # Results are fetched one batch late, so that the host fills a batch while the devices work on the one before.
     pending: collections.deque[Sums] = collections.deque()
     nats, counted = 0.0, 0.0
+    static = {
+        "graphdef": graphdef,
+        "runtime": runtime,
+        "chunk": config.train.loss_chunk,
+        "softcap": config.model.logits_softcap,
+    }
     for sent, batch in enumerate(batches(split, windows, places, batch_size=rows, window=window), start=1):
-        pending.append(
-            batch_sums(
-                params,
-                put(batch),
-                graphdef=graphdef,
-                runtime=runtime,
-                chunk=config.train.loss_chunk,
-                softcap=config.model.logits_softcap,
-            )
-        )
+        placed = put(batch)
+        if sent == 1:
+            batch_sums.lower(params, placed, **static).compile()  # which the calls find again, as it stays in memory
+            meet("evaluation")
+        pending.append(batch_sums(params, placed, **static))
         while len(pending) > (1 if sent < total else 0):
             sums = jax.device_get(pending.popleft())
             nats, counted = nats + float(sums.nll), counted + float(sums.weight)

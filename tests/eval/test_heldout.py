@@ -217,6 +217,17 @@ def test_a_mesh_gives_the_figure_of_one_device(parts, params, store):
     assert batches > 1 and told == [("numbers", done, batches) for done in range(1, batches + 1)]
 
 
+def test_processes_meet_between_compiling_and_running(parts, params, store, monkeypatch):
+    """One that has its program from the cache would wait for the others in a collective, which gloo gives up."""
+    compiled, met = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    monkeypatch.setattr(heldout, "meet", lambda where: met.append(len(compiled)))
+    run(parts, params, store, with_eval(sequence_length=24))  # a program of its own
+    assert len(met) == 1 and 0 < met[0] == len(compiled)
+
+
 def test_a_result_from_rows_that_were_lost_is_refused(parts, params, store):
     def lossy(batch):
         return batch._replace(weights=batch.weights * (np.arange(4) > 0)[:, None])
