@@ -83,6 +83,7 @@ class AttentionConfig:
     )
     bias: bool = leaf(False, "add biases to the query, key and value projections")
     output_bias: bool = leaf(False, "add a bias to the output projection")
+    alibi: bool = leaf(False, "a key's distance lowers its score, by a slope of each head (Press et al. 2022)")
     sinks: bool = leaf(False, "a learned logit a head that takes weight from all keys and adds nothing (gpt-oss)")
     softcap: float = leaf(0.0, "cap scores at c*tanh(score/c); 0: none", unit="logits", low=0.0)
     windows: tuple[int, ...] = leaf(

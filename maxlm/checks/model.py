@@ -104,7 +104,7 @@ def _check_latent(model: ModelConfig) -> Iterator[str]:
             f"model.attention.kv_heads is {attention.kv_heads}, but latent attention makes a key and a value for each "
             f"of the {attention.q_heads} query heads; type model.attention.kv_heads=0"
         )
-    unused = {"qk_norm": "none", "bias": False, "output_bias": False, "sinks": False}
+    unused = {"qk_norm": "none", "bias": False, "output_bias": False, "sinks": False, "alibi": False}
     for name, value in unused.items():
         if (given := getattr(attention, name)) != value:
             yield (

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.chunked import chunked
 from maxlm.kernels.heads_loop import BLOCK_ROWS, heads_loop
-from maxlm.kernels.mask import MASKED, Mask, visible
+from maxlm.kernels.mask import MASKED, Mask, biases, visible
 from maxlm.kernels.matmul import ATTENTION_NAME, product
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
-FEATURES = ("windows", "softcap", "segments", "decode", "row_offsets", "bidirectional", "sinks", "value_dim")
+FEATURES = ("windows", "softcap", "segments", "decode", "row_offsets", "bidirectional", "sinks", "alibi", "value_dim")
 # 16 MiB of float32, about a core's share of a large cache: all pairs of 2,048 positions, or 512 queries by 8,192 keys.
 SCORES_LIMIT = 2**22
 
@@ -55,6 +55,8 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     scores = product("bskgh,btkh->bkgst", grouped, k, dtype=q.dtype, out_dtype=jnp.float32) * mask.scale
     if mask.softcap:
         scores = mask.softcap * jnp.tanh(scores / mask.softcap)
+    if mask.slopes is not None:
+        scores += biases(mask, mask.slopes.astype(jnp.float32).reshape(kv_heads, -1), s, t)
     scores = jnp.where(visible(mask, s, t)[:, None, None], scores, MASKED)
     if mask.sinks is not None:
         sinks = mask.sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
@@ -98,6 +100,7 @@ def features(mask: Mask, *, head_dim: int = 0, value_dim: int = 0) -> frozenset[
         "row_offsets": jnp.ndim(0 if mask.q_offset is None else mask.q_offset) > 0,
         "bidirectional": not mask.causal,
         "sinks": mask.sinks is not None,
+        "alibi": mask.slopes is not None,
         "value_dim": head_dim != value_dim,
     }
     return frozenset(name for name in FEATURES if asked[name])
@@ -181,13 +184,13 @@ BACKENDS: tuple[Backend, ...] = (
         splash,
         platforms=("tpu",),
         length_multiple=128,
-        features=_EVERYTHING - {"decode", "row_offsets"},
+        features=_EVERYTHING - {"decode", "row_offsets", "alibi"},
     ),
     Backend(
         "heads_loop",
         heads_loop,
         platforms=("cpu",),
-        features=_EVERYTHING - {"decode", "row_offsets"},
+        features=_EVERYTHING - {"decode", "row_offsets", "alibi"},
         scores=lambda queries, keys: min(queries, BLOCK_ROWS[1]) * keys,
     ),
     Backend("plain", plain, features=_EVERYTHING, scores=lambda queries, keys: queries * keys),

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.kernels.mask import MASKED, Mask, static, visible, with_sinks
+from maxlm.kernels.mask import MASKED, Mask, biases, static, visible, with_sinks
 from maxlm.kernels.matmul import ATTENTION_NAME
 from maxlm.kernels.opaque import opaque
 
@@ -40,10 +40,11 @@ class Places(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """rows: (N, n, G, s, h). segments: (N, n, s) int32 or None."""
+    """rows: (N, n, G, s, h). segments: (N, n, s) int32 or None. slopes: (N, n, G) float32 or None, as of `Mask`."""
 
     rows: jax.Array
     segments: jax.Array | None
+    slopes: jax.Array | None
 
 
 class Keys(NamedTuple):
@@ -131,10 +132,15 @@ def from_blocks(x: jax.Array, *, batch: int, length: int, stretches: int = 1) ->
     return x.reshape(batch, length, -1, dim)
 
 
-def query_blocks(q: jax.Array, segments: jax.Array | None, *, kv_heads: int, stretches: int = 1) -> Queries:
-    """Blocks of q (B, S, H, h) and its segments (B, S)."""
-    rows = to_blocks(q, kv_heads=kv_heads, stretches=stretches)
-    return Queries(rows, _segment_blocks(segments, rows.shape[3], kv_heads=kv_heads, stretches=stretches))
+def query_blocks(q: jax.Array, rows: Rows, *, kv_heads: int) -> Queries:
+    """Blocks of q (B, S, H, h), of its segments and of its heads' slopes."""
+    stretches, slopes = rows.starts_q.shape[0], rows.slopes
+    blocks = to_blocks(q, kv_heads=kv_heads, stretches=stretches)
+    if slopes is not None:
+        of_rows = jnp.tile(slopes.astype(jnp.float32).reshape(kv_heads, 1, -1), (q.shape[0], 1, 1))
+        slopes = jnp.repeat(of_rows, blocks.shape[1], axis=1)
+    segments = _segment_blocks(rows.segments_q, blocks.shape[3], kv_heads=kv_heads, stretches=stretches)
+    return Queries(blocks, segments, slopes)
 
 
 def key_blocks(k: jax.Array, v: jax.Array, segments: jax.Array | None, *, stretches: int = 1) -> Keys:
@@ -184,6 +190,8 @@ def _scores(
         segments_k=None if keys.segments is None else keys.segments[None],
         q_offset=start - place.starts,
     )
+    if queries.slopes is not None:
+        scores += biases(local, queries.slopes, *scores.shape[1:])[0]
     seen = visible(local, *scores.shape[1:])
     if place.counts is not None:
         seen &= jnp.arange(scores.shape[2]) < place.counts
@@ -338,12 +346,14 @@ class Rows(NamedTuple):
 
     segments_q, segments_k: (B, S) and (B, T) int32, or None.
     starts_q, starts_k: (stretches,) int32: the place in the row of each piece's first position.
+    slopes: (H,) float32 or None, as of `Mask`; constants, to which no gradient is given.
     """
 
     segments_q: jax.Array | None
     segments_k: jax.Array | None
     starts_q: jax.Array
     starts_k: jax.Array
+    slopes: jax.Array | None
 
 
 class Way(Protocol):
@@ -371,7 +381,7 @@ def attend(way: Way, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> At
 def _operands(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> tuple[Queries, jax.Array, Keys, Places]:
     cuts_q, cuts_k = rows.starts_q.shape[0], rows.starts_k.shape[0]
     return (
-        query_blocks(q, rows.segments_q, kv_heads=k.shape[2], stretches=cuts_q),
+        query_blocks(q, rows, kv_heads=k.shape[2]),
         places(rows.starts_q, q.shape[1] // cuts_q, groups=q.shape[2] // k.shape[2]).starts,
         key_blocks(k, v, rows.segments_k, stretches=cuts_k),
         places(rows.starts_k, k.shape[1] // cuts_k),
@@ -419,5 +429,5 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, together: b
     zero = jnp.zeros(1, jnp.int32)
     offset = jnp.asarray(0 if mask.q_offset is None else mask.q_offset, jnp.int32)
     way = Blockwise(static(mask), together)
-    rows = Rows(mask.segments_q, mask.segments_k, zero + offset, zero)
+    rows = Rows(mask.segments_q, mask.segments_k, zero + offset, zero, mask.slopes)
     return with_sinks(*attend(way, q, k, v, rows), sinks=mask.sinks)

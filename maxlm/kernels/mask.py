@@ -17,7 +17,7 @@ MASKED = -1e30
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["segments_q", "segments_k", "q_offset", "sinks"],
+    data_fields=["segments_q", "segments_k", "q_offset", "sinks", "slopes"],
     meta_fields=["scale", "window", "softcap", "causal"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,12 @@ class Mask:
     segments_k: jax.Array | None = None  # (B, T) int32
     q_offset: jax.Array | int | None = None  # () or (B,) int32, in decoding; None: 0
     sinks: jax.Array | None = None  # (H,) float32: a logit a head that joins the softmax's sum and has no value
+    slopes: jax.Array | None = None  # (H,) float32: a position of distance takes so much off a (capped) score (ALiBi)
 
 
 def visible(mask: Mask, queries: int, keys: int) -> jax.Array:
     """Which keys each query sees: bool (B or 1, S, T)."""
-    offset = jnp.asarray(0 if mask.q_offset is None else mask.q_offset)
-    q = (jnp.atleast_1d(offset)[:, None] + jnp.arange(queries))[:, :, None]
-    k = jnp.arange(keys)[None, None, :]
+    q, k = _places(mask, queries, keys)
     seen = jnp.ones((1, queries, keys), bool)
     if mask.causal:
         seen &= k <= q
@@ -53,9 +52,22 @@ def visible(mask: Mask, queries: int, keys: int) -> jax.Array:
     return seen
 
 
+def biases(mask: Mask, slopes: jax.Array, queries: int, keys: int) -> jax.Array:
+    """What heads with these slopes (...) add to their scores: (B or 1, ..., S, T) float32 (Press et al. 2022)."""
+    q, k = _places(mask, queries, keys)
+    distance = -jnp.abs(q - k).astype(jnp.float32)
+    return slopes[..., None, None] * distance.reshape(distance.shape[0], *[1] * slopes.ndim, queries, keys)
+
+
+def _places(mask: Mask, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
+    """Where queries (B or 1, S, 1) and keys (1, 1, T) stand among the keys."""
+    offset = jnp.asarray(0 if mask.q_offset is None else mask.q_offset)
+    return (jnp.atleast_1d(offset)[:, None] + jnp.arange(queries))[:, :, None], jnp.arange(keys)[None, None, :]
+
+
 def static(mask: Mask) -> Mask:
     """The mask without its arrays: hashable, and a constant of the program."""
-    return dataclasses.replace(mask, segments_q=None, segments_k=None, q_offset=None, sinks=None)
+    return dataclasses.replace(mask, segments_q=None, segments_k=None, q_offset=None, sinks=None, slopes=None)
 
 
 def with_sinks(out: jax.Array, normaliser: jax.Array, *, sinks: jax.Array | None) -> jax.Array:

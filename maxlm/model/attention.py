@@ -131,7 +131,19 @@ def attention_mask(config: AttentionConfig, sight: Sight, *, window: int, sinks:
         segments_k=sight.segments_k,
         q_offset=sight.offset,
         sinks=sinks,
+        slopes=jnp.array(alibi_slopes(config.q_heads), jnp.float32) if config.alibi else None,
     )
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi's slope of each head: 2^(-8/n), 2^(-16/n), ... for n = H heads (Press et al. 2022, section 3).
+
+    Where H is no power of two, n is the largest one below, and the other heads have every second slope of 2n heads, as
+    in the authors' code.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    between = [2 ** (-4 * i / power) for i in range(1, 2 * power, 2)]
+    return [*(2 ** (-8 * i / power) for i in range(1, power + 1)), *between][:heads]
 
 
 def memory_shapes(config: AttentionConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

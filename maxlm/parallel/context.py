@@ -170,7 +170,7 @@ def context_attention(mesh: Mesh, *, method: str, together: bool) -> AttentionFn
 
         def local(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
             here = starts(jax.lax.axis_index(AXIS), devices=devices, length=q.shape[1])
-            rows = Rows(mask.segments_q, mask.segments_k, here, here)
+            rows = Rows(mask.segments_q, mask.segments_k, here, here, mask.slopes)
             return with_sinks(*chunked.attend(way, q, k, v, rows), sinks=mask.sinks)
 
         specs = (queries, keys, keys, mask_specs(mask, seq="seq"))

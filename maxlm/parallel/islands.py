@@ -126,4 +126,5 @@ def mask_specs(mask: Mask, *, seq: str | None = None) -> Mask:
         segments_k=spec(mask.segments_k, "batch", seq),
         q_offset=spec(mask.q_offset, "batch"),
         sinks=spec(mask.sinks, "q_heads"),
+        slopes=spec(mask.slopes, "q_heads"),
     )

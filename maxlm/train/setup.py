@@ -120,6 +120,7 @@ def attention_needs(config: Config, *, window: int, segments: bool) -> frozenset
         "windows": bool(window),
         "softcap": bool(attention.softcap),
         "sinks": attention.sinks,
+        "alibi": attention.alibi,
         "value_dim": attention.value_dim != attention.head_dim,
     }
     return frozenset(name for name, wanted in asked.items() if wanted)

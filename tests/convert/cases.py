@@ -150,6 +150,17 @@ def baichuan(tensors):
     return out
 
 
+def alibi(module, query, key, value, attention_mask, scaling, **_):
+    """Attention that the peer can be told to use: Press et al. 2022, slopes of six heads written out."""
+    import torch
+
+    slopes = torch.tensor([2**-2.0, 2**-4.0, 2**-6.0, 2**-8.0, 2**-1.0, 2**-3.0])
+    places = torch.arange(key.shape[2])
+    back = places[None, :] - places[-query.shape[2] :, None]
+    scores = query @ key.transpose(2, 3) * scaling + slopes[:, None, None] * back + attention_mask
+    return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2), None
+
+
 def _renamed(tensors, names):
     out = {}
     for name, value in tensors.items():
@@ -159,6 +170,7 @@ def _renamed(tensors, names):
     return out
 
 
+SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48}
 CASES = {
     "gpt2": Case("GPT2Config", {"n_inner": 40}),
     "llama": Case("LlamaConfig", {"rms_norm_eps": 1e-5, "rope_parameters": YARN}),
@@ -282,6 +294,16 @@ CASES = {
             baichuan,
         ),
     ),
+    "baichuan2-alibi": Case(
+        "LlamaConfig",
+        SIX_HEADS,
+        (
+            {name: value for name, value in SHARED.items() if name != "max_position_embeddings"}
+            | SIX_HEADS
+            | {"architectures": ["BaichuanForCausalLM"]},
+            baichuan,
+        ),
+    ),
 }
 
 
@@ -293,8 +315,17 @@ def peer(name: str) -> Any:
     case = CASES[name]
     config = getattr(transformers, case.config)(**SHARED | case.settings)
     config._attn_implementation = config._experts_implementation = "eager"
+    if name == "baichuan2-alibi":
+        config._attn_implementation = "alibi"
+        transformers.AttentionInterface.register("alibi", alibi)
+        transformers.AttentionMaskInterface.register("alibi", transformers.masking_utils.eager_mask)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    if name == "baichuan2-alibi":  # nothing is turned
+        model.model.rotary_emb.forward = lambda x, position_ids: (
+            torch.ones(*position_ids.shape, 8),
+            torch.zeros(*position_ids.shape, 8),
+        )
     with torch.no_grad():
         biases = [value for key, value in model.named_buffers() if key.endswith("e_score_correction_bias")]
         for weight in [*model.parameters(), *biases]:
@@ -302,7 +333,7 @@ def peer(name: str) -> Any:
                 weight.normal_(0, 1 / math.sqrt(weight.shape[-1]))
             else:  # norms and biases, moved away from where they all are alike
                 weight.add_(0.1 * torch.randn_like(weight))
-        if name == "baichuan2":  # its columns count as of length one, which makes for small logits
+        if name.startswith("baichuan2"):  # its columns count as of length one, which makes for small logits
             model.lm_head.weight /= model.lm_head.weight.norm(dim=1, keepdim=True)
             model.model.norm.weight *= 4
     return model

@@ -83,12 +83,14 @@ def test_loop_equals_plain(small_blocks, length, kv_heads, groups, window, softc
 def test_plain_equals_a_loop_over_positions():
     q, k, v, _ = operands(batch=1, length=9, kv_heads=1, groups=2)
     v = v[..., :5]
-    row, sinks = segments(1, 9, (4,)), jnp.array([0.3, -0.7])
-    got = plain(q, k, v, Mask(scale=0.5, window=3, softcap=2.0, segments_q=row, segments_k=row, sinks=sinks))
+    row, sinks, slopes = segments(1, 9, (4,)), jnp.array([0.3, -0.7]), jnp.array([0.25, 0.5])
+    mask = Mask(scale=0.5, window=3, softcap=2.0, segments_q=row, segments_k=row, sinks=sinks, slopes=slopes)
+    got = plain(q, k, v, mask)
     for i in range(9):
         seen = [j for j in range(9) if j <= i and i - j < 3 and row[0, i] == row[0, j]]
         for head in range(2):
             scores = np.array([2.0 * np.tanh(float(q[0, i, head] @ k[0, j, 0]) * 0.5 / 2.0) for j in seen])
+            scores -= slopes[head] * (i - np.array(seen))
             weights = np.exp(scores) / (np.exp(scores).sum() + np.exp(sinks[head]))
             np.testing.assert_allclose(got[0, i, head], weights @ np.array(v[0, seen, 0]), rtol=1e-5, atol=1e-6)
 
@@ -185,6 +187,8 @@ def test_chunked_equals_plain(monkeypatch, together, length, window, softcap, cu
     row = None if cuts is None else segments(2, length, cuts)
     mask = Mask(scale=0.4, window=window, softcap=softcap, causal=causal, segments_q=row, segments_k=row)
     mask = dataclasses.replace(mask, q_offset=offset, sinks=jnp.linspace(-1.0, 1.0, 6))
+    if window == 0:
+        mask = dataclasses.replace(mask, slopes=jnp.linspace(0.03, 0.4, 6))
 
     run = jax.jit(out_and_gradients, static_argnums=0)
     ours = run(functools.partial(chunked_module.chunked, together=together), q, k, v, g, mask)
@@ -261,6 +265,7 @@ def test_backend_honours_or_refuses(name, feature):
         "row_offsets": Mask(scale=1.0, q_offset=jnp.array([0, 3])),
         "bidirectional": Mask(scale=1.0, causal=False),
         "sinks": Mask(scale=1.0, sinks=jnp.array([0.5, -1.0])),
+        "alibi": Mask(scale=1.0, slopes=jnp.array([0.5, 0.2])),
         "value_dim": Mask(scale=1.0),
     }[feature]
     v = v[..., : DIM // 2] if feature == "value_dim" else v

@@ -17,6 +17,7 @@ SETTINGS = {
     "windows": {"attention": {"windows": (3, 0)}},
     "narrow windows": {"num_layers": 5, "attention": {"windows": (1, 5, 2), "kv_heads": 1}},
     "latent": {"attention": {"kv_heads": 4, "latent": LatentConfig(kv_dim=12, query_dim=10, rope_dim=4, value_dim=6)}},
+    "alibi": {"attention": {"alibi": True, "windows": (3, 0)}, "rope": RopeConfig(fraction=0.0)},
     "sinks": {"attention": {"sinks": True, "output_bias": True}},
     "learned positions": {"learned_positions": 16, "rope": RopeConfig(fraction=0.0)},
     "softcaps": {"attention": {"softcap": 3.0}, "logits_softcap": 5.0},

@@ -100,6 +100,7 @@ PUBLISHED = {
     "internlm2.5-20b": 19_861_149_696,
     # baichuan-inc/*
     "baichuan2-7b": 7_505_973_248,
+    "baichuan2-13b": 13_896_668_160,
     # mistralai/Mixtral-*, Qwen/*, deepseek-ai/*, openai/gpt-oss-*, baidu/ERNIE-4.5-*-PT; gpt-oss with four-bit weights
     # counted one by one. DeepSeek-V3 has 684,531,386,000 scalars there, of which 41,540,496 are scales of FP8 blocks
     # and 1,853,358,080 the second copies of embedding and head
