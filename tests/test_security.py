@@ -15,11 +15,8 @@ CODE = sorted(path for folder in ("maxlm", "launch", "tools") for path in (ROOT 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-# Processes of one program talk to their own children, over pipes or in a temporary folder that the parent has just made
-# for itself alone: no stranger's file is read there.
-OWN_CHILDREN = {
-    name: ["imports pickle"] for name in ("maxlm/data/workers.py", "maxlm/plan/child.py", "maxlm/plan/compile.py")
-}
+# Processes of one program talk to their own children over pipes: no stranger's file is read there.
+OWN_CHILDREN = {"maxlm/data/workers.py": ["imports pickle"]}
 
 
 def dotted(node: ast.AST) -> str:

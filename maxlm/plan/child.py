@@ -1,12 +1,11 @@
 """The process that compiles: `python -m maxlm.plan.child FOLDER`, started by `maxlm.plan.compile`.
 
-Reads FOLDER/request.pickle; leaves FOLDER/step.hlo, FOLDER/facts.json and XLA's dumps in FOLDER/dump.
+Reads FOLDER/request.json; leaves FOLDER/step.hlo, FOLDER/facts.json and XLA's dumps in FOLDER/dump.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax
 
 from maxlm.compilation import settle_cpu_devices
 from maxlm.parallel.mesh import make_mesh
-from maxlm.plan.compile import Request
+from maxlm.plan.compile import request_from_json
 from maxlm.plan.topology import Topology
 from maxlm.train.setup import make_setup
 
@@ -55,7 +54,7 @@ def place_of(device: Any, topology: Topology) -> list[int]:
 def run(work: Path) -> None:
     """Compiles what was asked for."""
     settle_cpu_devices()
-    request: Request = pickle.loads((work / "request.pickle").read_bytes())
+    request = request_from_json((work / "request.json").read_text())
     config = request.config
     mesh = make_mesh(config.parallel, devices_of(request.topology))
     setup = make_setup(config, mesh)

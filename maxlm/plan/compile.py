@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -26,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import maxlm
+from maxlm.chips import Chip
 from maxlm.compilation import compiler_options
 from maxlm.config import Config
 from maxlm.errors import UserError
 from maxlm.plan.topology import Topology
+from maxlm.resolve import as_config_dict, resolve
 
 GIB = 2**30
 LIMIT = 24 * GIB  # of the compiler's memory
@@ -89,6 +90,26 @@ class Request:
     options: Mapping[str, str]
     whole: bool
 
+    def as_json(self) -> str:
+        """For `request_from_json`."""
+        return json.dumps(
+            {
+                "config": as_config_dict(self.config).to_dict(),
+                "topology": dataclasses.asdict(self.topology),
+                "options": dict(self.options),
+                "whole": self.whole,
+            }
+        )
+
+
+def request_from_json(text: str) -> Request:
+    """The request that `Request.as_json` wrote."""
+    given = json.loads(text)
+    place = given["topology"]
+    chip = Chip(**{**place["chip"], "kinds": tuple(place["chip"]["kinds"])})
+    topology = Topology(**{**place, "chip": chip, "shape": tuple(place["shape"])})
+    return Request(resolve(given["config"]), topology, given["options"], given["whole"])
+
 
 def compile_step(
     config: Config,
@@ -121,7 +142,7 @@ def compile_step(
         return dataclasses.replace(_read(place), cached=True)
     with tempfile.TemporaryDirectory(prefix="maxlm-plan-") as folder:
         work = Path(folder)
-        (work / "request.pickle").write_bytes(pickle.dumps(request))
+        (work / "request.json").write_text(request.as_json())
         begun = time.monotonic()
         peak = _run_child(work, request, limit=limit, log=log)
         step = _collect(work, peak, elapsed=time.monotonic() - begun)

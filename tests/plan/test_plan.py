@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 
 import pytest
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.console import Console
 from maxlm.config import AttentionConfig, Config, DataConfig, MlpConfig, ModelConfig, StoreConfig, TrainConfig
 from maxlm.plan import compile as compiling
 from maxlm.plan import hlo, network, predict
-from maxlm.plan.compile import CompileError, Request, Step, compile_step, content_key
+from maxlm.plan.compile import CompileError, Request, Step, compile_step, content_key, request_from_json
 from maxlm.plan.explain import explanation
 from maxlm.plan.html import render
 from maxlm.plan.page import headlines, print_plan
@@ -18,6 +19,7 @@ from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
 from tests.plan.test_memory import BUFFERS, RANGES
 from tests.plan.test_plan_hlo import TPU
+from tests.runs import ROOT
 
 MODEL = ModelConfig(
     vocab_size=512, embed_dim=32, num_layers=2, attention=AttentionConfig(q_heads=4, kv_heads=2), mlp=MlpConfig(dim=64)
@@ -164,6 +166,15 @@ def test_what_was_compiled_is_read_again_and_found_by_content(tmp_path):
     assert content_key(dataclasses.replace(request, topology=with_chip(topology, price=1.0))) == key
     compiling._write(fake_step(), tmp_path / key)
     assert compiling._read(tmp_path / key) == fake_step()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "gemma3_27b", "deepseek_v3"])
+def test_a_request_reaches_the_child_as_it_is(name):
+    module = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))
+    config = resolve(module["get_config"]())
+    for topology in (parse_topology("2*v5p-256"), with_chip(parse_topology("h100x8x32"), kinds=(), price=1.5)):
+        request = Request(config, topology, {"a": "1"}, False)
+        assert request_from_json(request.as_json()) == request
 
 
 def with_chip(topology, **figures):
