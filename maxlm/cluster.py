@@ -247,6 +247,7 @@ def told(mine: bytes, *, source: bool) -> bytes:
     """
     if jax.process_count() == 1:
         return mine
+    meet("told")  # the one that knows may have had to look for long
     with jax.transfer_guard("allow"):  # meant, whatever the training loop guards against
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine)), is_source=source))
         text = np.zeros(size, np.uint8)

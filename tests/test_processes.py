@@ -152,10 +152,14 @@ def test_a_process_of_another_config_is_named_before_anything_is_compiled(tmp_pa
 
 
 AGREE = """
-import sys, time
+import pathlib, sys, time
+import jax
 from jax.experimental import multihost_utils
 from maxlm.cluster import agree_on, join
 from maxlm.errors import UserError
+from maxlm.resolve import resolve
+from maxlm.train.budget import recorded_steps
+from tests.tiny import tiny_config
 gather, gathered = multihost_utils.process_allgather, []
 def process_allgather(line):
     gathered.append(time.monotonic())
@@ -165,6 +169,7 @@ where, number = sys.argv[1], int(sys.argv[2])
 joined = join({}, coordinator=where, processes=2, process=number)
 print(joined.why)
 def work():
+    jax.devices()  # for which they wait for each other
     time.sleep(2 * number)  # gloo would not wait for half a minute
     came = time.monotonic()
     for mine in ("same", f"data {number}", UserError("no such file") if number else "mine"):
@@ -174,6 +179,8 @@ def work():
         except UserError as error:
             print(error)
     print(came, gathered[0])
+    config = resolve(tiny_config(pathlib.Path("corpus"), train__budget_seconds=60.0, train__steps=100))
+    print(recorded_steps(config, pathlib.Path(sys.argv[3 + number])).train.steps)
     return 0
 joined.run(work)
 """
@@ -183,8 +190,12 @@ def test_data_that_differs_or_is_missing_on_a_host_is_told_to_all(tmp_path):
     where = Runs.place(2)[0].partition("=")[2]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     command = [sys.executable, "-c", AGREE, where]
+    (tmp_path / "config.json").write_text('{"train": {"steps": 17}}')
+    folders = [str(tmp_path), str(tmp_path / "empty")]  # process 0 has it from before a kill, the other does not
     both = [
-        subprocess.Popen([*command, str(number)], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        subprocess.Popen(
+            [*command, str(number), *folders], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
         for number in range(2)
     ]
     told = [
@@ -203,3 +214,4 @@ def test_data_that_differs_or_is_missing_on_a_host_is_told_to_all(tmp_path):
     assert told[1][3] == "no such file"
     (_, entered), (came, _) = ([float(time) for time in lines[4].split()] for lines in told)
     assert entered > came  # process 0 was not in the collective before process 1 was there
+    assert [lines[5] for lines in told] == ["17", "17"]

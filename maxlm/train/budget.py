@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from maxlm.cluster import decided
 from maxlm.config import Config
 from maxlm.data.batch import Batch
 from maxlm.data.loader import Loader
@@ -29,11 +30,16 @@ def with_steps(config: Config, steps: int) -> Config:
 
 
 def recorded_steps(config: Config, workdir: Path) -> Config:
-    """The config with the number of steps that the run in `workdir` was given, if it has begun."""
-    record = workdir / "config.json"
-    if not config.train.budget_seconds or not record.exists():
+    """The config with the number of steps that the run in `workdir` was given, if it has begun: process 0 says it.
+
+    Of a run in a bucket the others may not have the record yet, or not any more; whoever goes on to measure while
+    another does not would wait for it for ever.
+    """
+    if not config.train.budget_seconds:
         return config
-    return with_steps(config, json.loads(record.read_text())["train"]["steps"])
+    record = workdir / "config.json"
+    steps = decided(lambda: json.loads(record.read_text())["train"]["steps"] if record.exists() else None)
+    return config if steps is None else with_steps(config, steps)
 
 
 def fitted_steps(config: Config, setup: Setup, loader: Loader, *, log: Callable[[str], None]) -> int:

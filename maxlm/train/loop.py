@@ -106,6 +106,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
                 given = with_steps(given, fitted_steps(config, setup, loader, log=log))
             config = resolve(given, devices=jax.device_count())
             setup = make_setup(config, mesh)
+        agree_on("train.steps", str(config.train.steps))
         if first_process:
             configfile.record(given, workdir, log=log)
 
