@@ -29,6 +29,7 @@ JOIN_SECONDS = 300  # how long a process waits for the others to come, unless it
 _JAX_SILENCE = 100  # seconds after which JAX ends the others itself, without a name: ours has to come first
 _PATIENCE = 7200  # seconds: whoever dies meanwhile is noticed by the heartbeat
 _meetings: Counter[str] = Counter()  # the coordinator knows a meeting by its number
+_DONE = "done: "  # begins what `done_first` tells: what follows went wrong
 _LINE = 1024  # bytes that each process contributes to `agree_on`
 
 
@@ -281,6 +282,33 @@ def decided(decide: Callable[[], Any], *, error: type[UserError] = UserError) ->
     if failed:
         raise error(failed)
     return found
+
+
+def done_first(what: str, work: Callable[[], None]) -> None:
+    """Lets process 0 do some work while the others wait for it: on any thread, as no collective takes part.
+
+    Args:
+      what: a name that is never used again.
+      work: called by process 0.
+
+    Raises:
+      OSError: on the other processes, where process 0 has failed at it.
+    """
+    if jax.process_count() == 1:
+        work()
+        return
+    client, key = distributed.global_state.client, f"maxlm: {what}"
+    assert client is not None  # there are several processes
+    if jax.process_index():
+        if trouble := client.blocking_key_value_get(key, _PATIENCE * 1000).removeprefix(_DONE):
+            raise OSError(trouble)
+        return
+    try:
+        work()
+    except BaseException as error:
+        client.key_value_set(key, f"{_DONE}process 0: {error}")
+        raise
+    client.key_value_set(key, _DONE)
 
 
 class Agreement:

@@ -155,7 +155,7 @@ AGREE = """
 import pathlib, sys, time
 import jax
 from jax.experimental import multihost_utils
-from maxlm.cluster import agree_on, join
+from maxlm.cluster import agree_on, done_first, join
 from maxlm.errors import UserError
 from maxlm.resolve import resolve
 from maxlm.train.budget import recorded_steps
@@ -181,6 +181,12 @@ def work():
     print(came, gathered[0])
     config = resolve(tiny_config(pathlib.Path("corpus"), train__budget_seconds=60.0, train__steps=100))
     print(recorded_steps(config, pathlib.Path(sys.argv[3 + number])).train.steps)
+    done_first("a file", lambda: (time.sleep(1), pathlib.Path(sys.argv[3], "a").touch()))
+    print(pathlib.Path(sys.argv[3], "a").exists())
+    try:
+        done_first("another", lambda: pathlib.Path(sys.argv[3], "no", "such").touch())
+    except OSError as error:
+        print(error)
     return 0
 joined.run(work)
 """
@@ -215,3 +221,5 @@ def test_data_that_differs_or_is_missing_on_a_host_is_told_to_all(tmp_path):
     (_, entered), (came, _) = ([float(time) for time in lines[4].split()] for lines in told)
     assert entered > came  # process 0 was not in the collective before process 1 was there
     assert [lines[5] for lines in told] == ["17", "17"]
+    assert [lines[6] for lines in told] == ["True", "True"]
+    assert "No such file" in told[0][7] and told[1][7] == f"process 0: {told[0][7]}"

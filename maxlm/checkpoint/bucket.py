@@ -43,6 +43,7 @@ from maxlm.checkpoint.reader import (
     checked_record,
     describe,
 )
+from maxlm.cluster import decided, done_first
 from maxlm.config import CheckpointConfig
 from maxlm.storage import ANSWER_SECONDS, Folder, StorageError, is_bucket, trouble
 
@@ -134,7 +135,7 @@ class BucketCheckpointer(BucketReader, Checkpointer):
         self._saved = set(self.steps())
 
     def _exists(self, step: int) -> bool:
-        return step in self._saved
+        return decided(lambda: step in self._saved)  # of which process 0 retires some
 
     def _sweep(self) -> None:
         committed = (self.directory / "commits").names()
@@ -232,8 +233,8 @@ class BucketCheckpointer(BucketReader, Checkpointer):
         chunks: Mapping[str, tuple[int, ...]],
     ) -> None:
         me = jax.process_index()
-        if me == 0:
-            (self.directory / "begun").write(name, _MARK)
+        # Before anybody writes anything: what has no mark, nobody would remove after a crash.
+        done_first(f"begun {name}", lambda: (self.directory / "begun").write(name, _MARK))
         state = self.directory / name / STATE_ITEM
         write_blocks(state, record.arrays, blocks, chunks=chunks, describes=me == 0)
         (self.directory / name / "parts").write(f"{me:05d}", _MARK)
@@ -262,6 +263,7 @@ class BucketCheckpointer(BucketReader, Checkpointer):
             commits = self._commits()
             for step in self._retention.retired(commits):
                 (self.directory / "commits").remove(commits[step])
+                self._saved.discard(step)  # after a rollback it may be saved again
                 self._discard(commits[step])
             self._sweep()
         except OSError as error:

@@ -148,6 +148,7 @@ class Checkpointer(CheckpointReader):
         self.wait()
         if self._exists(step):
             if not force:
+                self._log(f"checkpoint {step} is there already and stays: nothing was saved")
                 return SaveResult(False, time.perf_counter() - start)
             self.set_aside([step], "replaced")
         self._writing, self._began = step, time.perf_counter()

@@ -175,6 +175,34 @@ def test_keeps_what_it_is_told_and_a_forced_save_replaces(folder):
     assert_same(found.state, make_state(9, mesh(1, 1)))
 
 
+def test_a_step_that_was_retired_can_be_saved_again(folder):
+    log: list[str] = []
+    with open_checkpointer(folder, CheckpointConfig(keep_latest=1), log=log.append) as checkpointer:
+        for step in (1, 2):
+            assert checkpointer.save(step, make_state(step, mesh(4, 2)), metadata={}).started
+        assert not checkpointer.save(2, make_state(9, mesh(4, 2)), metadata={}).started
+        assert log == ["checkpoint 2 is there already and stays: nothing was saved"]
+        checkpointer.set_aside([2], "rolled_back")  # the run has gone back to before step 1
+        assert checkpointer.save(1, make_state(7, mesh(4, 2)), metadata={}).started
+        found = checkpointer.restore(abstract(make_state(0, mesh(1, 1))))
+    assert found.step == 1
+    assert_same(found.state, make_state(7, mesh(1, 1)))
+
+
+def test_no_process_writes_before_process_0_has_marked_the_folder(folder, monkeypatch):
+    def done_first(what, work):
+        marks.append(what)
+        raise OSError("process 0: no such luck")
+
+    marks: list[str] = []
+    with open_checkpointer(folder, KEEP_ALL) as checkpointer:
+        monkeypatch.setattr(buckets, "done_first", done_first)
+        checkpointer.save(1, make_state(1, mesh(4, 2)), metadata={})
+        checkpointer.wait()
+        assert len(marks) == 1 and "no such luck" in str(checkpointer.pending_error())
+    assert Folder(folder).names() == []
+
+
 def test_a_bucket_that_does_not_answer_for_a_moment_costs_no_checkpoint(folder, server):
     config, log = CheckpointConfig(keep_latest=1, keep_best=1), []
     for step, score in ((1, 1.0), (2, 3.0)):
