@@ -120,6 +120,11 @@ class LocalCopies:
                     return found
         return None
 
+    def forget_after(self, step: int) -> None:
+        """Removes the copies of steps after `step`, where the run goes on from: they are of a way that was given up."""
+        self.wait()
+        self._remove_after(step)
+
     def close(self) -> None:
         """Waits for the last copy."""
         self.wait()
@@ -204,8 +209,13 @@ class LocalCopies:
             os.fsync(index.fileno())
         shutil.rmtree(self.folder / str(record.step), ignore_errors=True)
         beside.rename(self.folder / str(record.step))
+        self._remove_after(record.step)
         for step in self._steps()[:-KEPT]:
             shutil.rmtree(self.folder / str(step), ignore_errors=True)
+
+    def _remove_after(self, step: int) -> None:
+        for later in (found for found in self._steps() if found > step):
+            shutil.rmtree(self.folder / str(later), ignore_errors=True)
 
 
 def layout_of(leaves: Mapping[str, Any]) -> str:

@@ -47,6 +47,15 @@ def test_the_newest_copy_comes_back_and_few_are_kept(copies):
     assert restore(other) is None
 
 
+def test_copies_of_a_way_that_was_given_up_do_not_push_out_those_of_the_new_one(copies):
+    save(copies, 20, 30, 4)  # back from 30 to a checkpoint before 4
+    assert [path.name for path in copies.folder.iterdir()] == ["4"]
+    assert restore(copies).step == 4
+    save(copies, 8, 12)
+    copies.forget_after(8)  # as where the run goes on from
+    assert restore(copies).step == 8 and [path.name for path in copies.folder.iterdir()] == ["8"]
+
+
 @pytest.mark.parametrize("file", ["data", "index.json"])
 def test_a_damaged_copy_is_passed_over(copies, file):
     save(copies, 1, 2)
