@@ -52,7 +52,7 @@ from maxlm.train.progress import Cost, Progress
 from maxlm.train.sentries import Sentries
 from maxlm.train.setup import Setup, make_setup, memory_line, place_batch
 from maxlm.train.signals import EXIT_PREEMPTED, Signals
-from maxlm.train.state import TrainState, fresh_loss_scale, make_state
+from maxlm.train.state import TrainState, as_configured, make_state
 from maxlm.train.watermark import Watermark
 
 RETRY_SECONDS = 5.0  # between tries to save when there is nothing else left to do
@@ -121,10 +121,10 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
                 restored = restore(checkpointer, copies, setup, loader)
                 if restored:
                     check_records(restored.metadata["data"], loader.records(), step=restored.step)
-                    state, start = restored.state, restored.step
-                    if restored.metadata["config"]["train"]["precision"] != config.train.precision:
-                        state = fresh_loss_scale(state, config)
-                    metadata = restored.metadata
+                    start, metadata = restored.step, restored.metadata
+                    state = as_configured(restored.state, config, metadata)
+                    if copies:
+                        copies.forget_after(start)
                     log(f"continuing from the checkpoint of step {start}")
                 else:
                     params = first_weights(config, setup, workdir, log=log)
@@ -280,6 +280,8 @@ class Run:
         self.goodput.begin_anew(restored.step)
         for pace in (self.checkpointer.pace, self.copy_pace):
             pace.go_back(restored.step)
+        if self.copies:
+            self.copies.forget_after(restored.step)
         self.loader = Loader(self.data.stores, self.config.data, seed=self.config.seed, skips=skips)
         self.sentries.refusals = rollback.refusals(self.config.optim.guard.rollback, restored.state, restored.metadata)
         self.writer.truncate(restored.step)

@@ -40,7 +40,7 @@ from maxlm.train.home import Home, copied
 from maxlm.train.metrics import read_metrics
 from maxlm.train.peak import describe_place
 from maxlm.train.setup import Setup, make_setup, place_batch
-from maxlm.train.state import TrainState, fresh_loss_scale, make_state
+from maxlm.train.state import TrainState, as_configured, make_state
 
 COMPARED = ("loss", "grad_norm")  # figures of a step that are held against those written down
 _SHOWN = 8  # arrays that a report lists
@@ -190,10 +190,7 @@ class _Bench:
             params = weights(self.setup.shardings.params) if weights else None
             return make_state(self.config, self.setup.optimizer, self.setup.shardings, params)
         restored = self.checkpoints.restore_state(self.setup.abstract_state(), step=start)
-        state = restored.state
-        if restored.metadata["config"]["train"]["precision"] != self.config.train.precision:
-            state = fresh_loss_scale(state, self.config)
-        return state
+        return as_configured(restored.state, self.config, restored.metadata)
 
     def program(self, rows: int, positions: int) -> jax.stages.Compiled:
         """The run's own step, compiled."""

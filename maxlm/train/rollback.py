@@ -27,10 +27,10 @@ from maxlm.data.loader import Skip
 from maxlm.errors import UserError
 from maxlm.files import write_atomically
 from maxlm.storage import StorageError
+from maxlm.train.state import TrainState, as_configured
 
 if TYPE_CHECKING:
     from maxlm.train.loop import Run
-    from maxlm.train.state import TrainState
 
 FILE_NAME = "rollbacks.json"
 REFUSED = "refused"  # of a checkpoint's metadata: the steps lately refused before it
@@ -170,7 +170,8 @@ def _restore(run: Run, newest: int) -> Restored | None:
     """The newest whole checkpoint that is not newer than that."""
     for step in decided(lambda: [old for old in reversed(run.checkpointer.steps()) if old <= newest]):
         try:
-            return run.checkpointer.restore(run.setup.abstract_state(), step=step)
+            found = run.checkpointer.restore(run.setup.abstract_state(), step=step)
+            return found and found._replace(state=as_configured(found.state, run.config, found.metadata))
         except CheckpointError as error:
             run.log(str(error))
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -107,7 +108,13 @@ def make_state(
     return program.compile(options if on_cpu else None)(params)
 
 
-def fresh_loss_scale(state: TrainState, config: Config) -> TrainState:
-    """The state with the loss scale of the config's precision: that of another precision means nothing here."""
+def as_configured(state: TrainState, config: Config, metadata: Mapping[str, Any]) -> TrainState:
+    """A restored state as the config wants it: the loss scale of another precision means nothing here.
+
+    Args:
+      metadata: of the checkpoint that it comes from.
+    """
+    if metadata["config"]["train"]["precision"] == config.train.precision:
+        return state
     sharding = state.scale.scale.sharding
     return dataclasses.replace(state, scale=jax.device_put(scaling.init_scale(config.train.precision), sharding))

@@ -1,25 +1,32 @@
 """Rollback: what is passed over, recorded, and done again alike after a kill."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maxlm.checkpoint.digest import digest_array
+from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.reader import CheckpointReader
 from maxlm.config import DataConfig
 from maxlm.data.batch import Batch
 from maxlm.data.loader import Loader
 from maxlm.data.prepare import prepare_data
 from maxlm.errors import UserError
-from maxlm.resolve import resolve
+from maxlm.optim.scaling import init_scale
+from maxlm.parallel.mesh import make_mesh
+from maxlm.resolve import as_config_dict, resolve
 from maxlm.train import rollback
 from maxlm.train.goodput import Ledger
 from maxlm.train.loop import train
 from maxlm.train.metrics import read_metrics
 from maxlm.train.rollback import Refusals, Rollback, TurnBack, recorded, skips
+from maxlm.train.setup import make_setup
+from maxlm.train.state import make_state
 from tests.data.memory_store import MemoryStore
 from tests.tiny import replace, tiny_config, write_corpus
 
@@ -197,6 +204,24 @@ def test_killed_at_a_rollback_or_after_it_the_run_goes_on_alike(world, whole, mo
     assert recorded(world.folder / moment) == recorded(world.folder / "whole")
     assert batches(world, moment) == batches(world, "whole")
     assert losses(world, moment) == losses(world, "whole")
+
+
+def test_a_checkpoint_of_another_precision_comes_back_with_the_loss_scale_of_this_one(world, tmp_path):
+    config = resolve(world.config, devices=1)
+    setup = make_setup(config, make_mesh(config.parallel, jax.devices()[:1]))
+    state = make_state(config, setup.optimizer, setup.shardings)
+    half = replace(config, ["train", "precision"], "float16")
+    saved = dataclasses.replace(state, scale=init_scale("float16"))
+    with Checkpointer(tmp_path, config.checkpoint) as checkpointer:
+        checkpointer.save(3, saved, metadata={"config": as_config_dict(half).to_dict()})
+        checkpointer.wait()
+        run = SimpleNamespace(checkpointer=checkpointer, setup=setup, config=config, log=print)
+        assert rollback._restore(run, 2) is None
+        found = rollback._restore(run, 3).state.scale
+        kept = rollback._restore(SimpleNamespace(**{**vars(run), "config": half}), 3).state.scale
+    np.testing.assert_array_equal(found.scale, init_scale("float32").scale)
+    np.testing.assert_array_equal(kept.scale, init_scale("float16").scale)
+    assert found.scale != kept.scale
 
 
 @pytest.mark.slow
