@@ -274,10 +274,13 @@ def decided(decide: Callable[[], Any], *, error: type[UserError] = UserError) ->
         try:
             found = decide()
         except (UserError, OSError) as trouble:
+            meet("decided")
             told(json.dumps([f"process 0: {trouble}", None]).encode(), source=True)
             raise
+        meet("decided")
         told(json.dumps(["", found]).encode(), source=True)
         return found
+    meet("decided")  # the others may wait long for it
     failed, found = json.loads(told(b"", source=False))
     if failed:
         raise error(failed)

@@ -1,6 +1,7 @@
 """Objects in a bucket: written whole, listed, copied with their hashes, and what a failing server does."""
 
 import hashlib
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from maxlm import storage
 from maxlm.errors import UserError
 from maxlm.storage import Folder, StorageError
-from maxlm.train.home import Home, copied
+from maxlm.train.home import Home, copied, first_start, run_id
 from tests.buckets import SECRET
 
 
@@ -180,3 +181,37 @@ def test_a_checkpoint_that_is_retired_while_it_is_copied_gives_way_to_the_next(b
     folder = copied(run.url, log=print)
     assert gone and held(folder, 2000) == ["2000-abc-2"] * 6
     assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")] == [folder.name]
+
+
+def test_a_run_begun_again_in_the_place_of_another_does_not_find_its_files(bucket, tmp_path):
+    url, lines = f"{bucket}/run", []
+    first = first_start(url)
+    assert first_start(url) == first != ""
+    with Home(url, log=lines.append, run=first) as home:
+        (home.folder / "rollbacks.json").write_text('[{"at": 9, "to": 6}]')
+        (home.folder / "config.json").write_text("{}")
+    assert Home(url, log=lines.append).folder == home.folder and not lines
+    Folder(url).delete()
+    second = first_start(url)
+    assert second != first
+    with Home(url, log=lines.append, run=second) as again:
+        assert [path.name for path in again.folder.iterdir()] == ["run.json"]
+    assert Folder(url).names() == ["run.json"] and run_id(url) == second
+    assert len(lines) == 1 and lines[0].startswith(f"left out {home.folder}: ")
+    folder = tmp_path / "run"  # on a disk alike
+    first = first_start(folder)
+    assert first_start(folder) == first and Home(folder, log=print).run == first
+    shutil.rmtree(folder)
+    assert first_start(folder) != first
+
+
+def test_a_run_from_before_there_were_ids_goes_on_without(bucket, tmp_path):
+    url = f"{bucket}/run"
+    with Home(url, log=print) as home:
+        (home.folder / "config.json").write_text("{}")
+        (home.folder / "metrics.jsonl").write_text("1\n")
+    assert first_start(url) == "" and "run.json" not in Folder(url).names()
+    with Home(url, log=print, run="") as again:
+        assert again.folder == home.folder and (again.folder / "metrics.jsonl").read_text() == "1\n"
+    (tmp_path / "config.json").write_text("{}")
+    assert first_start(tmp_path) == "" and not (tmp_path / "run.json").exists()

@@ -147,7 +147,7 @@ class LocalCopies:
             try:
                 saved = _read(self.folder / str(step), layout_of(wanted))
                 if not usable(saved.record.metadata):
-                    saved, problem = None, "it belongs to other data"
+                    saved, problem = None, "it belongs to another run, or to other data"
             except (OSError, ValueError, KeyError, TypeError) as error:
                 problem = describe(error)
         flags = np.asarray([saved is not None])

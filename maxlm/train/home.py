@@ -8,6 +8,9 @@ always finds the records of the steps up to n) and at the end. Checkpoints and s
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
+import secrets
 import shutil
 import tempfile
 import threading
@@ -18,11 +21,12 @@ from typing import Self
 
 from maxlm.checkpoint.bucket import BucketReader
 from maxlm.errors import UserError
-from maxlm.files import locked
+from maxlm.files import locked, write_atomically
 from maxlm.storage import Folder, cache_folder, is_bucket, local_name
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CONFIG = "checkpoints", "config.json"
 PREPARED = "data/prepared.json"
+RUN = "run.json"
 PUSH_SECONDS = 60.0
 
 Log = Callable[[str], None]
@@ -36,20 +40,39 @@ class Home:
       log: takes one line of text an event.
       writes: whether this process copies into the bucket what changes here; of several one does.
       folder: of a bucket, where its small files are copied to; None: where this machine keeps those of runs.
+      run: the run's id, as `first_start` has given it; None: that of the run which is there.
 
     Raises:
       UserError: the place cannot be one.
     """
 
-    def __init__(self, place: str | Path, *, log: Log, writes: bool = True, folder: Path | None = None):
+    def __init__(
+        self, place: str | Path, *, log: Log, writes: bool = True, folder: Path | None = None, run: str | None = None
+    ):
         self._remote = Folder(str(place)) if is_bucket(place) else None
         self.place: str | Path = self._remote.url if self._remote else Path(place).expanduser().absolute()
-        usual = cache_folder() / "runs" / local_name(str(place)) if self._remote else Path(self.place)
-        self.folder = folder or usual
+        self._chosen, self._given = folder, run
         self._log, self._writes = log, writes
         self._pushed: dict[str, tuple[int, int]] = {}
         self._pushing = threading.Lock()
         self._ended = threading.Event()
+
+    @functools.cached_property
+    def run(self) -> str:
+        """The run's id; "": it has none. Raises StorageError: the bucket cannot be read."""
+        return run_id(self.place) if self._given is None else self._given
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The run's folder on this machine. In a bucket's place each run has its own: an earlier one's are not its."""
+        if self._chosen or self._remote is None:
+            return self._chosen or Path(self.place)
+        name = local_name(self._remote.url)
+        folder = cache_folder() / "runs" / (f"{name}-{self.run}" if self.run else name)
+        earlier = sorted(folder.parent.glob(f"{name}*"))
+        if earlier and not folder.exists():
+            self._log(f"left out {', '.join(map(str, earlier))}: copied before this run was begun in {self.place}")
+        return folder
 
     @property
     def checkpoints(self) -> str | Path:
@@ -118,6 +141,44 @@ class Home:
                 self.push()
             except OSError as error:
                 self._log(f"metrics and reports could not be copied: {error}; the next try is in {PUSH_SECONDS:g} s")
+
+
+def run_id(place: str | Path) -> str:
+    """The id of the run that is there; "": there is none, or it was begun before runs had one.
+
+    Raises:
+      StorageError: the bucket cannot be read.
+    """
+    content = _content(place, RUN)
+    return "" if content is None else json.loads(content)["id"]
+
+
+def first_start(place: str | Path) -> str:
+    """The id of the run there, made at its first start; for one process of them.
+
+    What lies outside the run's folder (copies of its state, the cache of a bucket) outlives the folder. By the id it
+    is known that it belongs to an earlier run, if another was begun in its place.
+
+    Raises:
+      StorageError: the bucket cannot be read or written.
+    """
+    if (known := run_id(place)) or _content(place, CONFIG) is not None:
+        return known  # the second: it was begun before runs had an id, and goes on as it was
+    content = json.dumps({"id": secrets.token_hex(8)})
+    if is_bucket(place):
+        Folder(str(place)).write(RUN, content)
+    else:
+        folder = Path(place).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / RUN, content)
+    return run_id(place)
+
+
+def _content(place: str | Path, name: str) -> bytes | None:
+    """A file of a run; None: it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        return Folder(str(place)).read(name) if is_bucket(place) else (Path(place).expanduser() / name).read_bytes()
+    return None
 
 
 def copied(place: str | Path, *, log: Log) -> Path:

@@ -24,7 +24,7 @@ from maxlm.checkpoint.local import LocalCopies
 from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import Restored
-from maxlm.cluster import Agreement, agree_on, meet
+from maxlm.cluster import Agreement, agree_on, decided, meet
 from maxlm.compilation import settle_cpu_devices, use_compilation_cache
 from maxlm.config import Config
 from maxlm.convert.folder import carry
@@ -44,7 +44,7 @@ from maxlm.train import rollback
 from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
 from maxlm.train.finish import check_samples, finish
 from maxlm.train.goodput import Ledger, process_age
-from maxlm.train.home import Home, copied
+from maxlm.train.home import Home, copied, first_start
 from maxlm.train.metrics import MetricsWriter
 from maxlm.train.peak import describe_devices, describe_place, run_peak
 from maxlm.train.profile import Profiler
@@ -78,7 +78,8 @@ def train(config: Config, workdir: str | Path, *, log: Log, heartbeat: Heartbeat
         were refused or too many saves in a row have failed, or a bucket does not answer.
     """
     settle_cpu_devices()
-    with Home(workdir, log=log, writes=jax.process_index() == 0) as home:
+    run = decided(lambda: first_start(workdir))
+    with Home(workdir, log=log, writes=jax.process_index() == 0, run=run) as home:
         return train_at(config, home, log=log, heartbeat=heartbeat or Heartbeat())
 
 
@@ -96,7 +97,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
         data = prepare_together(config, home)
         check_samples(config, data)
         proof = Proof(data.stores if first_process else {})
-        rollbacks = rollback.recorded(workdir)
+        rollbacks = [rollback.Rollback(*each) for each in decided(lambda: rollback.recorded(workdir))]
         loader = Loader(data.stores, config.data, seed=config.seed, skips=rollback.skips(rollbacks))
         mesh = make_mesh(config.parallel)
         setup = make_setup(config, mesh)
@@ -118,7 +119,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
             checkpointer.before_commit = home.push
             with goodput.bucket("restore"):
                 rollback.set_others_aside(checkpointer, rollbacks)
-                restored = restore(checkpointer, copies, setup, loader)
+                restored = restore(checkpointer, copies, setup, loader, run=home.run)
                 if restored:
                     check_records(restored.metadata["data"], loader.records(), step=restored.step)
                     start, metadata = restored.step, restored.metadata
@@ -166,14 +167,16 @@ def local_copies(config: Config, home: Home, *, log: Log) -> AbstractContextMana
     return closing(LocalCopies(folder, home.place, log=log)) if folder else nullcontext()
 
 
-def restore(checkpointer: Checkpointer, copies: LocalCopies | None, setup: Setup, loader: Loader) -> Restored | None:
-    """The newest state there is: that of local copies, where they go beyond the newest checkpoint."""
+def restore(
+    checkpointer: Checkpointer, copies: LocalCopies | None, setup: Setup, loader: Loader, *, run: str
+) -> Restored | None:
+    """The newest state there is: that of local copies of this run, where they go beyond the newest checkpoint."""
 
     def of_this_run(metadata: Mapping[str, Any]) -> bool:
-        return metadata["data"] == loader.records()
+        return metadata.get("run", "") == run and metadata["data"] == loader.records()
 
     if copies:
-        newest = max(checkpointer.steps(), default=0)
+        newest = decided(lambda: max(checkpointer.steps(), default=0))
         if found := copies.restore(setup.abstract_state(), after=newest, usable=of_this_run):
             return found
     return checkpointer.restore(setup.abstract_state())
@@ -454,6 +457,7 @@ class Run:
             "config": as_config_dict(self.config).to_dict(),
             "data": self.loader.records(),
             "tokenizer": self.data.tokenizer.fingerprint,
+            "run": self.home.run,
             "version": maxlm.__version__,
             rollback.REFUSED: self.sentries.refusals.steps,
         }

@@ -1,5 +1,7 @@
 """Copies on the machines' own disks: proved, kept apart, and put together from what is left of them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maxlm.checkpoint.interval import interval_steps
 from maxlm.checkpoint.local import KEPT, LocalCopies, assemble, covered
+from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.pace import Pace
 from maxlm.errors import UserError
-from tests.checkpoint.test_manager import abstract, assert_same, flip, make_state, mesh
+from maxlm.train import loop
+from tests.checkpoint.test_manager import KEEP_ALL, abstract, assert_same, flip, make_state, mesh
 
 
 @pytest.fixture
@@ -54,6 +58,23 @@ def test_copies_of_a_way_that_was_given_up_do_not_push_out_those_of_the_new_one(
     save(copies, 8, 12)
     copies.forget_after(8)  # as where the run goes on from
     assert restore(copies).step == 8 and [path.name for path in copies.folder.iterdir()] == ["8"]
+
+
+def test_copies_of_an_earlier_run_in_the_same_place_are_left_out(copies, tmp_path):
+    """The folder was deleted and begun anew with another learning rate: the same data, the same shapes."""
+    setup = SimpleNamespace(abstract_state=lambda: abstract(make_state(0, mesh(4, 2))))
+    loader = SimpleNamespace(records=lambda: {"skips": []})
+
+    def begun(run):
+        return loop.restore(checkpointer, copies, setup, loader, run=run)
+
+    with Checkpointer(tmp_path / "checkpoints", KEEP_ALL) as checkpointer:
+        copies.save(5, make_state(5, mesh(4, 2)), metadata={"data": {"skips": []}, "run": "first"})
+        assert begun("first").step == 5
+        assert begun("second") is None and "belongs to another run" in copies.lines[-1]
+        assert begun("") is None
+        copies.save(6, make_state(6, mesh(4, 2)), metadata={"data": {"skips": []}})  # by a run without an id
+        assert begun("").step == 6 and begun("second") is None
 
 
 @pytest.mark.parametrize("file", ["data", "index.json"])
