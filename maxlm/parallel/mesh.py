@@ -7,6 +7,7 @@ summed once a step, while `fsdp` gathers weights in every layer and `tensor` sum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -42,15 +43,16 @@ def arrange(parallel: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarr
     """
     shape = tuple(parallel.sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1 or parallel.across_slices == "any":
+    if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    axis, size = parallel.across_slices, parallel.sizes[parallel.across_slices]
+    axis = parallel.across_slices
     if not spreads(parallel.sizes, axis, slices=slices):
+        size = parallel.sizes[axis]
         raise MeshError(
             f"the {len(devices)} devices are in {slices} slices or nodes, and parallel.{axis}, the axis that crosses "
             f"them, is {size}; use a multiple of {slices}, or type parallel.across_slices=any to let every axis cross"
         )
-    outer = tuple(slices if name == axis else 1 for name in MESH_AXES)
+    outer = tuple(crossing(parallel.sizes, axis, slices=slices).values())
     inner = tuple(whole // across for whole, across in zip(shape, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
@@ -58,3 +60,17 @@ def arrange(parallel: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarr
 def spreads(sizes: Mapping[str, int], across_slices: str, *, slices: int) -> bool:
     """Whether such a mesh can be laid over so many slices or nodes: the axis that crosses divides into them."""
     return slices == 1 or across_slices == "any" or sizes[across_slices] % slices == 0
+
+
+def crossing(sizes: Mapping[str, int], across_slices: str, *, slices: int) -> dict[str, int]:
+    """How many slices or nodes a group along each axis is spread over, in a mesh that `spreads`.
+
+    Where any axis may cross, the outermost do, as far as they reach: what is innermost talks most.
+    """
+    if across_slices != "any":
+        return {axis: slices if axis == across_slices else 1 for axis in sizes}
+    found, left = {}, slices
+    for axis, size in sizes.items():
+        found[axis] = math.gcd(size, left)
+        left //= found[axis]
+    return found

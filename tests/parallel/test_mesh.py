@@ -50,6 +50,30 @@ def test_any_axis_may_cross_when_asked():
     assert crossing(mesh) == {"fsdp"}
 
 
+def tpu_slices(count, side):
+    """Square slices of TPUs. Coordinates begin anew in each, as those of real ones do."""
+    made = [(s, x, y) for s in range(count) for y in range(side) for x in range(side)]
+    return [
+        SimpleNamespace(
+            id=i,
+            process_index=s,
+            slice_index=s,
+            coords=(x, y, 0),
+            core_on_chip=0,
+            platform="tpu",
+            device_kind="TPU v5 lite",
+        )
+        for i, (s, x, y) in enumerate(made)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 32}, {"data": 4, "fsdp": 4, "tensor": 2}])
+def test_any_axis_may_cross_tpu_slices_which_are_laid_out_one_after_the_other(sizes):
+    mesh = arrange(ParallelConfig(**sizes, across_slices="any"), tpu_slices(2, 4))
+    assert [device.slice_index for device in mesh.flat] == [0] * 16 + [1] * 16
+    assert sorted(device.id for device in mesh.flat) == list(range(32))
+
+
 def test_one_slice_is_in_the_order_of_its_devices():
     mesh = make_mesh(ParallelConfig(data=2, fsdp=2, tensor=2))
     assert [device.id for device in mesh.devices.flat] == [device.id for device in jax.devices()[:8]]

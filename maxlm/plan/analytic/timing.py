@@ -17,6 +17,7 @@ import numpy as np
 from maxlm.config import MESH_AXES, Config, ModelConfig
 from maxlm.model.flops import ledger
 from maxlm.parallel.context import choose_method
+from maxlm.parallel.mesh import crossing, spreads
 from maxlm.parallel.pipeline.schedule import build, report
 from maxlm.plan import network
 from maxlm.plan.analytic.memory import Facts, state_bytes
@@ -191,15 +192,16 @@ def axis_spans(
 
     Args:
       sizes: of the mesh axes, outermost first.
-      across_slices: the axis that crosses from slice to slice; "any": devices are laid out slice after slice.
+      across_slices: the axis that crosses from slice to slice, or "any".
       slices: TPU slices or nodes.
       sides: of a slice's torus, each with whether it is closed; () for devices behind a switch.
     """
     left = list(sides)
     spans: dict[str, network.Span] = {}
-    crossing = _crossing(sizes, across_slices, slices)
+    named = across_slices if spreads(dict(sizes), across_slices, slices=slices) else "any"
+    crossed = crossing(dict(sizes), named, slices=slices)
     for axis, size in reversed(sizes):  # the innermost axes are given the nearest neighbours
-        across = crossing[axis]
+        across = crossed[axis]
         inner = size // across
         if not sides or inner == 1:
             spans[axis] = network.Span(size, across, 1.0)
@@ -210,18 +212,6 @@ def axis_spans(
             left[place] = (whole // share, closed)
         spans[axis] = network.Span(size, across, max(lanes, 1.0))
     return spans
-
-
-def _crossing(sizes: tuple[tuple[str, int], ...], across_slices: str, slices: int) -> dict[str, int]:
-    """How many slices a group along each axis is spread over."""
-    if across_slices != "any" and dict(sizes).get(across_slices, 1) % slices == 0:
-        return {axis: slices if axis == across_slices else 1 for axis, _ in sizes}
-    stride, found = math.prod(size for _, size in sizes), {}
-    each = stride // slices  # devices of a slice, which are neighbours in this order
-    for axis, size in sizes:
-        stride //= size
-        found[axis] = min(size, max(math.ceil(size * stride / each), 1))
-    return found
 
 
 def _sides(left: list[tuple[int, bool]], size: int) -> tuple[dict[int, int], float]:
