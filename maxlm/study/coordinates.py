@@ -104,7 +104,7 @@ def _config(base: Config, rules: Rules, shape: Shape, *, steps: int, rate: float
     train = dataclasses.replace(base.train, steps=steps, precision="float32", norms_every=0, budget_seconds=0.0)
     parallel = dataclasses.replace(base.parallel, data=1, fsdp=1, pipeline=1, context=1, expert=1, tensor=1)
     plain = dataclasses.replace(base, data=data, optim=optim, train=train, parallel=parallel)
-    return resolve(parametrized(shaped(plain, shape, rules), rules))
+    return resolve(parametrized(shaped(plain, shape, rules), rules, base=plain))
 
 
 def _run(setup: Setup, seed: int, steps: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,9 @@
 The transfer rule is the maximal update parametrization for Adam (Yang et al. 2021, arXiv 2203.03466, table 3): with
 m = D / `base_width`,
 
-- matrices whose fan-in grows with the width get 1 / m of the learning rate, the embedding, norms and biases all of it;
+- matrices whose fan-in grows with the width get 1 / m of the learning rate; the embedding, norms, biases and matrices
+  whose fan-in stays (those of a latent or of experts with a dim of their own) get all of it. Which are which is read
+  off the parameters' declarations (`widening`);
 - the head begins at zero (their appendix D.2), which is as small at any width as theirs is in the limit;
 - scores are multiplied by sqrt(base_head_dim) / h in place of 1 / sqrt(h);
 - weight decay grows by m where the rate falls by it, so that their product stays (Wang & Aitchison 2024, arXiv
@@ -28,17 +30,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from typing import NamedTuple
 
+from maxlm import tree
 from maxlm.config import Config, ModelConfig
 from maxlm.errors import UserError
+from maxlm.model.decoder import split_model
 from maxlm.model.flops import ledger
 from maxlm.resolve import resolve, resolve_model
 
 DIALS = ("depth", "params", "flops")
 RULES = ("standard", "transfer")
-WIDENING = r"(prefix|layers)/(attention|mlp)/(query|key|value|output|gate|up|down)"  # fan-in grows with the width
-HEAD = "head/kernel"
+HEADS = (64, 128)  # of two models that are compared to see what grows: so many that no rounding of F hides it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +162,7 @@ def configure(base: Config, shape: Shape, rules: Rules, *, flops: float = 0.0, t
     if rules.rule == "transfer":
         rate = rules.base_rate or rate
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, peak_lr=rate))
-    return lasting(parametrized(config, rules), wanted, rules)
+    return lasting(parametrized(config, rules, base=base), wanted, rules)
 
 
 def lasting(config: Config, tokens: float, rules: Rules) -> Config:
@@ -170,8 +174,29 @@ def lasting(config: Config, tokens: float, rules: Rules) -> Config:
     return resolve(dataclasses.replace(config, optim=optim, train=dataclasses.replace(config.train, steps=steps)))
 
 
-def parametrized(config: Config, rules: Rules) -> Config:
-    """The config under the standard or the transfer rule, whatever its width.
+def widening(model: ModelConfig, rules: Rules, *, layers: int) -> tuple[str, ...]:
+    """Paths of the trained parameters whose fan-in grows with the width, of a base's model with so many layers."""
+    narrow, wide = (_fan_ins(model, Shape(layers, heads * rules.head_dim), rules) for heads in HEADS)
+    return tuple(sorted(path for path, fan_in in narrow.items() if wide[path] > fan_in))
+
+
+@functools.lru_cache(maxsize=64)
+def _fan_ins(model: ModelConfig, shape: Shape, rules: Rules) -> dict[str, int]:
+    """Products that are summed into one output, of each trained parameter."""
+    specs = split_model(resolve_model(dataclasses.asdict(_shaped_model(model, shape, rules)))).specs
+    return {
+        path: math.prod(n for n, axis in zip(spec.shape, spec.logical, strict=True) if axis in spec.contract)
+        for path, spec in tree.paths(specs).items()
+        if spec.trained
+    }
+
+
+def parametrized(config: Config, rules: Rules, *, base: Config) -> Config:
+    """The config, whatever its width, under the standard or the transfer rule.
+
+    Args:
+      config: the base in some shape.
+      base: what the rules shaped; it alone tells dims that are fixed from those that follow from the width.
 
     Raises:
       UserError: the transfer rule with tied embeddings, whose one matrix would need two rules, with another optimizer
@@ -189,10 +214,11 @@ def parametrized(config: Config, rules: Rules) -> Config:
     if (optim.lr_rules, optim.decay_rules) != (fresh.lr_rules, fresh.decay_rules):
         raise UserError("the transfer rule sets optim.lr_rules and optim.decay_rules; leave them at their defaults")
     ratio = model.embed_dim / rules.base_width
+    slower = "|".join(map(re.escape, widening(base.model, rules, layers=model.num_layers)))
     optim = dataclasses.replace(
         optim,
-        lr_rules=((WIDENING, 1 / ratio), (HEAD, 1 / ratio), (".*", 1.0)),
-        decay_rules=((WIDENING, ratio), (HEAD, ratio), (".*(norm|bias).*", 0.0), (".*", 1.0)),
+        lr_rules=((slower, 1 / ratio), (".*", 1.0)),
+        decay_rules=((slower, ratio), (".*(norm|bias).*", 0.0), (".*", 1.0)),
         epsilon=optim.epsilon / ratio,
     )
     attention = dataclasses.replace(model.attention, scale=math.sqrt(rules.base_head_dim) / model.attention.head_dim)

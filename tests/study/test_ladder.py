@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from maxlm.config import AttentionConfig, LatentConfig, MlpConfig, MoeConfig
 from maxlm.errors import UserError
 from maxlm.model.decoder import split_model
 from maxlm.optim.optimizers import assign
@@ -49,6 +50,52 @@ def test_the_transfer_rule_sets_rates_decays_and_init_by_path():
     assert config.model.head_init == 0 and config.optim.peak_lr == RULES.base_rate
     same = configure(BASE, Shape(2, 32), RULES, flops=1e13)
     assert {item.lr for item in assign(same.optim, split_model(same.model).specs).values()} == {1.0}
+
+
+ATTENTION = {f"attention/{name}" for name in ("query", "key", "value", "output")}
+MLP = {"mlp/gate", "mlp/up", "mlp/down"}
+ROUTED = {"mlp/router", "mlp/gate", "mlp/up"}
+SHARED = {"mlp/shared_gate", "mlp/shared/gate", "mlp/shared/up"}
+LATENT = {"attention/latent", "attention/shared_key", "attention/query", "attention/output"}
+
+
+def within(room, names):
+    return {f"{room}/{name}" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({}, within("layers", ATTENTION | MLP)),
+        # A dim of their own: what comes out of the experts has the same fan-in at every width.
+        ({"moe": MoeConfig(experts=4, dim=16)}, within("layers", ATTENTION | ROUTED)),
+        (
+            {"moe": MoeConfig(experts=4, shared_dim=16, shared_gate=True, dense_layers=1, selection_bias=True)},
+            within("prefix", ATTENTION | MLP) | within("layers", ATTENTION | ROUTED | SHARED | {"mlp/down"}),
+        ),
+        (
+            {"attention": AttentionConfig(latent=LatentConfig(kv_dim=16, rope_dim=8, value_dim=16))},
+            within("layers", LATENT | MLP),
+        ),
+        (
+            {"attention": AttentionConfig(latent=LatentConfig(kv_dim=16, query_dim=12, rope_dim=8, value_dim=16))},
+            within("layers", LATENT - {"attention/query"} | {"attention/query_down"} | MLP),
+        ),
+        (
+            {"mtp_layers": 1},
+            within("layers", ATTENTION | MLP) | within("mtp/block", ATTENTION | MLP) | {"mtp/projection"},
+        ),
+    ],
+    ids=["dense", "experts", "shared experts", "latent", "latent queries", "mtp"],
+)
+def test_what_learns_slower_in_a_wide_model_is_read_off_its_declarations(model, expected):
+    base = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, mlp=MlpConfig(kind="swiglu"), **model))
+    config = configure(base, Shape(2, 128), RULES, flops=1e13)
+    found = assign(config.optim, split_model(config.model).specs)
+    slower = {path for path, item in found.items() if item.lr != 1}
+    assert slower == expected | {"head/kernel"}
+    assert {(found[path].lr, found[path].decay / config.optim.weight_decay) for path in slower} == {(1 / 4, 4.0)}
+    assert {item.decay for path, item in found.items() if path.endswith(("scale", "bias"))} == {0.0}
 
 
 def test_what_the_transfer_rule_cannot_do_is_refused():
