@@ -14,12 +14,17 @@ from maxlm.errors import UserError
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes beside `path`, makes sure that it is on the disk, and moves it into place."""
-    staged = path.with_name(f".{path.name}.partial")
-    with open(staged, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+    data = content.encode() if isinstance(content, str) else content
+    move_written(path.with_name(f".{path.name}.partial"), path, data)
+
+
+def move_written(beside: Path, path: Path, content: bytes) -> None:
+    """Writes `beside`, makes sure that it is on the disk, and moves it to `path`: what is there outlives a crash."""
+    with open(beside, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    staged.replace(path)
+    beside.replace(path)
 
 
 @contextlib.contextmanager

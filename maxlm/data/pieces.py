@@ -21,6 +21,7 @@ import numpy as np
 from maxlm.data.sources import Skip, Unit, read_unit
 from maxlm.data.store import StoreWriter, token_dtype
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+from maxlm.files import move_written
 
 # The key is the SHA-256 of a document's bytes as four big-endian words, so that it sorts as the hex does.
 INDEX = np.dtype([("key", "<u8", (4,)), ("start", "<i8"), ("stop", "<i8"), ("bytes", "<i8")])
@@ -216,6 +217,4 @@ def _cached_tokenizer(kind: str, path: str) -> Tokenizer:
 
 def _write(path: Path, data: bytes) -> None:
     """Writes a file beside its place and moves it there."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    beside.replace(path)
+    move_written(path.with_name(f"{path.name}.{os.getpid()}"), path, data)

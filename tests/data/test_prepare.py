@@ -335,3 +335,23 @@ def test_workers_do_not_import_jax_and_their_death_is_told():
             list(pool.map(divmod, [(1, 0)]))
     with WorkerPool(1) as pool, pytest.raises(WorkerError, match="ended with code 3"):
         list(pool.map(os._exit, [(3,)]))
+
+
+def test_what_a_unit_reports_is_on_the_disk_before_its_report(tmp_path, monkeypatch):
+    """A crash of the machine leaves a report only where the files that it names are whole."""
+    synced: list[tuple[str, int]] = []
+    sync = os.fsync
+
+    def fsync(number):
+        synced.append((Path(os.readlink(f"/proc/self/fd/{number}")).name, os.fstat(number).st_size))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    source = write_files(tmp_path / "source", make_documents(9))
+    (unit,) = list_source(f"text:{source}", "text").units
+    out = tmp_path / "out"
+    out.mkdir()
+    report = pieces.tokenise_unit(unit, "bytes", "", str(out), "unit")
+    sizes = [(f"{path.name}.{os.getpid()}", path.stat().st_size) for path in out.iterdir()]
+    assert len(report.runs) == 1 and len(sizes) == 3 and all(size for _, size in sizes)
+    assert sorted(synced) == sorted(sizes) and synced[-1][0].startswith("unit.json.")
