@@ -86,6 +86,13 @@ class SshFleet:
     def stop(self) -> None:
         self.ask(lambda number: remote.stop(self.layout, self.job, seconds=self.job.grace_seconds))
 
+    def stop_for_good(self) -> None:
+        """`stop`, for whoever watches the job too."""
+        self.ask(lambda number: remote.stop_for_good(self.layout, self.job, seconds=self.job.grace_seconds))
+
+    def allow(self) -> None:
+        self.ask(lambda number: remote.allow(self.layout, self.job))
+
     def restart(self) -> None:
         """Nobody but their owner restarts plain hosts: the process alone is started again."""
 
@@ -123,6 +130,7 @@ class SshFleet:
         named = {name: f"<{name} of this environment>" for name in self.job.secrets}
         for number, host in enumerate(self.hosts):
             lines += [
+                printed(self.command(host), remote.allow(self.layout, self.job)),
                 printed(self.command(host), remote.status(self.layout, self.job)),
                 f"$ git archive --format=tar.gz {self.job.commit} | {shlex.join(self.command(host, unpack))}",
                 printed(self.command(host), remote.install(self.layout, self.job, self.lock)),
@@ -162,18 +170,27 @@ def run_local(job: Job, *, logs: Path, log: Callable[[str], None], poll: float =
     logs.mkdir(parents=True, exist_ok=True)
     asked: list[int] = []
     together: list[subprocess.Popen] = []
+    told: dict[int, int] = {}  # by process id: how often
+
+    def tell() -> None:
+        for process in together:
+            if told.get(process.pid, 0) < len(asked):
+                told[process.pid] = len(asked)
+                process.send_signal(signal.SIGTERM)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        for process in together:
-            process.send_signal(signal.SIGTERM)
+        tell()
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     failures = 0
     try:
-        while True:
-            together[:] = _start_local(job, logs)
+        while not asked:
+            _start_local(job, logs, together)
+            tell()  # those that were being started when the signal came
             code = _wait_local(together, job.grace_seconds, log=log, poll=poll)
+            if asked and code == 128 + signal.SIGTERM:
+                return EXIT_PREEMPTED  # it had not come to where it listens for signals
             if code == 0 or asked:
                 return code
             if code != EXIT_PREEMPTED:
@@ -182,6 +199,7 @@ def run_local(job: Job, *, logs: Path, log: Callable[[str], None], poll: float =
                     log(f"given up after {failures} failures; the others' logs are in {logs}")
                     return code
             log(f"the run ended with exit code {code}; starting it again")
+        return EXIT_PREEMPTED
     finally:
         for process in together:
             process.kill()
@@ -189,19 +207,19 @@ def run_local(job: Job, *, logs: Path, log: Callable[[str], None], poll: float =
             signal.signal(number, handler)
 
 
-def _start_local(job: Job, logs: Path) -> list[subprocess.Popen]:
-    started = []
+def _start_local(job: Job, logs: Path, together: list[subprocess.Popen]) -> None:
+    """Puts the job's processes into `together`, in place of those there, each as soon as it is started."""
+    together.clear()
     for process, command in enumerate(local_commands(job, port=_free_port())):
         with open(logs / f"process-{process}.log", "ab") as file:
             output = None if process == 0 else file
             # A session of its own: Ctrl-C reaches this program alone, which passes it on once.
             environment = local_environment(job, process)
-            started.append(
+            together.append(
                 subprocess.Popen(
                     command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
                 )
             )
-    return started
 
 
 def _wait_local(together: list[subprocess.Popen], grace: float, *, log: Callable[[str], None], poll: float) -> int:
@@ -272,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     scripts = {
         "status": remote.status(fleet.layout, job),
-        "stop": remote.stop(fleet.layout, job, seconds=job.grace_seconds),
+        "stop": remote.stop_for_good(fleet.layout, job, seconds=job.grace_seconds),
     }
     if values.dry_run:
         lines = fleet.plan() if values.action == "run" else [printed(fleet.follow_command())]
@@ -284,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for host, status in zip(hosts, fleet.status(), strict=True):
             _log(f"{host} ({status.host}): {status.state}{'' if status.code is None else f' {status.code}'}")
     elif values.action == "stop":
-        fleet.stop()
+        fleet.stop_for_good()
     elif values.action == "logs":
         return fleet.follow().wait()
     else:

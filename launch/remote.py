@@ -4,7 +4,7 @@ Each is bash, may be run any number of times, and has every word from outside qu
 
     code/COMMIT/        the code as `git archive` gave it
     venv/LOCK/          packages of that lock file
-    jobs/NAME/          lock, pid, job, exit, log of the process
+    jobs/NAME/          lock, pid, job, exit, log of the process; stopped: it is not to be started until `run` is typed
 
 A process is running exactly while jobs/NAME/lock is held: the kernel gives the lock back however the process ends, and
 a number used again by another process does not deceive.
@@ -23,11 +23,14 @@ from launch.job import Job
 
 _FLAGS = "set -euo pipefail"
 UV = "0.13.9"  # brings Python 3.11, which the locks are for, to hosts without it
-_STATUS = re.compile(r"maxlm-status (\S+) (absent|running|other|exited)(?: (\d+))?")
+_STATUS = re.compile(r"maxlm-status (\S+) (absent|running|other|exited|stopped)(?: (\d+))?")
 
 
 class Status(NamedTuple):
-    """What a host says of the job: absent (never started, or killed), running, other (another job), exited."""
+    """What a host says of the job: absent (never started, or killed), running, other (another job), exited, stopped.
+
+    Stopped: somebody has asked for that, it does not run, and it was not complete; with its exit code if it had one.
+    """
 
     host: str
     state: str
@@ -95,7 +98,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     secrets_file: str = "",
 ) -> str:
-    """Starts the process, unless this very job is running; ends with the status line.
+    """Starts the process, unless this very job is running or was stopped; ends with the status line.
 
     Args:
       words: added to the job's arguments.
@@ -110,7 +113,7 @@ def start(
     return f"""{_FLAGS}
 mkdir -p {layout.job(job)}
 cd {layout.job(job)}
-{read}if flock -n lock true; then
+{read}if [ ! -e stopped ] && flock -n lock true; then
 rm -f exit
 printf %s {job.digest()} > job
 {exports}
@@ -144,6 +147,7 @@ else s=running; fi
 if [ "$s" != absent ] && [ "$(cat job)" != {job.digest()} ]; then
 if [ "$s" = running ]; then s=other; else s=absent; fi
 fi
+if [ -e stopped ]; then case "$s" in absent) s=stopped ;; "exited 0") ;; exited*) s="stopped ${{s#exited }}" ;; esac; fi
 echo "maxlm-status $(hostname) $s"
 """
 
@@ -166,6 +170,19 @@ flock -w {seconds} lock true || kill -KILL -- "-$(cat pid)"
 flock -w 30 lock true
 fi
 """
+
+
+def stop_for_good(layout: Layout, job: Job, *, seconds: int) -> str:
+    """`stop`, and nobody who watches the job starts it again: only after `allow`."""
+    return f"""{_FLAGS}
+mkdir -p {layout.job(job)}
+touch {layout.job(job)}/stopped
+{stop(layout, job, seconds=seconds)}"""
+
+
+def allow(layout: Layout, job: Job) -> str:
+    """Takes an earlier `stop_for_good` back."""
+    return f"{_FLAGS}\nrm -f {layout.job(job)}/stopped\n"
 
 
 def follow(layout: Layout, job: Job) -> str:

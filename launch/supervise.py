@@ -41,6 +41,9 @@ class Fleet(Protocol):
     def stop(self) -> None:
         """Ends what runs there, giving it time to save."""
 
+    def allow(self) -> None:
+        """Takes back that somebody has stopped the job, so that it may start."""
+
     def restart(self) -> None:
         """Restarts the machines."""
 
@@ -51,6 +54,10 @@ class Fleet(Protocol):
         """Prints the first worker's log from now on, in a process group of its own."""
 
 
+class _Stopped(Exception):
+    """Somebody has asked for the end of the job, in another terminal."""
+
+
 def supervise(
     fleet: Fleet,
     job: Job,
@@ -59,19 +66,25 @@ def supervise(
     poll: float = 20.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Runs the job to its end on the fleet and returns 0.
+    """Runs the job to its end on the fleet and returns 0; or until it is stopped, and returns EXIT_PREEMPTED.
 
     Raises:
       LaunchError: it failed more often than `job.retries`; what went wrong last.
     """
-    failures = 0
+    failures, allowed = 0, False
     while True:
         began = time.monotonic()
         try:
             if fleet.ensure():
                 failures = 0
+            if not allowed:  # by this very command; what is stopped from now on stays so
+                fleet.allow()
+                allowed = True
             code = _attempt(fleet, job, log=log, poll=poll, sleep=sleep)
             problem = f"the run ended with exit code {code}"
+        except _Stopped:
+            log("the run was asked to stop, and has ended; `run` starts it again")
+            return EXIT_PREEMPTED
         except LaunchError as error:
             code, problem = None, str(error)
         if code == 0:
@@ -95,13 +108,20 @@ def supervise(
 
 
 def _attempt(fleet: Fleet, job: Job, *, log: Callable[[str], None], poll: float, sleep: Callable[[float], None]) -> int:
-    """From whatever state the machines are in to the end of one run; its exit code."""
+    """From whatever state the machines are in to the end of one run; its exit code.
+
+    Raises:
+      _Stopped: somebody has stopped it.
+    """
     statuses = _all(fleet)
     if all(status.state == "exited" and status.code == 0 for status in statuses):
         return 0
     states = {status.state for status in statuses}
-    if states in ({"running"}, {"running", "exited"}):  # those that ended already are followed by the rest, or judged
+    # Those that ended already are followed by the rest, or judged.
+    if "running" in states and states <= {"running", "exited", "stopped"}:
         log("the run is there already; watching it")
+    elif "stopped" in states:
+        raise _Stopped
     else:
         if states & {"running", "other"}:
             log("ending what runs on a part of the machines")
@@ -136,6 +156,8 @@ def _watch(fleet: Fleet, job: Job, *, log: Callable[[str], None], poll: float, s
 
 
 def _outcome(statuses: list[Status]) -> int:
+    if any(status.state == "stopped" for status in statuses):
+        raise _Stopped
     codes = {status.code if status.state == "exited" and status.code is not None else 1 for status in statuses}
     failed = sorted(codes - {0, EXIT_PREEMPTED})
     return failed[0] if failed else max(codes)

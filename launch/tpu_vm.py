@@ -155,6 +155,13 @@ class TpuFleet:
         script = remote.stop(self.layout, self.job, seconds=self.job.grace_seconds)
         self.run_script(script)
 
+    def stop_for_good(self) -> None:
+        """`stop`, for whoever watches the job too."""
+        self.run_script(remote.stop_for_good(self.layout, self.job, seconds=self.job.grace_seconds))
+
+    def allow(self) -> None:
+        self.run_script(remote.allow(self.layout, self.job))
+
     def restart(self) -> None:
         # TPU VMs of several hosts cannot be stopped and started as such. The connection ends with the machine.
         self.run_script("sudo systemd-run --on-active=2 systemctl reboot")
@@ -232,6 +239,7 @@ class TpuFleet:
         scripts += [remote.status(self.layout, self.job)]
         for node in self.nodes:
             lines += [
+                printed(self.ssh_command(node, remote.allow(self.layout, self.job))),
                 printed(self.ssh_command(node, remote.status(self.layout, self.job))),
                 printed(["git", "archive", "--format=tar.gz", "--output=code.tar.gz", self.job.commit]),
                 printed(self.copy_command(node, "code.tar.gz", archive)),
@@ -289,10 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "logs": ([printed(fleet.follow_command())], lambda: fleet.follow().wait()),
         "stop": (
             [
-                printed(fleet.ssh_command(node, remote.stop(fleet.layout, job, seconds=job.grace_seconds)))
+                printed(fleet.ssh_command(node, remote.stop_for_good(fleet.layout, job, seconds=job.grace_seconds)))
                 for node in fleet.nodes
             ],
-            lambda: _done(fleet.stop),
+            lambda: _done(fleet.stop_for_good),
         ),
         "delete": ([printed(fleet.delete_command())], lambda: _done(fleet.replace)),
     }

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -89,22 +90,45 @@ def test_a_part_that_runs_alone_is_ended_and_all_begin_together(far, monkeypatch
     assert "a (" in capfd.readouterr().out
 
 
-def test_stop_lets_it_save(far, monkeypatch):
+def test_stop_lets_it_save_and_whoever_watches_does_not_start_it_again(far, monkeypatch, capfd):
     make(far, monkeypatch, [])
-    fleet_flags = ["--hosts=a,b", *COMMON, "--workdir=/w", "--grace_seconds=5"]
-    for host in "ab":
-        (far / host / "plan").write_text("")
-    watcher = threading.Thread(
-        target=lambda: pytest.raises(LaunchError, hosts.main, ["run", *fleet_flags, "--retries=0"]), daemon=True
-    )
+    fleet_flags = ["--hosts=a,b", *COMMON, "--workdir=/w", "--grace_seconds=5", "--retries=0"]
+
+    def started():
+        return [len([line for line in lines(far / host / "trained") if "maxlm.cli" in line]) for host in "ab"]
+
+    codes: list[int] = []
+    watcher = threading.Thread(target=lambda: codes.append(hosts.main(["run", *fleet_flags])), daemon=True)
     watcher.start()
-    while not all((far / host / "maxlm/jobs/run/pid").exists() and lines(far / host / "trained") for host in "ab"):
+    deadline = time.monotonic() + 60
+    while not all((far / host / "maxlm/jobs/run/pid").exists() for host in "ab") or started() != [1, 1]:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    for host in "ab":
-        (far / host / "plan").write_text("1\n")  # the watcher starts it again; let that fail at once
     assert hosts.main(["stop", *fleet_flags]) == 0
     watcher.join(timeout=30)
-    assert len([line for line in lines(far / "a" / "trained") if "maxlm.cli" in line]) == 2
+    assert codes == [75] and started() == [1, 1]
+    assert hosts.main(["status", *fleet_flags]) == 0
+    out = capfd.readouterr().out
+    assert out.count("stopped 75") == 2 and "`run` starts it again" in out
+    for host in "ab":
+        (far / host / "plan").write_text("0\n")
+    assert hosts.main(["run", *fleet_flags]) == 0 and started() == [2, 2]
+    assert hosts.main(["stop", *fleet_flags]) == hosts.main(["status", *fleet_flags]) == 0
+    assert capfd.readouterr().out.count("exited 0") == 2  # what is complete stays so
+
+
+def test_what_is_stopped_before_it_starts_does_not_start(far, monkeypatch):
+    make(far, monkeypatch, [])
+    fleet_flags = ["--hosts=a,b", *COMMON, "--workdir=/w"]
+    prepare = hosts.SshFleet.prepare
+
+    def slow(fleet):  # meanwhile somebody types `stop`
+        prepare(fleet)
+        fleet.stop_for_good()
+
+    monkeypatch.setattr(hosts.SshFleet, "prepare", slow)
+    assert hosts.main(["run", *fleet_flags]) == 75
+    assert not lines(far / "a" / "trained") and not lines(far / "b" / "trained")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +146,29 @@ def test_a_dry_run_can_be_typed(capsys, monkeypatch):
     (first, second) = (shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ "))
     assert first[-1] == "--process=0" and second[-1] == "--process=1" and "--workdir=/w/$(id)" in first
     assert SECRET not in text
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2, 3])
+def test_a_signal_while_processes_are_being_started_reaches_all_of_them(tmp_path, monkeypatch, moment):
+    """At the first or second process of the first start, and of the second, after a failure."""
+    child = f"trap 'exit 75' TERM; [ -e {tmp_path}/1 ] || {{ touch {tmp_path}/1; exit 1; }}; "
+    child += "for turn in {1..100}; do sleep 0.1; done; exit 9"
+    monkeypatch.setattr(hosts, "local_commands", lambda job, port: [["bash", "-c", child]] * 2)
+    started: list[int] = []
+
+    def environment(job, process):
+        if len(started) == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+        started.append(process)
+        return dict(os.environ)
+
+    monkeypatch.setattr(hosts, "local_environment", environment)
+    job = types.SimpleNamespace(grace_seconds=0.5, retries=1)
+    if moment < 2:
+        (tmp_path / "1").touch()
+    began = time.monotonic()
+    assert hosts.run_local(job, logs=tmp_path / "logs", log=print, poll=0.05) == 75
+    assert len(started) == (2 if moment < 2 else 4) and time.monotonic() - began < 8
 
 
 @pytest.mark.slow
