@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -195,6 +196,31 @@ def test_other_hardware_of_that_name_is_not_touched(cloud, monkeypatch):
     with pytest.raises(LaunchError, match="is there as v5litepod-8, not v5litepod-16"):
         tpu_vm.main([word.replace("v5litepod-8", "v5litepod-16") for word in FLAGS] + ["--retries=0"])
     assert state(cloud)["created"] == 1
+
+
+def test_what_is_stopped_is_not_started_again_until_run_is_typed(cloud, monkeypatch, capfd):
+    quickly(monkeypatch)
+    write(cloud)
+    make_machines(cloud, monkeypatch, [])
+    follow = tpu_vm.TpuFleet.follow
+    trained = cloud / "run" / "0" / "trained"
+
+    def stopped(fleet):  # in another terminal, once it runs
+        deadline = time.monotonic() + 30
+        while not lines(trained):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert tpu_vm.main(["stop", *FLAGS[1:], "--slices=1"]) == 0
+        return follow(fleet)
+
+    monkeypatch.setattr(tpu_vm.TpuFleet, "follow", stopped)
+    assert run("--slices=1") == 75 and len(lines(trained)) == 1
+    monkeypatch.setattr(tpu_vm.TpuFleet, "follow", follow)
+    assert tpu_vm.main(["status", *FLAGS[1:], "--slices=1"]) == 0
+    assert capfd.readouterr().out.count(": stopped 75") == 2
+    for worker in "01":
+        (cloud / "run" / worker / "plan").write_text("0\n")
+    assert run("--slices=1") == 0 and len(lines(trained)) == 2
 
 
 def test_delete_ends_the_costs_and_may_be_said_twice(cloud, monkeypatch):
