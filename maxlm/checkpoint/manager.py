@@ -41,6 +41,7 @@ from maxlm.tree import from_paths
 
 BEST_METRIC = "heldout_bits_per_byte"
 LOCAL_FAILURES = 10.0  # of so many failures one takes a machine's disk with it, and needs more than local copies
+SAVE_SECONDS = 600  # on a disk, from begin to commit: so long the others wait for a process whose part has failed
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -273,6 +274,7 @@ class Checkpointer(CheckpointReader):
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._retention,
+                async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
                 # Orbax's own metadata has no seal; a damaged one must not keep a run from starting.
                 lightweight_initialize=True,
             ),

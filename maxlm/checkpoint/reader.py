@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from maxlm.checkpoint.digest import array_paths, digest_array
-from maxlm.cluster import decided
+from maxlm.cluster import decided, meet
 from maxlm.errors import UserError
 from maxlm.storage import StorageError, is_bucket
 from maxlm.tree import from_paths, paths
@@ -418,6 +418,7 @@ def agree(problem: str | None) -> str | None:
     """One answer for all processes: a problem of one is a problem of all."""
     if jax.process_count() == 1:
         return problem
+    meet("agree")  # one whose read or write fails comes long before those that wait for it
     with jax.transfer_guard("allow"):  # meant, whatever the training loop guards against
         flags = np.ravel(multihost_utils.process_allgather(np.asarray(problem is not None)))
     if problem is None and flags.any():

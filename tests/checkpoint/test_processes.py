@@ -179,6 +179,38 @@ print("AGREED", flush=True)
 """
 
 
+ALONE = """
+import os, resource, sys, time, jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from maxlm.checkpoint import manager
+from maxlm.config import CheckpointConfig
+
+manager.SAVE_SECONDS = 15
+me, size = jax.process_index(), 1 << 20
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+make = lambda step: {"x": jax.make_array_from_callback((size,), sharding, lambda i: np.full(size, step, np.float32)[i])}
+with manager.Checkpointer(sys.argv[1], CheckpointConfig(keep_latest=9), log=print) as c:
+    c.save(1, make(1), metadata={})
+    c.wait()
+    for step, fails in ((2, 1), (4, 0)):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if me == fails:  # its disk takes no larger files
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, limits[1]))
+        began = time.monotonic()
+        c.save(step, make(step), metadata={})
+        c.wait()
+        assert c.failures == 1 and c.pending_error() is not None and time.monotonic() - began < 60
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        c.save(step + 1, make(step + 1), metadata={})
+        c.wait()
+        assert c.failures == 0 and c.pending_error() is None
+    assert c.steps() == [1, 3, 5], c.steps()
+print("AGREED", flush=True)
+"""
+
+
 def start(program: str, *arguments: str, devices: int) -> subprocess.Popen[str]:
     environment = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     root = str(Path(__file__).parents[2])
@@ -239,3 +271,7 @@ def test_two_processes_write_one_checkpoint_into_a_bucket_or_none(bucket):
 @pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_a_process_that_looks_later_sets_the_same_checkpoints_aside(tmp_path, bucket, place):
     together(ASIDE, str(tmp_path) if place == "disk" else f"{bucket}/aside/checkpoints")
+
+
+def test_a_save_that_fails_on_one_process_fails_for_all_and_the_next_one_works(tmp_path):
+    together(ALONE, str(tmp_path))
