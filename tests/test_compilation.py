@@ -50,7 +50,7 @@ def test_what_the_user_has_set_stays(settled):
     [
         ("maxlm.train.loop", "train(None, folder, log=print)"),
         ("maxlm.train.replay", "replay(folder, 1, log=print)"),
-        ("maxlm.infer.load", "generate_from(Path(folder), None, log=print, write=print)"),
+        ("maxlm.infer.load", "generate_from(Path(folder), module.Asked(['a'], 1, None, 0), log=print, write=print)"),
     ],
 )
 def test_commands_settle_before_jax_starts_its_devices(tmp_path, module, call):
