@@ -1,6 +1,8 @@
 """A slice of the equivalence program, and that its cases are what it says they are."""
 
+import dataclasses
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -62,6 +64,27 @@ def test_a_case_agrees_with_one_device(name):
 def test_a_case_that_is_not_there_is_not_a_success():
     command = [sys.executable, "tools/equivalence.py", "--devices=8", "--case=no such case"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
+
+
+def test_parts_are_joined_into_one_table(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "docs" / "parallelism.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- equivalence -->\nold\n<!-- /equivalence -->\nafter\n")
+    monkeypatch.setattr(equivalence, "ROOT", tmp_path)
+    kept = []
+    for number, case in enumerate([next(equivalence.cases(8)), next(equivalence.cases(64))]):
+        result = {**dataclasses.asdict(case), "mesh": dict(case.mesh), "case": case.name, "share": 0.1, "what": "loss"}
+        kept.append(tmp_path / f"{number}.json")
+        kept[-1].write_text(json.dumps([result]))
+    monkeypatch.setattr(sys, "argv", ["equivalence.py", "--docs", "--join", *map(str, kept)])
+    assert equivalence.main() == 0
+    text = page.read_text()
+    assert "2 cases agree with one device (1 on 8 devices, 1 on 64 devices)" in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    kept[0].write_text(kept[0].read_text().replace("0.1", "1.5"))
+    before = page.read_text()
+    assert equivalence.main() == 1 and page.read_text() == before  # no table of what does not hold
+    assert "1 too far" in capsys.readouterr().out
 
 
 def test_a_permute_in_a_branch_is_seen_before_it_hangs():

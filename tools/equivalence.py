@@ -3,6 +3,7 @@
 python tools/equivalence.py                      the meshes of 8 devices, then larger ones of 16, 32 and 64
 python tools/equivalence.py --devices=8 --part=0/2     half of the meshes of 8 devices, for two programs side by side
 python tools/equivalence.py --docs               also writes the table of what works into docs/parallelism.md
+python tools/equivalence.py --docs --join A.json B.json    runs nothing: the table of what --json has kept of parts
 
 Every case is one training step in float32 of a tiny model, from the same parameters and batch, with an optimizer that
 records gradients. The reference is a single device with plain attention, all experts computed where they are, no
@@ -13,10 +14,12 @@ pair of values of two features occurs in some case. Meshes of four and more axes
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -314,8 +317,12 @@ def main() -> int:
     parser.add_argument("--case", default="", help="only cases whose name has this in it")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--docs", action="store_true", help="write the table into docs/parallelism.md")
+    parser.add_argument("--join", type=Path, nargs="+", help="run nothing, and take the results of these files")
     given = parser.parse_args()
-    results = run_here(given) if given.devices else run_all(given)
+    if given.join:
+        results = [result for path in given.join for result in json.loads(path.read_text())]
+    else:
+        results = run_here(given) if given.devices else run_all(given)
     if given.json:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
     wrong = [result for result in results if result["share"] > 1]
@@ -405,11 +412,15 @@ def write_table(results: list[dict[str, Any]]) -> None:
     lines = ["| | " + " | ".join(AXES) + " |", "|---" * (len(AXES) + 1) + "|"]
     lines += [f"| {row} | " + " | ".join(cell(row, axis) for axis in AXES) + " |" for row in rows]
     worst = max(results, key=lambda result: result["share"])
+    sizes = collections.Counter(math.prod(result["mesh"].values()) for result in results)
+    counts = [f"{count} on {devices} devices" for devices, count in sorted(sizes.items())]
     text = "\n".join(
         [
-            f"{len(results)} cases agree with one device; the farthest is at {worst['share']:.0%} of what is allowed "
-            f"({worst['case']}). Each number says in how many cases the two occurred together; where there is none, "
-            "the combination is refused when the config is resolved.",
+            f"{len(results)} cases agree with one device ({', '.join(counts)}); the farthest is at "
+            f"{worst['share']:.0%} of what is allowed",
+            f"({worst['case']}).",
+            "Each number says in how many cases the two occurred together; where there is none, the combination is",
+            "refused when the config is resolved.",
             "",
             *lines,
         ]
