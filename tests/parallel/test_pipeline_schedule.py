@@ -43,10 +43,14 @@ def test_figures_of_eight_stages():
     assert found["1f1b"].idle == (14,) * 8
 
 
+@pytest.mark.parametrize(("stages", "microbatches"), [*SIZES, (8, 8), (8, 32), (6, 24), (16, 32)])
 @pytest.mark.parametrize("name", NAMES)
-def test_slots_are_as_many_as_held_and_no_value_is_overwritten_while_it_lives(name):
-    """Plays the table with numbered values in the slots: every unit has to find the value of its own microbatch."""
-    schedule = table(name, 4, 8)
+def test_slots_are_as_many_as_held_and_no_value_is_overwritten_while_it_lives(name, stages, microbatches):
+    """Plays the table with numbered values in the slots: every unit has to find the value of its own microbatch.
+
+    Interleaved on 8 stages, 16 microbatches: the last chunk ends in ticks in which another chunk's gradient comes.
+    """
+    schedule = table(name, stages, microbatches)
     slots = assign(schedule)
     assert slots.kept == max(report(schedule).held)
     if name == "1f1b":
@@ -71,15 +75,16 @@ def test_slots_are_as_many_as_held_and_no_value_is_overwritten_while_it_lives(na
                     held["pair", at.pair] = key
                 if cell.unit is Unit.WEIGHT:
                     assert held["pair", at.pair] == key
-            before, after = row[(stage - 1) % 4], row[(stage + 1) % 4]
+            before, after = row[(stage - 1) % stages], row[(stage + 1) % stages]
             if at.store_input < slots.inputs:
                 assert before is not None and before.unit is Unit.FORWARD
-                held["input", at.store_input] = (before.micro, schedule.chunk((stage - 1) % 4, before.virtual))
+                held["input", at.store_input] = (before.micro, schedule.chunk((stage - 1) % stages, before.virtual))
             if at.store_seed < slots.seeds:
-                own = cell is not None and cell.unit is Unit.FORWARD and chunk == chunks - 1
-                sender, of = (cell, stage) if own else (after, (stage + 1) % 4)
-                assert sender is not None
-                held["seed", at.store_seed] = (sender.micro, schedule.chunk(of, sender.virtual))
+                assert after is not None and after.unit in (Unit.INPUT, Unit.BACKWARD)
+                held["seed", at.store_seed] = (after.micro, schedule.chunk((stage + 1) % stages, after.virtual))
+            if at.store_own < slots.seeds:
+                assert cell is not None and cell.unit is Unit.FORWARD and chunk == chunks - 1
+                held["seed", at.store_own] = (cell.micro, chunk)
 
 
 def without(schedule: Schedule, unwanted: Cell, stage: int) -> Schedule:

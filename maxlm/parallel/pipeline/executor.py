@@ -199,12 +199,10 @@ class _Stage:
             count = self.schedule.stages
             arrived = jax.lax.ppermute(carry.ahead, AXIS, [(s, (s + 1) % count) for s in range(count)])
             returned = jax.lax.ppermute(carry.back, AXIS, [(s, (s - 1) % count) for s in range(count)])
+            seeds = _put(carry.seeds, returned, row.store_seed)
             # The last chunk's own output is what its backward pass starts from.
-            own = (row.unit == Unit.FORWARD) & self.is_last(row)
-            carry = carry._replace(
-                inputs=_put(carry.inputs, arrived, row.store_input),
-                seeds=_put(carry.seeds, jnp.where(own, carry.ahead, returned), row.store_seed),
-            )
+            seeds = _put(seeds, carry.ahead, row.store_own)
+            carry = carry._replace(inputs=_put(carry.inputs, arrived, row.store_input), seeds=seeds)
         return carry, jnp.stack([carry.ran, row.micro, row.virtual])[None]
 
     def is_first(self, row: Row) -> jax.Array:

@@ -27,7 +27,9 @@ class Row(NamedTuple):
 
     unit, micro, virtual: as of `schedule.Cell`.
     input, seed, kept, pair: slots that the unit reads or writes.
-    store_input, store_seed: slots for what the neighbours, or this stage itself, hand over at the end of the tick.
+    store_input, store_seed: slots for what the neighbours hand over at the end of the tick.
+    store_own: slot for the last chunk's own output, which its backward pass starts from. It needs a word of its own: in
+      the tick that makes it, the gradient of another of the stage's chunks may arrive.
     """
 
     unit: Any
@@ -39,6 +41,7 @@ class Row(NamedTuple):
     pair: Any
     store_input: Any
     store_seed: Any
+    store_own: Any
 
 
 class Slots(NamedTuple):
@@ -58,6 +61,7 @@ def assign(schedule: Schedule) -> Slots:
     shape = (len(schedule.ticks), schedule.stages)
     fields = {name: np.zeros(shape, np.int32) for name in Row._fields}
     spans: dict[str, list[_Span]] = {"input": [], "seed": [], "kept": [], "pair": []}
+    arriving = {"input": ("input", "input"), "seed": ("seed", "own")}  # from a neighbour, or from the stage itself
     for tick, stage, cell in schedule.cells():
         chunk, micro = schedule.chunk(stage, cell.virtual), cell.micro
         for name, value in zip(Row._fields, cell, strict=False):
@@ -68,33 +72,41 @@ def assign(schedule: Schedule) -> Slots:
             if chunk:
                 spans["input"].append(_Span(stage, done[Unit.FORWARD, micro, chunk - 1], tick, ()))
         elif cell.unit in (Unit.INPUT, Unit.BACKWARD):
-            before = (Unit.INPUT, micro, chunk + 1) if chunk + 1 < chunks else (Unit.FORWARD, micro, chunk)
-            spans["seed"].append(_Span(stage, done[before], tick, ()))
+            own = chunk + 1 == chunks
+            before = (Unit.FORWARD, micro, chunk) if own else (Unit.INPUT, micro, chunk + 1)
+            spans["seed"].append(_Span(stage, done[before], tick, (), own))
             if cell.unit is Unit.INPUT:
                 spans["pair"].append(_Span(stage, tick, done[Unit.WEIGHT, micro, chunk], ()))
     counts = {}
     for name, found in spans.items():
         # A value that arrives at the end of a tick may take the slot that the same tick has read.
-        arrives = name in ("input", "seed")
+        arrives = name in arriving
         counts[name] = 0
-        stores = np.full(shape, -1, np.int32)
+        stores = {word: np.full(shape, -1, np.int32) for word in arriving.get(name, ())}
         for span, slot in _colour(found, shared=arrives):
             counts[name] = max(counts[name], slot + 1)
-            stores[span.start, span.stage] = slot
             for tick in (span.end, *span.between, *(() if arrives else (span.start,))):
                 fields[name][tick, span.stage] = slot
-        if arrives:
-            fields[f"store_{name}"] = np.where(stores < 0, counts[name], stores)
+            if arrives:
+                store = stores[arriving[name][span.own]]
+                assert store[span.start, span.stage] < 0, "two values of one kind reach a stage in one tick"
+                store[span.start, span.stage] = slot
+        for word, store in stores.items():
+            fields[f"store_{word}"] = np.where(store < 0, counts[name], store)
     return Slots(Row(**fields), counts["input"], counts["seed"], counts["kept"], counts["pair"])
 
 
 class _Span(NamedTuple):
-    """A value lives on a stage from the tick `start` to the tick `end`, and is read in `between` as well."""
+    """A value lives on a stage from the tick `start` to the tick `end`, and is read in `between` as well.
+
+    own: the stage itself made it, where else a neighbour hands it over.
+    """
 
     stage: int
     start: int
     end: int
     between: tuple[int, ...]
+    own: bool = False
 
 
 def _colour(spans: Iterable[_Span], *, shared: bool) -> Iterable[tuple[_Span, int]]:
