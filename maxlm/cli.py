@@ -124,7 +124,7 @@ def _train(args: list[str]) -> int:
     config = resolve(values.config)
     from maxlm.cluster import join
     from maxlm.rollcall import run_facts
-    from maxlm.train.loop import train  # JAX starts here, after the config is known to be sound
+    from maxlm.train.run import train  # JAX starts here, after the config is known to be sound
 
     joined = join(
         run_facts(config),

@@ -12,8 +12,10 @@ from maxlm.checkpoint.bucket import open_reader
 from maxlm.cli import main
 from maxlm.storage import Folder
 from maxlm.train import loop
-from maxlm.train.loop import TrainingStopped, train
+from maxlm.train import run as opening
+from maxlm.train.loop import TrainingStopped
 from maxlm.train.metrics import read_metrics
+from maxlm.train.run import train
 from tests.buckets import SECRET
 from tests.tiny import tiny_config, write_corpus
 
@@ -136,14 +138,14 @@ def test_a_full_disk_at_the_end_is_tried_again(corpus, tmp_path, monkeypatch):
         if "was not saved" in line:
             (place / "checkpoints").unlink(missing_ok=True)  # room is made
 
-    real = loop.finish
+    real = opening.finish
 
     def full(run, state):
         shutil.rmtree(place / "checkpoints")
         (place / "checkpoints").write_text("no folder can be made here")
         real(run, state)
 
-    monkeypatch.setattr(loop, "finish", full)
+    monkeypatch.setattr(opening, "finish", full)
     assert train(config(corpus, 4), place, log=log) == 0
     assert sum("checkpoint 4 was not saved" in line for line in lines) >= 1
     assert (place / "checkpoints" / "4" / "commit_success.txt").is_file()

@@ -48,7 +48,7 @@ def test_what_the_user_has_set_stays(settled):
 @pytest.mark.parametrize(
     "module, call",
     [
-        ("maxlm.train.loop", "train(None, folder, log=print)"),
+        ("maxlm.train.run", "train(None, folder, log=print)"),
         ("maxlm.train.replay", "replay(folder, 1, log=print)"),
         ("maxlm.infer.load", "generate_from(Path(folder), module.Asked(['a'], 1, None, 0), log=print, write=print)"),
     ],

@@ -1,7 +1,7 @@
-"""A run from its config to its report: prepare, restore, compile, train, evaluate, save, report.
+"""The steps of a run, and what happens between them: metrics, evaluation, checkpoints, rollbacks.
 
-Read `train` top to bottom. The host stays a step ahead of the devices: it hands them step n, then reads the metrics
-of step n - 1, and waits for nothing else.
+The host stays a step ahead of the devices: it hands them step n, then reads the metrics of step n - 1, and waits for
+nothing else.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +17,31 @@ import jax
 import numpy as np
 
 import maxlm
-from maxlm import configfile
-from maxlm.checkpoint.bucket import open_checkpointer
 from maxlm.checkpoint.local import LocalCopies
 from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import Restored
-from maxlm.cluster import Agreement, agree_on, decided, meet
-from maxlm.compilation import settle_cpu_devices, use_compilation_cache
+from maxlm.cluster import Agreement, meet
 from maxlm.config import Config
-from maxlm.convert.folder import carry
-from maxlm.convert.stored import CARRIED, carried_files
-from maxlm.convert.weights import open_weights
-from maxlm.data.loader import Loader, Skip, check_records
+from maxlm.data.loader import Loader, Skip
 from maxlm.data.prefetch import Prefetcher
-from maxlm.data.prepare import Prepared, prepare_data
-from maxlm.data.proof import HEAD_START, Proof
+from maxlm.data.prepare import Prepared
+from maxlm.data.proof import HEAD_START
 from maxlm.errors import UserError
 from maxlm.eval.heldout import HeldOut, evaluate_stores
-from maxlm.heartbeat import Heartbeat, Standing
 from maxlm.model.flops import ledger as flop_ledger
-from maxlm.parallel.mesh import make_mesh
-from maxlm.resolve import as_config_dict, resolve
+from maxlm.resolve import as_config_dict
 from maxlm.train import rollback
-from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
-from maxlm.train.finish import check_samples, finish
-from maxlm.train.goodput import Ledger, process_age
-from maxlm.train.home import Home, copied, first_start
+from maxlm.train.goodput import Ledger
+from maxlm.train.home import Home
 from maxlm.train.metrics import MetricsWriter
-from maxlm.train.peak import describe_devices, describe_place, run_peak
+from maxlm.train.peak import describe_place, run_peak
 from maxlm.train.profile import Profiler
 from maxlm.train.progress import Cost, Progress
 from maxlm.train.sentries import Sentries
-from maxlm.train.setup import Setup, make_setup, memory_line, place_batch
-from maxlm.train.signals import EXIT_PREEMPTED, Signals
-from maxlm.train.state import TrainState, as_configured, make_state
+from maxlm.train.setup import Setup, memory_line, place_batch
+from maxlm.train.signals import Signals
+from maxlm.train.state import TrainState
 from maxlm.train.watermark import Watermark
 
 RETRY_SECONDS = 5.0  # between tries to save when there is nothing else left to do
@@ -62,177 +51,6 @@ Log = Callable[[str], None]
 
 class TrainingStopped(UserError):
     """The run cannot go on by itself; the message says why and what to do."""
-
-
-def train(config: Config, workdir: str | Path, *, log: Log, heartbeat: Heartbeat | None = None) -> int:
-    """Trains the run in `workdir`, a folder or a bucket's, or continues it, and returns the exit code of the process.
-
-    0: the run is complete and its report is written. EXIT_PREEMPTED: a signal asked it to stop; the state is saved,
-    and the same command continues.
-
-    Args:
-      heartbeat: the watch over the other processes, which is told where this one is; None: there are none.
-
-    Raises:
-      UserError: what is in `workdir` does not go with the config, no checkpoint is whole, too many updates in a row
-        were refused or too many saves in a row have failed, or a bucket does not answer.
-    """
-    settle_cpu_devices()
-    run = decided(lambda: first_start(workdir))
-    with Home(workdir, log=log, writes=jax.process_index() == 0, run=run) as home:
-        return train_at(config, home, log=log, heartbeat=heartbeat or Heartbeat())
-
-
-def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> int:
-    """`train`, where the run's files are on this machine."""
-    first_process = jax.process_index() == 0
-    log, workdir = log if first_process else _silent, home.folder
-    with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:
-        heartbeat.last_words = goodput.close
-        heartbeat.standing = lambda: Standing(*goodput.standing)
-        # --- devices, data, model
-        use_compilation_cache(config.train.compilation_cache)
-        given = recorded_steps(config, workdir)
-        config = resolve(given, devices=jax.device_count())
-        data = prepare_together(config, home)
-        check_samples(config, data)
-        proof = Proof(data.stores if first_process else {})
-        rollbacks = [rollback.Rollback(*each) for each in decided(lambda: rollback.recorded(workdir))]
-        loader = Loader(data.stores, config.data, seed=config.seed, skips=rollback.skips(rollbacks))
-        mesh = make_mesh(config.parallel)
-        setup = make_setup(config, mesh)
-        log(f"{describe_devices(list(mesh.devices.flat))}, attention by the {setup.attention!r} back end")
-        if config.train.budget_seconds:
-            with goodput.bucket("compile"):
-                given = with_steps(given, fitted_steps(config, setup, loader, log=log))
-            config = resolve(given, devices=jax.device_count())
-            setup = make_setup(config, mesh)
-        agree_on("train.steps", str(config.train.steps))
-        if first_process:
-            configfile.record(given, workdir, log=log)
-
-        # --- state: the newest checkpoint that is whole, or step 0
-        with (
-            open_checkpointer(home.checkpoints, config.checkpoint, log=log) as checkpointer,
-            local_copies(config, home, log=log) as copies,
-        ):
-            checkpointer.before_commit = home.push
-            with goodput.bucket("restore"):
-                rollback.set_others_aside(checkpointer, rollbacks)
-                restored = restore(checkpointer, copies, setup, loader, run=home.run)
-                if restored:
-                    check_records(restored.metadata["data"], loader.records(), step=restored.step)
-                    start, metadata = restored.step, restored.metadata
-                    state = as_configured(restored.state, config, metadata)
-                    if copies:
-                        copies.forget_after(start)
-                    log(f"continuing from the checkpoint of step {start}")
-                else:
-                    params = first_weights(config, setup, workdir, log=log)
-                    state, start, metadata = make_state(config, setup.optimizer, setup.shardings, params), 0, {}
-                goodput.restored(start)
-
-            # --- steps, then the report
-            with MetricsWriter(workdir, config, process_index=jax.process_index()) as writer:
-                writer.truncate(start)
-                sentries = Sentries.post(
-                    setup, workdir, proof, state=state, metadata=metadata, stuck=heartbeat.stuck, log=log
-                )
-                run = Run(
-                    config,
-                    home,
-                    setup,
-                    loader,
-                    data,
-                    checkpointer,
-                    copies,
-                    writer,
-                    goodput,
-                    signals,
-                    sentries,
-                    rollbacks,
-                    log,
-                )
-                state, stopped_by = run.to_the_end(state, start)
-                if stopped_by:
-                    log(f"{stopped_by}: saved at step {int(state.step)}; the same command continues")
-                    return EXIT_PREEMPTED
-                finish(run, state)
-    return 0
-
-
-def local_copies(config: Config, home: Home, *, log: Log) -> AbstractContextManager[LocalCopies | None]:
-    """The copies on this machine's own disk, if they are wanted."""
-    folder = config.checkpoint.local_dir
-    return closing(LocalCopies(folder, home.place, log=log)) if folder else nullcontext()
-
-
-def restore(
-    checkpointer: Checkpointer, copies: LocalCopies | None, setup: Setup, loader: Loader, *, run: str
-) -> Restored | None:
-    """The newest state there is: that of local copies of this run, where they go beyond the newest checkpoint."""
-
-    def of_this_run(metadata: Mapping[str, Any]) -> bool:
-        return metadata.get("run", "") == run and metadata["data"] == loader.records()
-
-    if copies:
-        newest = decided(lambda: max(checkpointer.steps(), default=0))
-        if found := copies.restore(setup.abstract_state(), after=newest, usable=of_this_run):
-            return found
-    return checkpointer.restore(setup.abstract_state())
-
-
-def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> dict[str, Any] | None:
-    """The parameters that the run begins with, on its mesh; None: they are drawn.
-
-    The config.json, tokenizer and templates that belong to them are copied into the workdir, for generation and export.
-
-    Raises:
-      UserError: on every process, if one of them does not find them there.
-    """
-    if not config.train.init_from:
-        return None
-    found: str | UserError
-    try:
-        source = copied(config.train.init_from, log=log)
-        place = open_weights(source, config.model, log=log)
-        found = source.name  # of a bucket's it tells the checkpoint: a run there may go on meanwhile
-    except UserError as error:
-        found = error
-    agree_on("train.init_from", found)
-    params = place(setup.shardings.params)
-    belonging = carried_files(source)
-    if belonging and jax.process_index() == 0:
-        carry(belonging, workdir / CARRIED)
-    log(f"beginning with the weights of {source}")
-    return params
-
-
-def prepare_together(config: Config, home: Home) -> Prepared:
-    """The data of a run: the first process makes what is missing, the others wait for it, and all have the same.
-
-    Raises:
-      UserError: on every process, if one of them could not prepare or read the data, or reads other data.
-    """
-    if jax.process_count() == 1:
-        return prepare_data(config, home.folder, home=home.place)
-    prepared: Prepared | None = None
-    for turn in (0, 1):  # the first process builds, then the others read what it has made
-        found: str | UserError = "nothing yet"
-        try:
-            if (jax.process_index() == 0) == (turn == 0):
-                if turn == 1:
-                    home.pull()
-                prepared = prepare_data(config, home.folder, build=turn == 0, home=home.place)
-                if turn == 0:
-                    home.push()
-        except UserError as error:
-            found = error
-        if prepared and turn == 1:
-            found = prepared.fingerprint()
-        agree_on("data", found)
-    assert prepared is not None
-    return prepared
 
 
 @dataclasses.dataclass
@@ -299,7 +117,7 @@ class Run:
             start_step=start,
             log_every=config.train.log_every,
             cost=self.cost(start),
-            stream=sys.stdout if self.log is not _silent else None,
+            stream=sys.stdout if jax.process_index() == 0 else None,
         )
         prefetch = Prefetcher(self.batch, start=start, stop=total, depth=config.data.prefetch)
         profiler = Profiler(config.train.profile, self.workdir / "profile", self.signals)
@@ -492,7 +310,3 @@ class Run:
             self.save(state, step, held_out)
             self.checkpointer.wait()
             self.tell_failures(step)
-
-
-def _silent(line: str) -> None:
-    """Every process but the first says nothing."""

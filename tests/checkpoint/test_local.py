@@ -13,7 +13,7 @@ from maxlm.checkpoint.local import KEPT, LocalCopies, assemble, covered
 from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.pace import Pace
 from maxlm.errors import UserError
-from maxlm.train import loop
+from maxlm.train import run as opening
 from tests.checkpoint.test_manager import KEEP_ALL, abstract, assert_same, flip, make_state, mesh
 
 
@@ -66,7 +66,7 @@ def test_copies_of_an_earlier_run_in_the_same_place_are_left_out(copies, tmp_pat
     loader = SimpleNamespace(records=lambda: {"skips": []})
 
     def begun(run):
-        return loop.restore(checkpointer, copies, setup, loader, run=run)
+        return opening.restore(checkpointer, copies, setup, loader, run=run)
 
     with Checkpointer(tmp_path / "checkpoints", KEEP_ALL) as checkpointer:
         copies.save(5, make_state(5, mesh(4, 2)), metadata={"data": {"skips": []}, "run": "first"})

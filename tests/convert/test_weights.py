@@ -21,7 +21,7 @@ from maxlm.model.family import family_of
 from maxlm.model.table import to_ours
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import named_sharding
-from maxlm.train.loop import train
+from maxlm.train.run import train
 from tests.convert.folders import CONFIG, write_folder
 from tests.runs import Runs
 from tests.tiny import tiny_config, write_corpus

@@ -2,7 +2,7 @@
 
 import json
 
-from maxlm.train.loop import train
+from maxlm.train.run import train
 from tests.tiny import tiny_config, write_corpus
 
 

@@ -10,9 +10,9 @@ import pytest
 from maxlm.cli import main
 from maxlm.errors import UserError
 from maxlm.train import replay as module
-from maxlm.train.loop import train
 from maxlm.train.metrics import FILE_NAME, read_metrics
 from maxlm.train.replay import replay
+from maxlm.train.run import train
 from maxlm.train.setup import Setup
 from tests.tiny import tiny_config, write_corpus
 

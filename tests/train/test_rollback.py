@@ -22,9 +22,9 @@ from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import as_config_dict, resolve
 from maxlm.train import rollback
 from maxlm.train.goodput import Ledger
-from maxlm.train.loop import train
 from maxlm.train.metrics import read_metrics
 from maxlm.train.rollback import Refusals, Rollback, TurnBack, recorded, skips
+from maxlm.train.run import train
 from maxlm.train.setup import make_setup
 from maxlm.train.state import make_state
 from tests.data.memory_store import MemoryStore
