@@ -23,6 +23,16 @@ from maxlm.checks.words import divisors
 from maxlm.config import Config, ModelConfig, ParallelConfig
 from maxlm.errors import UserError
 
+# A decay above this does not move a bfloat16 number: v and decay * v round to the same one, and a moment never falls.
+LARGEST_BFLOAT16_DECAY = 1.0 - 2.0**-8
+# By optimizer, the decays of the moments that are kept in optim.moments_dtype. Muon's embeddings and norms are AdamW's.
+STORED_MOMENTS = {
+    "adamw": ("b1", "b2"),
+    "adafactor": ("b1",),
+    "lion": ("b2",),
+    "muon": ("b1", "b2", "muon_momentum"),
+}
+
 
 class ConfigError(UserError):
     """The config has problems; `problems` holds one sentence for each."""
@@ -314,10 +324,11 @@ def _check_schedule(config: Config) -> Iterator[str]:
             f"{optim.guard.window} can hold; use at most that"
         )
     if optim.moments_dtype == "bfloat16":
-        for path, decay in (("b1", optim.b1), ("b2", optim.b2), ("muon_momentum", optim.muon_momentum)):
-            if decay > 1 - 2**-8:
+        for path in STORED_MOMENTS[optim.optimizer]:
+            if (decay := getattr(optim, path)) > LARGEST_BFLOAT16_DECAY:
                 yield (
-                    f"optim.{path} is {decay}, but a bfloat16 moment cannot follow a decay above {1 - 2**-8:.4f}; "
+                    f"optim.{path} is {decay}, but a bfloat16 moment cannot follow a decay above "
+                    f"{LARGEST_BFLOAT16_DECAY:.4f}; "
                     "lower it, or type optim.moments_dtype=float32"
                 )
     for path, below in (("b1", optim.b1), ("b2", optim.b2), ("ema_decay", optim.ema_decay)):

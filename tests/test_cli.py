@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from maxlm.cli import main
-from maxlm.config import TokenizerConfig
+from maxlm.config import StoreConfig, TokenizerConfig
 from maxlm.configfile import source
 from maxlm.data.tokenizers import load_tokenizer
 from tests.tiny import tiny_config, write_corpus
@@ -96,12 +96,28 @@ def test_the_commands_of_a_run(tmp_path, capsys):
     assert "seed" in capsys.readouterr().err
 
 
-def test_samples_that_do_not_fit_are_refused_before_training(tmp_path, capsys):
-    config = tmp_path / "config.py"
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        (
+            {"model__learned_positions": 64, "eval__sample_tokens": 60},
+            "has 12 tokens and 60 more are asked for, but the model has 64 learned",
+        ),
+        (
+            {"data__stores": {"tiny": 0}, "eval__stores": ("tiny",)},
+            "'tiny', which holds no document out; type data.stores.tiny.heldout_permille",
+        ),
+    ],
+)
+def test_what_the_end_could_not_do_is_refused_before_training(tmp_path, capsys, leaves, message):
     corpus = write_corpus(tmp_path / "corpus", documents=20)
-    config.write_text(source(tiny_config(corpus, model__learned_positions=64, eval__sample_tokens=60)))
+    if permille := leaves.get("data__stores"):
+        sources = {name: StoreConfig(source=f"text:{corpus}/*.txt", heldout_permille=n) for name, n in permille.items()}
+        leaves = {**leaves, "data__stores": sources}
+    config = tmp_path / "config.py"
+    config.write_text(source(tiny_config(corpus, **leaves)))
     assert main(["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 1
-    assert "has 12 tokens and 60 more are asked for, but the model has 64 learned" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

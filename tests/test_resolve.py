@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from maxlm import config as schema
@@ -189,6 +190,28 @@ def test_mesh_that_does_not_fit_the_devices():
     assert "the mesh data=2 x fsdp=2 has 4 devices, but there are 8" in found
     found = problems(changed(parallel__fsdp=-1))
     assert "parallel.data and parallel.fsdp are both -1" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "leaves", "refused"),
+    [
+        ("adamw", {"b2": 0.999}, "b2"),
+        ("muon", {"b2": 0.999}, "b2"),  # of its embeddings and norms
+        ("muon", {"muon_momentum": 0.999}, "muon_momentum"),
+        ("adamw", {"muon_momentum": 0.999}, None),
+        ("lion", {"b1": 0.999}, None),  # has one moment, with b2
+        ("adafactor", {"b2": 0.999}, None),  # its second moment is float32
+    ],
+)
+def test_decays_that_bfloat16_cannot_follow_are_refused_where_they_are_kept(optimizer, leaves, refused):
+    # The limit is real: v * 0.999 rounds back to v.
+    assert jnp.bfloat16(1.0) * jnp.bfloat16(1.0) == jnp.float32(0.999).astype(jnp.bfloat16)
+    optim = {"optimizer": optimizer, "moments_dtype": "bfloat16", "b2": 0.95, **leaves}
+    given = changed(**{f"optim__{name}": value for name, value in optim.items()})
+    if refused is None:
+        resolve(given)
+    else:
+        assert [f"optim.{refused} is 0.999" in problem for problem in problems(given)] == [True]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from maxlm import tree
 from maxlm.config import OptimConfig
-from maxlm.errors import UserError
 from maxlm.optim.factored import matrix_axes, scale_by_factored_moment
 from maxlm.optim.rules import match_rules
 
@@ -31,9 +30,6 @@ T = TypeVar("T")
 
 # Liu et al. 2025, "Muon is scalable for LLM training", section 2.2: the typical root mean square of AdamW's updates.
 MUON_RMS = 0.2
-
-# A decay above this does not move a bfloat16 number: v and decay * v round to the same one, and a moment never falls.
-LARGEST_BFLOAT16_DECAY = 1.0 - 2.0**-8
 
 
 class Assignment(NamedTuple):
@@ -140,11 +136,9 @@ def make_optimizer(optim: OptimConfig, specs: dict[str, Any]) -> Optimizer:
 
     Raises:
       RuleError: see `assign`.
-      UserError: if a decay is too close to 1 for bfloat16 moments.
     """
     declared, assignments = tree.paths(specs), assign(optim, specs)
     rules = sorted({assignment.rule for assignment in assignments.values()})
-    _check_moments(optim, rules)
     own = {rule: {p: declared[p] for p in assignments if assignments[p].rule == rule} for rule in rules}
     return Optimizer(declared, assignments, {rule: RULES[rule](optim, own[rule]) for rule in rules})
 
@@ -245,19 +239,6 @@ RULES: Mapping[str, Callable[[OptimConfig, Mapping[str, Any]], optax.GradientTra
     "lion": _lion,
     "muon": _muon,
 }
-
-
-def _check_moments(optim: OptimConfig, rules: list[str]) -> None:
-    """Refuses decays at which a bfloat16 moment could not fall."""
-    if optim.moments_dtype != "bfloat16":
-        return
-    settings = {"adamw": ("b1", "b2"), "lion": ("b2",), "adafactor": ("b1",), "muon": ("muon_momentum",)}
-    for name in sorted({name for rule in rules for name in settings[rule]}):
-        if getattr(optim, name) > LARGEST_BFLOAT16_DECAY:
-            raise UserError(
-                f"optim.{name} is {getattr(optim, name)}, but a bfloat16 moment cannot decay that slowly: use at most "
-                f"{LARGEST_BFLOAT16_DECAY:.4f}, or optim.moments_dtype=float32"
-            )
 
 
 def _field_and_parameter(path: tuple[Any, ...]) -> tuple[str, str]:

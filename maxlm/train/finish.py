@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from maxlm.data.prepare import heldout_documents
+from maxlm.errors import UserError
 from maxlm.eval.baselines import Baselines, compression_baselines
 from maxlm.infer.generate import check_prompts, encode_prompts, generate_text
 from maxlm.infer.load import runnable
@@ -37,8 +38,18 @@ def finish(run: Run, state: TrainState) -> None:
         run.log(f"report: {run.home.place}/report.md")
 
 
-def check_samples(config: Config, data: Prepared) -> None:
-    """Raises UserError, before anything is trained, where the config's prompts cannot be continued at the end."""
+def check_finish(config: Config, data: Prepared) -> None:
+    """Looks, before anything is trained, at what the end of the run will ask for.
+
+    Raises:
+      UserError: a store of eval.stores holds nothing out, or the config's prompts cannot be continued.
+    """
+    for name in config.eval.stores:
+        if not data.stores[name].split("heldout").num_documents:
+            raise UserError(
+                f"eval.stores names {name!r}, which holds no document out; type data.stores.{name}.heldout_permille=10 "
+                "or more, or leave it out of eval.stores"
+            )
     if prompts := config.eval.prompts:
         check_prompts(encode_prompts(data.tokenizer, prompts), config.eval.sample_tokens, model=config.model)
 

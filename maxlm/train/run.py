@@ -32,7 +32,7 @@ from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
 from maxlm.train import rollback
 from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
-from maxlm.train.finish import check_samples, finish
+from maxlm.train.finish import check_finish, finish
 from maxlm.train.goodput import Ledger, process_age
 from maxlm.train.home import Home, copied, first_start
 from maxlm.train.loop import Run
@@ -77,7 +77,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
         given = recorded_steps(config, workdir)
         config = resolve(given, devices=jax.device_count())
         data = prepare_together(config, home)
-        check_samples(config, data)
+        check_finish(config, data)
         proof = Proof(data.stores if first_process else {})
         rollbacks = [rollback.Rollback(*each) for each in decided(lambda: rollback.recorded(workdir))]
         loader = Loader(data.stores, config.data, seed=config.seed, skips=rollback.skips(rollbacks))
