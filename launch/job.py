@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from maxlm.train.signals import EXIT_PREEMPTED
 
@@ -29,7 +29,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OVERRIDE = re.compile(r"--config\.[A-Za-z0-9_.]+=(.*)", re.DOTALL)
 _BUCKET = re.compile(r"(gs|s3)://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/.*)?", re.DOTALL)
 # What must not be written into a file or a log by way of an ordinary variable.
-_SECRETIVE = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY)", re.IGNORECASE)
+_SECRETIVE = re.compile(r"(TOKEN|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?|API_?KEYS?|ACCESS_?KEYS?)(_|$)", re.IGNORECASE)
 
 
 class LaunchError(Exception):
@@ -147,6 +147,19 @@ def make_job(**settings: object) -> Job:
     return job
 
 
+def check_shared(job: Job, mounts: Sequence[str] = ("/",)) -> None:
+    """Raises LaunchError for a workdir that the hosts would each have for themselves, and lose.
+
+    Args:
+      mounts: absolute paths of the folders that they see in common.
+    """
+    place = os.path.normpath(job.workdir)
+    if "://" in job.workdir or any(PurePosixPath(place).is_relative_to(mount) for mount in mounts):
+        return
+    below = f"an absolute path below {' or '.join(mounts)}, or " if mounts else ""
+    raise LaunchError(f"--workdir is {job.workdir!r}, which not all hosts see; give {below}gs://bucket/folder")
+
+
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
@@ -225,13 +238,21 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...
     return own, tuple(word for word in arguments if word.startswith("--config."))
 
 
-def job_of(values: argparse.Namespace, overrides: tuple[str, ...], topology: Topology, *, copied: bool = True) -> Job:
+def job_of(
+    values: argparse.Namespace,
+    overrides: tuple[str, ...],
+    topology: Topology,
+    *,
+    copied: bool = True,
+    platform: str = "",
+) -> Job:
     """The job that the flags of `job_parser` describe.
 
     Args:
       copied: whether a commit is copied to the hosts; otherwise this tree runs as it is.
+      platform: "cuda" or "tpu", which has to be there then; "": whatever the process finds, the CPU at last.
     """
-    environment = {}
+    environment = {"JAX_PLATFORMS": f"{platform},cpu"} if platform else {}
     for pair in values.env:
         name, separator, value = pair.partition("=")
         if not separator:

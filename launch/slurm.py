@@ -3,7 +3,8 @@
 python -m launch.slurm --nodes=4 --gpus_per_node=8 --time=24:00:00 --folder=/shared --config=... --workdir=/shared/run
 
 The scheduler sends SIGTERM before the time is over (--signal) or when it preempts the job; the run saves and leaves
-with exit code 75, and the job puts itself back into the queue. After a failure it does so too, --retries times.
+with exit code 75, and the job puts itself back into the queue. After a failure it does so too, --retries times
+in a row. A job that was cancelled stays out of it.
 
 With --wait this program lasts as long as the job, through all its starts, and leaves with its exit code. Begun again,
 it waits for the job that is there rather than hand in a second one.
@@ -26,6 +27,7 @@ from launch.job import (
     LaunchError,
     Topology,
     check_config,
+    check_shared,
     job_of,
     job_parser,
     printed,
@@ -34,12 +36,17 @@ from launch.job import (
     split_overrides,
     unpack_code,
 )
+from launch.supervise import HEALTHY_SECONDS
 
 ARRAY = "{array}"  # in --workdir and overrides: the number of the array's task
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@,/+-]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 # States in which a job has come to its end; from all others it may yet run (again).
-_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+_ENDED = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
+    "PREEMPTED",
+}
+_LOOKS = 30  # in a row that may fail before the wait for a job ends: the controller may be restarted meanwhile
 _ARRAY = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?")
 
 
@@ -67,6 +74,8 @@ def sbatch_file(job: Job, values: argparse.Namespace, code: Path) -> str:
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
     exports = [f"export {name}={_quote(value)}" for name, value in job.environment.items()]
+    if values.cpus_per_task:  # srun does not take it from the job's own directives
+        exports.append(f"export SRUN_CPUS_PER_TASK={values.cpus_per_task}")
     text = "\n".join(["#!/bin/bash", *lines, "#SBATCH --requeue", "", *exports])
     return f"""{text}
 export PYTHONUNBUFFERED=1 PYTHONPATH={shlex.quote(str(code))}
@@ -74,16 +83,30 @@ export SLURM_EXPORT_ENV=ALL  # the steps get all of the above
 run={_quote(job.workdir if "://" not in job.workdir else f"{values.folder}/jobs/{job.name}")}
 mkdir -p "$run"
 failures="$run/.failures-$SLURM_JOB_ID"
+# The number alone, of the first task of an array, stands for the whole array.
+job="${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}"
+job="${{job:-$SLURM_JOB_ID}}"
 trap : TERM
 cd {shlex.quote(str(code))}
 
 srun --kill-on-bad-exit=0 --wait=600 {_srun_words(job, values, code)} &
-step=$!
+step=$! began=$SECONDS
 wait "$step"
 code=$?
 while kill -0 "$step" 2> /dev/null; do wait "$step"; code=$?; done  # a signal ends `wait`, not the step
 
 if [ "$code" -eq 0 ]; then rm -f "$failures"; exit 0; fi
+# Only while the scheduler calls it running: it would also requeue a job that somebody has just cancelled.
+for turn in {{1..20}}; do
+  if state=$(scontrol show job --oneliner "$job"); then break; fi
+  sleep 15
+done
+state=$(sed -n 's/.*JobState=\\([A-Z_]*\\).*/\\1/p' <<< "$state")
+if [ "$state" != RUNNING ]; then
+  echo "the run ended with exit code $code; the job is ${{state:-unknown}} and does not go back into the queue"
+  exit "$code"
+fi
+if [ $((SECONDS - began)) -ge {HEALTHY_SECONDS:.0f} ]; then rm -f "$failures"; fi
 if [ "$code" -ne {EXIT_PREEMPTED} ]; then
   echo >> "$failures"
   if [ "$(wc -l < "$failures")" -gt {job.retries} ]; then
@@ -92,7 +115,7 @@ if [ "$code" -ne {EXIT_PREEMPTED} ]; then
   fi
 fi
 echo "the run ended with exit code $code; back into the queue"
-scontrol requeue "$SLURM_JOB_ID" || exit "$code"
+scontrol requeue "$job" || exit "$code"
 # The scheduler now ends this script; its own exit code must not be taken for the job's.
 sleep 300
 exit "$code"
@@ -152,8 +175,17 @@ def queued(job: Job) -> str | None:
 
 def wait_for(number: str, *, poll: float) -> int:
     """Waits until SLURM has done with a job, and returns its exit code; 1 for one that was ended from outside."""
+    failed = 0
     while True:
-        fields = dict(re.findall(r"(\w+)=(\S*)", _answer("scontrol", "show", "job", "--oneliner", number)))
+        try:
+            fields = dict(re.findall(r"(\w+)=(\S*)", _answer("scontrol", "show", "job", "--oneliner", number)))
+            failed = 0
+        except LaunchError as error:
+            failed += 1
+            if failed == _LOOKS or "Invalid job id" in str(error):
+                raise
+            print(f"{error}; still waiting for job {number}", flush=True)
+            fields = {}
         if fields.get("JobState") in _ENDED:
             code, _, killed_by = fields.get("ExitCode", "").partition(":")
             own = int(code) if code.isdigit() and killed_by in ("", "0") else 1
@@ -198,12 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     values = _parser().parse_args(own)
     tasks = values.tasks_per_node or max(1, values.gpus_per_node)
-    if values.gpus_per_node % tasks:
-        raise LaunchError(f"{values.gpus_per_node} GPUs do not go into {tasks} tasks a node; give a divisor")
     if values.gpus_per_node and values.gpus_per_node != tasks:
         raise LaunchError(f"give one task a GPU: --tasks_per_node={values.gpus_per_node}, or leave it out")
     shape = Topology(hosts=values.nodes, processes=tasks, accelerator="gpu" if values.gpus_per_node else "")
-    job = job_of(values, overrides, shape)
+    job = job_of(values, overrides, shape, platform="cuda" if values.gpus_per_node else "")
+    check_shared(job)
     check_words(job, values)
     code = Path(values.folder) / "code" / job.commit
     text = sbatch_file(job, values, code)
@@ -226,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file.write_text(text)
     number = _answer(*command).split(";")[0]
     print(f"job {number}; squeue --job={number} looks at it, scancel --signal=TERM {number} saves and starts it again,")
-    print(f"scancel {number} ends it. The log is in {values.folder}/logs", flush=True)
+    print(f"scancel {number} ends it for good. The log is in {values.folder}/logs", flush=True)
     return wait_for(number, poll=values.poll) if values.wait else 0
 
 

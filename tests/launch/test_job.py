@@ -34,6 +34,39 @@ def test_secrets_are_names_only(monkeypatch):
         jobs.secret_values(make_job(**GIVEN, secrets=("OTHER",)))
 
 
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [("TOKENIZERS_PARALLELISM", False), ("MAX_TOKENS", False), ("HF_TOKEN", True), ("PGPASSWORD", True)]
+    + [("AWS_ACCESS_KEY_ID", True), ("AWS_SECRET_ACCESS_KEY", True), ("WANDB_API_KEY", True), ("OPENAI_APIKEY", True)],
+)
+def test_what_looks_like_a_secret(name, secret):
+    try:
+        assert make_job(**GIVEN, environment={name: "x"}) and not secret
+    except LaunchError as error:
+        assert secret and f"type --secret={name}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("workdir", "mounts", "good"),
+    [
+        ("gs://bucket/a", [], True),
+        ("runs/a", ["/"], False),
+        ("~/a", ["/"], False),
+        ("/a", ["/"], True),
+        ("/claim/a", ["/bucket", "/claim"], True),
+        ("/claims/a", ["/claim"], False),
+        ("/claim/../a", ["/claim"], False),
+        ("/a", [], False),
+    ],
+)
+def test_a_workdir_that_hosts_do_not_share_is_refused(workdir, mounts, good):
+    job = make_job(**{**GIVEN, "workdir": workdir})
+    if good:
+        return jobs.check_shared(job, mounts)
+    with pytest.raises(LaunchError, match="not all hosts see; give .*gs://bucket/folder"):
+        jobs.check_shared(job, mounts)
+
+
 def test_another_job_has_another_digest():
     digests = {make_job(**GIVEN).digest(), make_job(**GIVEN, overrides=("--config.seed=1",)).digest()}
     assert len(digests) == 2 and make_job(**GIVEN).digest() in digests

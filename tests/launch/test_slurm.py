@@ -16,7 +16,7 @@ COMMON = [f"--commit={COMMIT}", "--config=configs/quickstart.py", "--time=1:00:0
 SRUN = """#!{python}
 import json, os, sys
 words = sys.argv[sys.argv.index("--") + 1 :]
-names = ("A", "ARRAY", "PYTHONUNBUFFERED")
+names = ("A", "ARRAY", "PYTHONUNBUFFERED", "SRUN_CPUS_PER_TASK", "JAX_PLATFORMS")
 print(json.dumps({{"words": words, "cwd": os.getcwd(), "env": {{n: os.environ.get(n) for n in names}}}}), flush=True)
 sys.exit(int(os.environ["CODE"]))
 """
@@ -24,11 +24,12 @@ sys.exit(int(os.environ["CODE"]))
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with stand-ins: srun prints what it was given, scontrol notes that it was called."""
+    """A folder with stand-ins: srun prints what it was given, scontrol notes what it is to requeue."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "srun").write_text(SRUN.format(python=sys.executable))
-    (programs / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/requeued\n')
+    shown = 'if [ "$1" = show ]; then echo "JobId=7 JobName=run JobState=${STATE:-RUNNING} Reason=None"; exit; fi'
+    (programs / "scontrol").write_text(f'#!/bin/bash\n{shown}\necho "$@" >> {tmp_path}/requeued\n')
     (programs / "sleep").write_text("#!/bin/bash\n")
     for program in programs.iterdir():
         program.chmod(0o755)
@@ -73,12 +74,43 @@ def test_leaving_goes_back_into_the_queue_and_failing_only_so_often(folder, caps
     assert (folder / "requeued").read_text() == "requeue 7\n" * 5
 
 
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", ""])
+def test_what_was_cancelled_does_not_go_back_into_the_queue(folder, capsys, state):
+    """A plain scancel ends the tasks, which save and leave with 75; SLURM would requeue the job all the same."""
+    text, _ = written(capsys, *flags_of(folder))
+    done = run(folder, text, code=75, STATE=state or "?")
+    assert done.returncode == 75 and f"the job is {state or 'unknown'} and does not" in done.stdout
+    assert not (folder / "requeued").exists()
+
+
+def test_failures_after_a_long_run_begin_to_count_anew(folder, capsys, monkeypatch):
+    monkeypatch.setattr(slurm, "HEALTHY_SECONDS", 0.0)  # each start was a long one
+    text, _ = written(capsys, *flags_of(folder), "--retries=1")
+    for queued in (1, 2, 3):
+        assert run(folder, text, code=69).returncode == 69
+        assert (folder / "requeued").read_text() == "requeue 7\n" * queued
+
+
+def test_tasks_get_their_processors_and_must_find_their_gpus(folder, capsys):
+    text, _ = written(capsys, *flags_of(folder), "--cpus_per_task=12", "--gpus_per_node=8")
+    found = json.loads(run(folder, text, code=0).stdout)["env"]
+    assert found["SRUN_CPUS_PER_TASK"] == "12" and found["JAX_PLATFORMS"] == "cuda,cpu"
+    text, _ = written(capsys, *flags_of(folder), "--gpus_per_node=8", "--env=JAX_PLATFORMS=cuda")
+    assert json.loads(run(folder, text, code=0).stdout)["env"]["JAX_PLATFORMS"] == "cuda"
+    text, _ = written(capsys, *flags_of(folder))
+    assert json.loads(run(folder, text, code=0).stdout)["env"]["JAX_PLATFORMS"] is None
+
+
 def test_an_array_gives_each_task_its_own(folder, capsys):
     flags = flags_of(folder)[:1] + [f"--workdir={folder}/runs/{{array}}", "--array=0-3%2", "--python=python"]
     text, whole = written(capsys, *flags, "--config.seed={array}")
     assert "#SBATCH --array=0-3%2" in text and "%A_%a.log" in whole
     said = json.loads(run(folder, text, code=0, SLURM_ARRAY_TASK_ID="2").stdout)
     assert f"--workdir={folder}/runs/2" in said["words"] and "--config.seed=2" in said["words"]
+    # The first task's own number is that of the whole array: requeueing it would end the others.
+    ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    assert run(folder, text, code=75, **ids).returncode == 75
+    assert (folder / "requeued").read_text() == "requeue 7_2\n"
 
 
 def test_what_the_scheduler_is_told(folder, capsys, monkeypatch):
@@ -100,8 +132,10 @@ def test_what_the_scheduler_is_told(folder, capsys, monkeypatch):
         (["--time=1:00:00\n#SBATCH --uid=0"], "give minutes"),
         (["--array=0-3"], "would share"),
         (["--config.seed={array}"], "say --array"),
-        (["--gpus_per_node=8", "--tasks_per_node=3"], "do not go into"),
-        (["--gpus_per_node=8", "--tasks_per_node=1"], "one task a GPU"),
+        (["--gpus_per_node=8", "--tasks_per_node=3"], "one task a GPU"),
+        (["--gpus_per_node=8", "--tasks_per_node=4"], "one task a GPU"),
+        (["--workdir=runs/mine"], "not all hosts see; give an absolute path"),
+        (["--workdir=~/mine"], "not all hosts see"),
         (["--container-image=x", "--container-mount=/a:/b"], "cannot be mounted"),
         (["--config.name=a\nb"], "control character"),
         (["--config=configs/none.py"], "not in commit"),
@@ -121,7 +155,8 @@ def queue(tmp_path, monkeypatch):
     (programs / "sbatch").write_text('#!/bin/bash\necho "$@" >> "$QUEUE/handed_in"\necho "41;cluster"\n')
     (programs / "scontrol").write_text(
         '#!/bin/bash\n[ "$4" = 41 ] || { echo "Invalid job id specified" >&2; exit 1; }\n'
-        'head -n 1 "$QUEUE/states"\nsed -i 1d "$QUEUE/states"\n'
+        'line=$(head -n 1 "$QUEUE/states")\nsed -i 1d "$QUEUE/states"\n'
+        '[ -n "$line" ] || { echo "Unable to contact slurm controller" >&2; exit 1; }\necho "$line"\n'
     )
     for program in programs.iterdir():
         program.chmod(0o755)
@@ -131,7 +166,8 @@ def queue(tmp_path, monkeypatch):
 
 
 def waited(queue, *states):
-    lines = [f"JobId=41 JobName=run JobState={state} Reason=None Restarts=1 ExitCode={code}" for state, code in states]
+    line = "JobId=41 JobName=run JobState={} Reason=None Restarts=1 ExitCode={}"
+    lines = [line.format(*state) if state else "" for state in states]
     (queue / "states").write_text("".join(f"{line}\n" for line in lines))
     flags = [f"--folder={queue}/shared", f"--workdir={queue}/run", "--no-check", "--wait", "--poll=0.01"]
     return slurm.main([*COMMON, *flags])
@@ -143,7 +179,15 @@ def test_waiting_lasts_through_new_starts_and_tells_the_exit_code(queue):
     assert waited(queue, ("FAILED", "3:0")) == 3
     assert waited(queue, ("CANCELLED", "0:15")) == 1
     assert waited(queue, ("TIMEOUT", "0:0")) == 1
-    assert len((queue / "handed_in").read_text().splitlines()) == 4
+    assert waited(queue, ("PREEMPTED", "0:15")) == 1
+    assert len((queue / "handed_in").read_text().splitlines()) == 5
+
+
+def test_a_controller_that_does_not_answer_for_a_while_does_not_end_the_wait(queue, capsys):
+    assert waited(queue, ("RUNNING", "0:0"), None, None, ("COMPLETED", "0:0")) == 0
+    assert capsys.readouterr().out.count("Unable to contact slurm controller; still waiting") == 2
+    with pytest.raises(LaunchError, match="Unable to contact"):
+        waited(queue, *[None] * 40, ("COMPLETED", "0:0"))
 
 
 def test_begun_again_it_waits_for_the_job_that_is_there(queue):

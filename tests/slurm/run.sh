@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real SLURM on this machine: four virtual nodes, launch/slurm.py's job on four tasks, preempted twice, and losses
-# held against an undisturbed run's.
+# held against an undisturbed run's. What is cancelled has to stay so, and a task of an array starts again alone.
 #
 # sudo tests/slurm/run.sh [PYTHON]     a Debian or Ubuntu that may be changed: it installs slurm-wlm and munge, writes
 #                                      their configuration and starts their daemons. Ends what it has started.
@@ -85,11 +85,11 @@ config = tiny_config(write_corpus(base / "corpus"), train__compilation_cache=str
 (base / "config.py").write_text(source(config))
 END
 
-start() { # NAME: hands the job in and prints its number
+start() { # NAME [FLAG ...]: hands the job in and prints its number
   "$python" -m launch.slurm --nodes=4 --tasks_per_node=1 --time=1:00:00 --folder="$base/shared $1" \
     --config="$config" --workdir="$base/$1" --name="$1" --commit="$(git rev-parse HEAD)" --python="$python" \
     --env=JAX_PLATFORMS=cpu --env="XLA_FLAGS=--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \
-    --grace_seconds=60 --no-check | sed -n 's/^job \([0-9]*\);.*/\1/p'
+    --grace_seconds=60 --no-check "${@:2}" | sed -n 's/^job \([0-9]*\);.*/\1/p'
 }
 steps() { if [ -e "$base/$1/metrics.jsonl" ]; then grep -c '"loss"' "$base/$1/metrics.jsonl" || true; else echo 0; fi; }
 until_step() { # NAME STEP
@@ -121,6 +121,38 @@ until_step disturbed 25
 scontrol requeue "$job"
 until_done "$job" disturbed
 [ "$(scontrol show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p')" -ge 2 ]
+
+# --- what is cancelled, and one task of an array; in place of training they wait
+cat > "$base/waits" << END
+#!/bin/bash
+trap 'exit 75' TERM
+while [ ! -e "$base/fail-\$SLURM_ARRAY_TASK_ID" ]; do sleep 0.1; done
+exit 3
+END
+chmod +x "$base/waits"
+shown() { scontrol show job --oneliner "$1" | sed -n "s/.*$2=\([A-Z0-9]*\).*/\1/p"; }
+until_shown() { # JOB FIELD VALUE
+  for turn in {1..90}; do
+    if [ "$(shown "$1" "$2")" = "$3" ]; then return; fi
+    sleep 1
+  done
+  echo "$2 of job $1 is $(shown "$1" "$2"), not $3" && exit 1
+}
+job=$(start cancelled --nodes=1 --python="$base/waits")
+until_shown "$job" JobState RUNNING
+sleep 5
+scancel "$job"
+until_shown "$job" JobState CANCELLED
+sleep 10
+[ "$(shown "$job" JobState) $(shown "$job" Restarts)" = "CANCELLED 0" ]
+job=$(start array --nodes=1 --python="$base/waits" --array=0-1 --workdir="$base/array-{array}")
+for task in 0 1; do until_shown "${job}_$task" JobState RUNNING; done
+sleep 5
+touch "$base/fail-1"
+until_shown "${job}_1" Restarts 1
+[ "$(shown "${job}_0" JobState) $(shown "${job}_0" Restarts)" = "RUNNING 0" ]
+scancel "$job"
+until_shown "${job}_0" JobState CANCELLED
 
 "$python" - "$base" << 'END'
 import sys
