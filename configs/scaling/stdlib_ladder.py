@@ -4,9 +4,13 @@ maxlm study run configs/scaling/stdlib_ladder.py && maxlm study fit configs/scal
 
 Five budgets that span a factor of 8, at each four sizes around the one expected to be best: 20 models of 0.05M to 2M
 parameters besides embeddings. Planned for two CPU cores, one run on each at a time, in less than an hour.
+
+At budgets so small a run has few steps, and what makes more of them wins: at 1.6e12 FLOPs and width 96 the held-out
+loss is 2.21 nats a byte with AdamW and batches of 3,072 tokens, 1.88 with 1,024, 1.56 with Muon, and 1.52 with 512.
 """
 
 from maxlm.config import (
+    AttentionConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -21,7 +25,7 @@ from maxlm.config import (
 from maxlm.study.ladder import Rules
 from maxlm.study.spec import Isoflops, Machine, Study
 
-SMALLEST = 2.4e12  # FLOPs
+SMALLEST = 1.5e12  # FLOPs
 BUDGETS = tuple(SMALLEST * 8 ** (step / 4) for step in range(5))
 
 
@@ -29,19 +33,29 @@ def get_study():
     return Study(
         name="stdlib_ladder",
         base=Config(
-            model=ModelConfig(vocab_size=264, mlp=MlpConfig(kind="relu2")),
+            model=ModelConfig(
+                vocab_size=264,
+                attention=AttentionConfig(qk_norm="head"),
+                mlp=MlpConfig(kind="relu2"),
+                init="zero_output",
+            ),
             data=DataConfig(
                 stores={"stdlib": StoreConfig(source="stdlib", heldout_permille=10)},
                 tokenizer=TokenizerConfig(kind="bytes"),
-                sequence_length=256,
+                sequence_length=128,
             ),
-            optim=OptimConfig(schedule="linear", final_lr_ratio=0.0),
+            optim=OptimConfig(
+                optimizer="muon",
+                muon_lr_ratio=3.0,
+                schedule="linear",
+                final_lr_ratio=0.0,
+                weight_decay=0.05,
+            ),
             train=TrainConfig(precision="float32", norms_every=0),
             checkpoint=CheckpointConfig(every_steps=200, keep_latest=1),
             eval=EvalConfig(batch_size=16),
         ),
-        rules=Rules(rule="transfer", aspect=128, head_dim=16, base_head_dim=16, base_width=64, base_rate=8e-3),
-        design=Isoflops(budgets=BUDGETS, sizes=(0.7, 1.2, 2.0, 3.4)),
-        machine=Machine(name="2 CPU cores", flops_per_second=70e9, overhead_seconds=20.0, jobs=2),
-        coordinate_widths=(32, 64, 128, 256),
+        rules=Rules(aspect=128, head_dim=16, tokens_per_param=28, base_rate=6e-3, batch_tokens=512),
+        design=Isoflops(budgets=BUDGETS, sizes=(0.6, 1.0, 1.5, 2.4)),
+        machine=Machine(name="2 CPU cores", flops_per_second=40e9, overhead_seconds=20.0, jobs=2),
     )

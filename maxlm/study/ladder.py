@@ -4,8 +4,9 @@
   figure 5), heads of `head_dim` dims, F as `model.mlp` fills it in.
 - Tokens: `tokens_per_param` for each parameter besides embeddings (about 20: Hoffmann et al. 2022, arXiv 2203.15556).
 - Batch: 0.2920 C^0.3271 tokens, C the FLOPs of the run (Bi et al. 2024, DeepSeek LLM, arXiv 2401.02954, equation 1),
-  rounded to 2^k or 3 * 2^k rows.
-- Learning rate under the standard rule: 0.3118 C^-0.1250 (the same equation), for all parameters alike.
+  rounded to 2^k or 3 * 2^k rows. The equation was measured from 1e17 FLOPs up; far below, `batch_tokens` sets what
+  does best there.
+- Learning rate under the standard rule: 0.3118 C^-0.1250 (the same equation), or `base_rate`, for all parameters alike.
 - Warm-up: a fiftieth of the steps, at least 10 of them and at most a fourth (a convention, measured by nobody here).
 - Cooldown of a wsd schedule: a fifth of the steps (Hägele et al. 2024, arXiv 2405.18392).
 - Initialisation: `model.init` as given, by default residual outputs divided by sqrt(2L) (Radford et al. 2019).
@@ -56,7 +57,8 @@ class Rules:
     tokens_per_param: float = 20.0
     base_width: int = 256
     base_head_dim: int = 64
-    base_rate: float = 0.0  # peak learning rate of the transfer rule; 0: the standard rule's
+    base_rate: float = 0.0  # peak learning rate, under the transfer rule at the base width; 0: the equation's
+    batch_tokens: int = 0  # of a batch, whatever the budget; 0: the equation's
     cooldown: float = 0.2
 
     def __post_init__(self) -> None:
@@ -156,11 +158,9 @@ def configure(base: Config, shape: Shape, rules: Rules, *, flops: float = 0.0, t
     size = size_of(rules, base, shape)
     wanted = tokens or (flops / size.flops if flops else rules.tokens_per_param * size.besides_embeddings)
     budget = wanted * size.flops
-    rows = _round_rows(0.2920 * budget**0.3271 / config.data.sequence_length)
+    rows = _round_rows((rules.batch_tokens or 0.2920 * budget**0.3271) / config.data.sequence_length)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
-    rate = 0.3118 * budget**-0.1250
-    if rules.rule == "transfer":
-        rate = rules.base_rate or rate
+    rate = rules.base_rate or 0.3118 * budget**-0.1250
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, peak_lr=rate))
     return lasting(parametrized(config, rules, base=base), wanted, rules)
 

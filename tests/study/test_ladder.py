@@ -15,7 +15,7 @@ from maxlm.study.ladder import Rules, Shape, configure, shape_by_depth, shape_by
 from tests.study.fake import RULES, base_config
 
 BASE = base_config(Path("/nowhere"))
-STANDARD = dataclasses.replace(RULES, rule="standard")
+STANDARD = dataclasses.replace(RULES, rule="standard", base_rate=0.0)
 
 
 def test_each_dial_sets_the_shape():
@@ -35,6 +35,11 @@ def test_the_budget_is_spent_and_the_rest_follows():
     assert tokens * size.flops == pytest.approx(1e13, rel=0.01)
     assert config.optim.peak_lr == pytest.approx(0.3118 * 1e13**-0.125)
     assert config.data.batch_size * config.data.sequence_length == pytest.approx(0.2920 * 1e13**0.3271, rel=0.25)
+    given = dataclasses.replace(STANDARD, base_rate=0.006, batch_tokens=512)
+    config = configure(BASE, Shape(2, 64), given, flops=1e13)
+    assert config.optim.peak_lr == 0.006 and config.data.batch_size * config.data.sequence_length == 512
+    tokens = config.train.steps * config.data.batch_size * config.data.sequence_length
+    assert tokens * size.flops == pytest.approx(1e13, rel=0.01)
 
 
 def test_the_transfer_rule_sets_rates_decays_and_init_by_path():
