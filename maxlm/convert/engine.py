@@ -30,7 +30,7 @@ from maxlm.data.tokenizers import TokenizerError
 from maxlm.data.workers import Progress
 from maxlm.errors import UserError
 from maxlm.model.decoder import split_model
-from maxlm.model.family import Family, FamilyError, families, family_of, hf_config, unlike
+from maxlm.model.family import Family, FamilyError, families, family_of, hf_config, read_model, unlike
 from maxlm.model.param import ParamSpec
 from maxlm.model.table import BoundRow, bind
 from maxlm.resolve import as_config_dict, resolve
@@ -71,7 +71,7 @@ def open_model(path: Path, *, further: bool = True) -> tuple[HuggingFaceFolder, 
         or of the wrong shape; all of them are listed.
     """
     folder = open_folder(path)
-    family, model = described_by(folder.config, folder.tensors)
+    family, model = described_by(path, folder.config, folder.tensors)
     described = family_model(family, model if further else dataclasses.replace(model, mtp_layers=0))
     if (outer := family.table(described.model).outer) and not any(name.startswith(outer) for name in folder.tensors):
         folder = folder._replace(tensors={outer + name: tensor for name, tensor in folder.tensors.items()})
@@ -286,7 +286,7 @@ def _family_for(stored: StoredModel, name: str | None) -> Family:
         try:
             hf_config(family, stored.model)
             fitting.append(family)
-        except (FamilyError, KeyError) as error:
+        except FamilyError as error:
             reasons.append(f"\n  {family.name}: {error}")
     if len(fitting) == 1:
         return fitting[0]
@@ -301,7 +301,7 @@ def _content(stored: StoredModel, described: FamilyModel) -> dict[str, Any]:
     if not stored.hf:
         return hf_config(described.family, described.model)
     content = {key: value for key, value in stored.hf.items() if key != "quantization_config"}
-    if family_of(stored.hf) is not described.family or unlike(described.model, described.family.from_hf(content)):
+    if family_of(stored.hf) is not described.family or unlike(described.model, read_model(described.family, content)):
         content |= hf_config(described.family, described.model)
     return content
 

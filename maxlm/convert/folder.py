@@ -15,7 +15,7 @@ from maxlm.config import ModelConfig
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.quantised import unquantised
 from maxlm.convert.safetensors import INDEX, StoredTensor, TensorInfo, read_header
-from maxlm.model.family import Family, family_of
+from maxlm.model.family import Family, FamilyError, family_of, read_model
 
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -81,8 +81,8 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     return HuggingFaceFolder(path, config, unquantised(tensors, config))
 
 
-def described_by(config: Mapping[str, Any], names: Collection[str] | None) -> tuple[Family, ModelConfig]:
-    """The family and the model of a config.json and the tensors beside it.
+def described_by(path: Path, config: Mapping[str, Any], names: Collection[str] | None) -> tuple[Family, ModelConfig]:
+    """The family and the model of the config.json in a folder and the tensors beside it.
 
     Layers that predict further tokens may be left out though the config speaks of them, as `transformers` does.
 
@@ -90,10 +90,13 @@ def described_by(config: Mapping[str, Any], names: Collection[str] | None) -> tu
       names: of the tensors; None: not known.
 
     Raises:
-      FamilyError: the family is unknown, or does not have a setting.
+      FamilyError: the family is unknown, or does not have a setting, or a word of it is missing.
     """
-    family = family_of(config)
-    model = family.from_hf(config)
+    try:
+        family = family_of(config)
+        model = read_model(family, config)
+    except FamilyError as error:
+        raise FamilyError(f"{path / CONFIG}: {error}") from error
     if model.mtp_layers and names is not None:
         rows = [row for row in family.table(model).rows if row.pieces[0].ours.startswith("mtp/")]
         if not any(row.theirs.format(layer=model.num_layers, expert=0) in names for row in rows):
@@ -110,7 +113,7 @@ def folder_model(path: Path) -> ModelConfig:
     config, names = read_config(path), None
     if (path / INDEX).is_file() or len(list(path.glob("*.safetensors"))) == 1:
         names = {name for file, named in _shards(path).items() for name in named or read_header(path / file)}
-    return described_by(config, names)[1]
+    return described_by(path, config, names)[1]
 
 
 def _shards(path: Path) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from maxlm.config import ModelConfig
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.folder import CONFIG, folder_model, is_huggingface_folder, read_config
 from maxlm.model.decoder import split_model
-from maxlm.model.family import family_of
+from maxlm.model.family import family_of, read_model
 from maxlm.model.param import ParamSpec
 from maxlm.resolve import resolve_model
 
@@ -67,7 +67,9 @@ def open_stored(path: Path, *, step: int | None = None, log: Callable[[str], Non
         raise ConversionError(f"checkpoint {step} of {path} does not hold the arrays of its config")
     carried = path / CARRIED if (path / CARRIED / CONFIG).is_file() else None
     hf = read_config(carried) if carried else None
-    vocab_size = record.metadata.get("vocab_size") or (family_of(hf).from_hf(hf).vocab_size if hf else model.vocab_size)
+    vocab_size = record.metadata.get("vocab_size") or (
+        read_model(family_of(hf), hf).vocab_size if hf else model.vocab_size
+    )
     return StoredModel(reader.path(step), record, part, model, specs, vocab_size, carried, hf)
 
 

@@ -11,23 +11,35 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from maxlm.config import ModelConfig
+from maxlm.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from maxlm.errors import UserError
+from maxlm.model.rotary import amplitude
 from maxlm.model.table import Table
 
 TRAINING_ONLY = (
     "init",
     "embed_std",
+    "head_init",
     "moe.balance_loss",
     "moe.router_z_loss",
     "moe.bias_rate",
     "moe.capacity_factor",
 )
 """Settings that say how parameters are drawn or trained, not what the model computes with them."""
+
+_STRETCH = {
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_length"),
+    "llama3": ("factor", "original_length", "turns"),
+    "yarn": ("factor", "original_length", "turns", "whole_pairs"),
+    "longrope": ("original_length", "short_factors", "long_factors"),
+}
+"""Of a kind of scaling, what the frequencies hang on besides."""
 
 HFConfig = Mapping[str, Any]
 """The content of a config.json."""
@@ -99,6 +111,23 @@ def family_of(hf: HFConfig) -> Family:
     raise FamilyError(f"{what} is of no family that is known; these are: {', '.join(known)}")
 
 
+def read_model(family: Family, hf: HFConfig) -> ModelConfig:
+    """The model of a config.json's content.
+
+    Raises:
+      FamilyError: a word is missing, cannot be read, or says what the family does not have.
+    """
+    named = ", ".join(hf.get("architectures") or [str(hf.get("model_type"))])
+    try:
+        return family.from_hf(hf)
+    except FamilyError:
+        raise
+    except KeyError as error:
+        raise FamilyError(f"config.json of {named} has no {error.args[0]!r}, which has to be there") from error
+    except (TypeError, ValueError) as error:
+        raise FamilyError(f"config.json of {named} holds a value that cannot be read: {error}") from error
+
+
 def hf_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     """The content of the config.json that says what this model is.
 
@@ -107,23 +136,70 @@ def hf_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     """
     content = family.to_hf(model)
     problems = [
-        f"{path} is {ours!r}, read back as {back!r}" for path, ours, back in unlike(model, family.from_hf(content))
+        f"{path} is {ours!r}, read back as {back!r}" for path, ours, back in unlike(model, read_model(family, content))
     ]
     if problems:
         raise FamilyError(f"{family.architectures[0]} cannot express the model: {'; '.join(problems)}")
     return content
 
 
-def unlike(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """The leaves in which two model configs say different models, as (path, one's, other's)."""
-    found: list[tuple[str, Any, Any]] = []
-    for field in dataclasses.fields(one):
-        mine, theirs, path = getattr(one, field.name), getattr(other, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(mine):
-            found += unlike(mine, theirs, f"{path}.")
-        elif mine != theirs and path not in TRAINING_ONLY:
-            found.append((path, mine, theirs))
+def unlike(one: ModelConfig, other: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """The leaves in which two model configs say different models, as (path, one's, other's).
+
+    What is the same said in two ways, or of no effect, is no difference.
+    """
+    mine, theirs = _leaves(one), _leaves(other)
+    meant, counterpart = _leaves(_effective(one)), _leaves(_effective(other))
+    return [
+        (path, mine[path], theirs[path])
+        for path in mine
+        if not _same(meant[path], counterpart[path]) and path not in TRAINING_ONLY
+    ]
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Whether two values are the same; a number may come by another way, a root of a square among them."""
+    if isinstance(mine, float) and isinstance(theirs, float):
+        return math.isclose(mine, theirs, rel_tol=1e-12)
+    return mine == theirs
+
+
+def _leaves(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf by its dotted path."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value, path = getattr(section, field.name), f"{prefix}{field.name}"
+        found |= _leaves(value, f"{path}.") if dataclasses.is_dataclass(value) else {path: value}
     return found
+
+
+def _effective(model: ModelConfig) -> ModelConfig:
+    """The model with one word for what can be said in several, and defaults where nothing looks."""
+    attention, moe = model.attention, model.moe
+    windows = [attention.windows[i % len(attention.windows)] for i in range(model.num_layers + model.mtp_layers)]
+    return dataclasses.replace(
+        model,
+        attention=dataclasses.replace(
+            attention,
+            scale=attention.scale or 1 / math.sqrt(attention.head_dim),
+            windows=tuple(windows),
+            latent=attention.latent if attention.latent.kv_dim else LatentConfig(),
+        ),
+        rope=_effective_rope(model.rope, windowed=any(windows)),
+        mlp=dataclasses.replace(model.mlp, dim=0) if moe.experts and not moe.dense_layers else model.mlp,
+        moe=moe if moe.experts else MoeConfig(),
+    )
+
+
+def _effective_rope(rope: RopeConfig, *, windowed: bool) -> RopeConfig:
+    if not rope.fraction:
+        return RopeConfig(fraction=0.0)
+    plain = rope.scaling == "none"
+    own = {"theta", "fraction", "interleaved", "scaling", *(() if plain else _STRETCH[rope.scaling])}
+    if windowed and not (plain and rope.local_theta == rope.theta):
+        own.add("local_theta")
+    values = {name: getattr(rope, name) for name in own}
+    return RopeConfig(**values, attention_factor=amplitude(rope))
 
 
 def preset(name: str) -> ModelConfig:

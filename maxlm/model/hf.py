@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maxlm.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig, RopeConfig
+from maxlm.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig, MoeConfig, RopeConfig
 from maxlm.model.family import FamilyError, HFConfig
 from maxlm.model.table import Row, Table, joined, row
 
@@ -108,7 +108,12 @@ def model_from_hf(
       attention: settings of AttentionConfig besides the dims.
       mlp: kind of the feed-forward half.
       settings: of ModelConfig besides.
+
+    Raises:
+      FamilyError: the family has experts, and the file says that there are none.
     """
+    if "moe" in settings and not settings["moe"].experts:
+        raise FamilyError(f"config.json of {', '.join(hf.get('architectures') or ['?'])} speaks of no experts")
     heads = hf["num_attention_heads"]
     dims = AttentionConfig(
         q_heads=heads,
@@ -150,6 +155,8 @@ def model_to_hf(model: ModelConfig, architecture: str, model_type: str, **beside
 def windows_from_hf(hf: HFConfig) -> tuple[int, ...]:
     """The cycle of windows that `layer_types` and `sliding_window` say."""
     kinds: dict[str, int] = {"full_attention": 0, "sliding_attention": hf.get("sliding_window") or 0}
+    if unknown := sorted({name for name in hf["layer_types"] if name not in kinds}):
+        raise FamilyError(f"layer_types has {', '.join(unknown)}, but only {' and '.join(kinds)} are known")
     return shortest_cycle([kinds[name] for name in hf["layer_types"]])
 
 
@@ -237,6 +244,11 @@ def expert_rows(model: ModelConfig, *, shared: str = "shared_experts") -> list[R
         if model.moe.shared_dim:
             rows.append(row(f"{place}{shared}.{name}_proj.weight", f"layers/mlp/shared/{name}", form))
     return rows
+
+
+def shared_experts(moe: MoeConfig) -> int:
+    """How many experts of the routed ones' dim the shared ones are; 0 where there are no experts."""
+    return moe.shared_dim // moe.dim if moe.dim else 0
 
 
 def layered(model: ModelConfig, *, common: Sequence[Row], dense: Sequence[Row], experts: Sequence[Row]) -> list[Row]:
@@ -366,8 +378,8 @@ def _growth(factor: float, weight: float) -> float:
 
 
 def _weight(factor: float, growth: float) -> float:
-    """The inverse of `_growth`, as a number that people would write."""
-    return round((growth - 1.0) / (0.1 * math.log(factor)), 6)
+    """The inverse of `_growth`, as a number that people would write; where nothing is stretched, any weight is."""
+    return round((growth - 1.0) / (0.1 * math.log(factor)), 6) if factor > 1 else 1.0
 
 
 def latent_rows(model: ModelConfig) -> list[Row]:

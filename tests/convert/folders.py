@@ -1,13 +1,19 @@
-"""Hugging Face folders made up without any peer package: random weights in a Llama layout."""
+"""Hugging Face folders made up without any peer package, random weights in a Llama layout; and runs to export."""
 
 import json
 
 import ml_dtypes
 import numpy as np
 
+from maxlm import tree
+from maxlm.checkpoint.blocks import BlockWriter
+from maxlm.checkpoint.reader import ArrayInfo
+from maxlm.config import Config
 from maxlm.convert.engine import family_model
 from maxlm.convert.safetensors import ShardWriter, TensorInfo
+from maxlm.model.decoder import split_model
 from maxlm.model.family import family_of
+from maxlm.resolve import as_config_dict, resolve_model
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,3 +57,17 @@ def write_folder(path, *, config=CONFIG, dtype=ml_dtypes.bfloat16, infos=None, s
     (path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     (path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     return tensors
+
+
+def write_run(path, model, **metadata):
+    """A checkpoint of step 5 as a run that began from nothing leaves it, with random weights; returns them by path."""
+    config = as_config_dict(Config(model=model)).to_dict()
+    model = resolve_model(config["model"])
+    rng, specs = np.random.default_rng(0), tree.paths(split_model(model).specs)
+    values = {name: rng.normal(size=spec.shape).astype(np.float32) for name, spec in specs.items()}
+    arrays = {f"params/{name}": ArrayInfo(value.shape, "float32") for name, value in values.items()}
+    writer = BlockWriter(path / "checkpoints" / "5", arrays, {name: info.shape for name, info in arrays.items()})
+    for name, value in values.items():
+        writer.write(f"params/{name}", tuple(slice(0, size) for size in value.shape), value)
+    writer.finish(5, {"config": config, **metadata})
+    return values

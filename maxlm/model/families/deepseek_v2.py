@@ -19,6 +19,7 @@ from maxlm.model.hf import (
     model_from_hf,
     model_to_hf,
     norm_rows,
+    shared_experts,
     whole_table,
 )
 from maxlm.model.table import Table
@@ -60,7 +61,7 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
         n_routed_experts=moe.experts,
         num_experts_per_tok=moe.active,
         moe_intermediate_size=moe.dim,
-        n_shared_experts=moe.shared_dim // moe.dim,
+        n_shared_experts=shared_experts(moe),
         norm_topk_prob=False,
         topk_method="group_limited_greedy" if moe.groups > 1 else "greedy",
         n_group=moe.groups,

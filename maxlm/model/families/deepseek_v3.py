@@ -21,6 +21,7 @@ from maxlm.model.hf import (
     model_from_hf,
     model_to_hf,
     norm_rows,
+    shared_experts,
     whole_table,
     with_mtp_rows,
 )
@@ -63,7 +64,7 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
         n_routed_experts=moe.experts,
         num_experts_per_tok=moe.active,
         moe_intermediate_size=moe.dim,
-        n_shared_experts=moe.shared_dim // moe.dim,
+        n_shared_experts=shared_experts(moe),
         norm_topk_prob=moe.normalise,
         n_group=moe.groups,
         topk_group=moe.top_groups,

@@ -18,6 +18,7 @@ from maxlm.model.hf import (
     model_to_hf,
     norm_rows,
     rope_from_hf,
+    shared_experts,
     whole_table,
 )
 from maxlm.model.table import Table, row
@@ -52,7 +53,7 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
         moe_num_experts=moe.experts,
         moe_k=moe.active,
         moe_intermediate_size=moe.dim,
-        moe_num_shared_experts=moe.shared_dim // moe.dim,
+        moe_num_shared_experts=shared_experts(moe),
         moe_layer_start_index=moe.dense_layers,
         moe_layer_end_index=model.num_layers - 1,
         moe_layer_interval=1,

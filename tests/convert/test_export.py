@@ -1,0 +1,163 @@
+"""What runs that began from nothing are written as: the family is found, and what means nothing is no hindrance."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm import tree
+from maxlm.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig, MoeConfig, RopeConfig
+from maxlm.convert import model_config
+from maxlm.convert.engine import open_model, to_hf
+from maxlm.convert.errors import ConversionError
+from maxlm.model.decoder import merge, split_model
+from maxlm.model.family import FamilyError, families, hf_config, unlike
+from maxlm.model.runtime import Runtime
+from maxlm.model.table import to_ours
+from maxlm.study.ladder import Rules, Shape, configure
+from tests.convert.folders import CONFIG, write_folder, write_run
+from tests.tiny import tiny_config
+
+
+def quiet(_line):
+    pass
+
+
+def tiny(**settings):
+    attention = AttentionConfig(**{"q_heads": 4, "kv_heads": 2, "head_dim": 8} | settings.pop("attention", {}))
+    return ModelConfig(vocab_size=83, embed_dim=24, num_layers=2, **{"attention": attention} | settings)
+
+
+def exported(path, model, **kwargs):
+    """The tensors of the export, read back as our parameters by path, and its family's name."""
+    values = write_run(path / "run", model)
+    to_hf(path / "run", path / "hf", log=quiet, **kwargs)
+    folder, described = open_model(path / "hf")
+    tensors = {name: np.asarray(tensor.read(slice(None))) for name, tensor in folder.tensors.items()}
+    for name, value in tree.paths(to_ours(described.rows, tensors)).items():
+        np.testing.assert_array_equal(value, values[name], err_msg=name)
+    return described
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        (tiny(attention={"qk_norm": "head"}), "qwen3"),  # norms of queries and keys, as in configs/quickstart.py
+        (tiny(attention={"bias": True}), "qwen2"),
+        (tiny(moe=MoeConfig(experts=4)), "mixtral"),  # with model.mlp.dim filled in, which no layer has
+    ],
+    ids=["qwen3", "qwen2", "mixtral"],
+)
+def test_the_only_family_that_can_express_a_run_is_found(tmp_path, model, family):
+    assert exported(tmp_path, model).family.name == family
+
+
+def test_where_several_families_can_or_none_all_are_named(tmp_path):
+    write_run(tmp_path / "plain", tiny())
+    with pytest.raises(FamilyError, match="any of internlm2, llama, mistral, phi3: choose one with --family"):
+        to_hf(tmp_path / "plain", tmp_path / "hf", log=quiet)
+    write_run(tmp_path / "odd", tiny(mlp=MlpConfig(kind="relu2")))
+    with pytest.raises(FamilyError, match="no family can express this model") as raised:
+        to_hf(tmp_path / "odd", tmp_path / "hf", log=quiet)
+    for name in families():
+        assert f"\n  {name}: " in str(raised.value)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_rung_of_the_transfer_rule_can_be_handed_over(tmp_path):
+    """Its head begins at zero, and the scale of its scores is written out, where it is the usual one."""
+    rules = Rules(rule="transfer", aspect=16, head_dim=16, base_head_dim=16, base_width=32, base_rate=4e-3)
+    model = configure(tiny_config(tmp_path, model__mlp__dim=0), Shape(2, 32), rules, flops=1e13).model
+    assert model.head_init == 0 and model.attention.scale == 0.25
+    assert exported(tmp_path, model).family.name == "qwen3"
+    other = dataclasses.replace(model, attention=dataclasses.replace(model.attention, scale=0.125))
+    with pytest.raises(FamilyError, match="attention.scale is 0.125, read back as 0.0"):
+        hf_config(families()["qwen3"], other)
+
+
+def test_positions_that_are_stretched_by_one_are_written_and_read_back():
+    for name in ("deepseek_v2", "deepseek_v3"):
+        preset = next(iter(families()[name].presets.values()))
+        rope = dataclasses.replace(preset.rope, factor=1.0)
+        model = dataclasses.replace(preset, rope=rope, attention=dataclasses.replace(preset.attention, scale=0.0))
+        assert not unlike(model, families()[name].from_hf(hf_config(families()[name], model)))
+        with pytest.raises(FamilyError, match="attention.scale"):
+            hf_config(families()[name], dataclasses.replace(model, attention=preset.attention))
+
+
+SAME = {
+    "scale": ({"attention": {"scale": 1 / math.sqrt(8)}}, {}),
+    "windows": ({"attention": {"windows": (3, 0)}}, {"attention": {"windows": (3, 0, 3)}}),
+    "no windows": ({"rope": RopeConfig(local_theta=7.0)}, {}),
+    "one base": (
+        {"attention": {"windows": (3, 0)}, "rope": RopeConfig(local_theta=1e4)},
+        {"attention": {"windows": (3, 0)}},
+    ),
+    "not stretched": ({"rope": RopeConfig(factor=4.0, original_length=3, turns=(2.0, 9.0))}, {}),
+    "not turned": ({"rope": RopeConfig(fraction=0.0, theta=9.0)}, {"rope": RopeConfig(fraction=0.0)}),
+    "growth": (
+        {"rope": RopeConfig(scaling="yarn", factor=4.0, original_length=8, attention_factor=0.1 * math.log(4.0) + 1)},
+        {"rope": RopeConfig(scaling="yarn", factor=4.0, original_length=8)},
+    ),
+    "no latent": ({"attention": {"latent": LatentConfig(rope_dim=4, value_dim=3)}}, {}),
+    "no experts": ({"moe": MoeConfig(active=5, shared_dim=7, groups=2)}, {}),
+    "experts only": (
+        {"mlp": MlpConfig(dim=99), "moe": MoeConfig(experts=4, dim=10)},
+        {"mlp": MlpConfig(dim=40), "moe": MoeConfig(experts=4, dim=10)},
+    ),
+    "drawn": ({"head_init": 0.0, "embed_std": 3.0, "init": "zero_output"}, {}),
+}
+OTHER = {
+    "scale": {"attention": {"scale": 0.3}},
+    "growth": {"rope": RopeConfig(attention_factor=0.7)},
+    "base of windows": {"attention": {"windows": (3, 0)}, "rope": RopeConfig(local_theta=7.0)},
+    "dense layers": {"mlp": MlpConfig(dim=99), "moe": MoeConfig(experts=4, dim=10, dense_layers=1)},
+}
+
+
+def logits(model):
+    parts, draws = split_model(model), np.random.default_rng(0)
+    params = tree.map_paths(lambda _, spec: draws.normal(0, 0.3, spec.shape).astype(np.float32), parts.specs)
+
+    @jax.jit
+    def forward(params):
+        decoder, tokens = merge(parts.graphdef, params), jnp.asarray([[1, 5, 9, 70, 2, 5, 8, 11]])
+        places = jnp.arange(8)[None]
+        out = decoder.hidden(tokens, positions_BS=places, segments_BS=None, runtime=Runtime())
+        return decoder.logits(out.hidden_BSD)
+
+    return np.asarray(forward(params))
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_said_in_two_ways_is_the_same_model(name):
+    one, other = (tiny(**{"mlp": MlpConfig(dim=40)} | settings) for settings in SAME[name])
+    assert not unlike(one, other) and not unlike(other, one)
+    if name in ("scale", "growth"):  # where both are computed with, and not left aside
+        np.testing.assert_array_equal(logits(one), logits(other))
+
+
+@pytest.mark.parametrize("settings", OTHER.values(), ids=OTHER)
+def test_what_counts_is_a_difference(settings):
+    base = tiny(**{"mlp": MlpConfig(dim=40)} | {key: value for key, value in settings.items() if key == "moe"})
+    if "attention" in settings and "windows" in settings["attention"]:
+        base = tiny(mlp=MlpConfig(dim=40), attention={"windows": (3, 0)})
+    assert len(unlike(base, tiny(**{"mlp": MlpConfig(dim=40)} | settings))) == 1
+
+
+def test_a_word_that_is_missing_is_named_with_its_file(tmp_path):
+    write_folder(tmp_path / "hf")
+    for key, value, message in [
+        ("num_attention_heads", None, "has no 'num_attention_heads'"),
+        ("hidden_size", "wide", "holds a value that cannot be read"),
+    ]:
+        content = {**CONFIG, key: value} if value else {k: v for k, v in CONFIG.items() if k != key}
+        content.pop("head_dim")
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(content))
+        for read in (open_model, model_config):
+            with pytest.raises((ConversionError, FamilyError), match=f"config.json.*LlamaForCausalLM.*{message}"):
+                read(tmp_path / "hf")
