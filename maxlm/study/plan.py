@@ -65,7 +65,28 @@ def plan(study: Study) -> list[PlannedRun]:
             f"the runs {', '.join(repeated)} come twice: two sizes round to one shape; spread the sizes, or lower "
             "the rules' head_dim"
         )
+    _check_one_data(runs)
     return runs
+
+
+def _check_one_data(runs: Sequence[PlannedRun]) -> None:
+    """Losses on other documents, or counted in other tokens, cannot be compared."""
+
+    def read(run: PlannedRun) -> tuple[Any, ...]:
+        data = run.config.data
+        return dict(data.stores), data.tokenizer, run.config.model.vocab_size
+
+    for run in runs[1:]:
+        for name, first, other in zip(READ, read(runs[0]), read(run), strict=True):
+            if first != other:
+                raise StudyError(
+                    f"the runs {runs[0].label} and {run.label} differ in {name}, so that they read other tokens and "
+                    "their losses cannot be compared; make a study of each value"
+                )
+
+
+READ = ("data.stores", "data.tokenizer", "model.vocab_size")
+"""Settings that decide what a run's losses are counted over."""
 
 
 UTILISATION = 0.4

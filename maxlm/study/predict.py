@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 
 from maxlm.config import Config
 from maxlm.configfile import source
-from maxlm.errors import UserError
 from maxlm.files import write_atomically
 from maxlm.resolve import as_config_dict, resolve
 from maxlm.study import ladder
 from maxlm.study.fitting import StudyFit, as_json, fit_study
-from maxlm.study.identity import changed_leaves, commit, fingerprint_of
+from maxlm.study.identity import changed_leaves, commit
 from maxlm.study.isoflop import forecast
-from maxlm.study.results import heldout_loss
+from maxlm.study.results import data_read, heldout_loss
 from maxlm.study.spec import Study, StudyError
 
 TOLERANCE = 0.02  # of N or D by which a run may differ from the one that was predicted
@@ -181,24 +180,12 @@ def _check_same(prediction: dict[str, Any], place: Path, figures: dict[str, Any]
     recorded = resolve(json.loads(config.read_text()))
     if changed := changed_leaves(prediction["config"], recorded):
         raise StudyError(f"{workdir} is another run than was predicted: {'; '.join(changed)}")
-    found, wanted_data = _fingerprint(recorded, workdir), prediction["fingerprint"]
+    found, wanted_data = data_read(recorded, workdir), prediction["fingerprint"]
     if found != wanted_data:
         raise StudyError(
             f"{workdir} was run on other data (fingerprint {found[:12]}, the study's is {wanted_data[:12]}); run "
             f"{place / 'config.py'} with data.cache_dir as it stands there"
         )
-
-
-def _fingerprint(config: Config, workdir: Path) -> str:
-    """Of the data that a run has read, as its folder says."""
-    from maxlm.data.prepare import prepare_data
-
-    try:
-        prepared = prepare_data(config, workdir, build=False)
-    except UserError as error:
-        raise StudyError(f"what data {workdir} was run on cannot be told: {error}") from error
-    stores = {name: store.fingerprint for name, store in prepared.stores.items()}
-    return fingerprint_of(stores, prepared.tokenizer.fingerprint)
 
 
 def _now() -> str:

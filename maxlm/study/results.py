@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from maxlm.config import Config
+from maxlm.errors import UserError
 from maxlm.files import write_atomically
-from maxlm.study.identity import changed_leaves
+from maxlm.study.identity import changed_leaves, fingerprint_of
 from maxlm.study.plan import PlannedRun
 from maxlm.study.spec import StudyError
 from maxlm.train.metrics import read_metrics
@@ -134,11 +136,32 @@ def check_unchanged(workdir: Path, run: PlannedRun) -> None:
         )
 
 
-def outcome(workdir: Path, run: PlannedRun, *, fingerprint: str, commit: str, now: str) -> Result | None:
+def data_read(config: Config, workdir: Path) -> str:
+    """The fingerprint of the data that a run has read, as its own folder says.
+
+    A run lists its sources when it starts. What the study was planned with says nothing of a file that changed since.
+
+    Raises:
+      StudyError: the folder does not say, or the data is there no more.
+    """
+    from maxlm.data.prepare import prepare_data
+
+    try:
+        prepared = prepare_data(config, workdir, build=False)
+    except UserError as error:
+        raise StudyError(f"what data {workdir} was run on cannot be told: {error}") from error
+    stores = {name: store.fingerprint for name, store in prepared.stores.items()}
+    return fingerprint_of(stores, prepared.tokenizer.fingerprint)
+
+
+def outcome(workdir: Path, run: PlannedRun, *, commit: str, now: str) -> Result | None:
     """The result of a run whose program has ended; None where it neither finished nor diverged.
 
     Diverged is a run that the guard has stopped, one whose held-out loss is not finite or above that of knowing nothing
     (log V), and one whose training loss ends more than ROSE times above its lowest.
+
+    Raises:
+      StudyError: see `data_read`.
     """
     steps = list(read_metrics(workdir, "step"))
     report_path = workdir / "report.json"
@@ -161,7 +184,7 @@ def outcome(workdir: Path, run: PlannedRun, *, fingerprint: str, commit: str, no
         tokens=round(sum(record["tokens"] for record in steps)),
         steps=len(steps),
         seconds=sum(record["seconds"] for record in steps),
-        fingerprint=fingerprint,
+        fingerprint=data_read(run.config, workdir),
         commit=commit,
         finished_at=now,
         why=why,

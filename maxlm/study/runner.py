@@ -51,18 +51,19 @@ Launch = Callable[[PlannedRun, Path, Sequence[int], IO[Any]], Process]
 
 
 class Outcome(NamedTuple):
-    """What became of a study's runs, as labels. `failed` says why by label."""
+    """What became of a study's runs, as labels. `failed` says why by label; `strangers` have read other data."""
 
     finished: list[str]
     diverged: list[str]
     reused: list[str]
     failed: dict[str, str]
+    strangers: list[str]
     interrupted: bool
 
     @property
     def code(self) -> int:
         """The exit code of the process."""
-        return EXIT_PREEMPTED if self.interrupted else 1 if self.failed else 0
+        return EXIT_PREEMPTED if self.interrupted else 1 if self.failed or self.strangers else 0
 
 
 @dataclasses.dataclass
@@ -161,7 +162,7 @@ class _Queue:
 
     def __init__(self, runs: Sequence[PlannedRun], workdirs: dict[str, Path], stamp: _Stamp, log: Log):
         self.runs, self.workdirs, self.stamp, self.log = list(runs), workdirs, stamp, log
-        self.outcome = Outcome([], [], [], {}, False)
+        self.outcome = Outcome([], [], [], {}, [], False)
         self.waiting: list[PlannedRun] = []
         self.running: list[_Running] = []
         self.done: dict[str, Result] = {}
@@ -173,11 +174,14 @@ class _Queue:
                 continue
             check_unchanged(workdirs[run.label], run)
             self.done[run.label] = result
-            self.outcome.reused.append(run.label)
+            if not self._is_stranger(run):
+                self.outcome.reused.append(run.label)
 
     def work(self, width: int, launch: Launch, *, poll: float) -> Outcome:
         if not self.waiting:
             self.log(f"all {len(self.runs)} runs have ended already; nothing to do")
+            if self.outcome.strangers:
+                self._summary()
             return self.outcome
         if self.done:
             self.log(f"{len(self.done)} of {len(self.runs)} runs have ended already, {len(self.waiting)} are left")
@@ -257,17 +261,17 @@ class _Queue:
             self.seconds_predicted += (1 - item.begun_at) * item.run.seconds
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             result = None
-            if code != EXIT_PREEMPTED:
-                result = outcome(
-                    item.workdir,
-                    item.run,
-                    fingerprint=self.stamp.fingerprint,
-                    commit=self.stamp.commit,
-                    now=now,
-                )
+            try:
+                if code != EXIT_PREEMPTED:
+                    result = outcome(item.workdir, item.run, commit=self.stamp.commit, now=now)
+            except StudyError as error:
+                self._failed(item.run, str(error))
+                continue
             if result is not None and (code == 0 or result.status == "diverged"):
                 write_result(item.workdir, result)
                 self.done[item.run.label] = result
+                if self._is_stranger(item.run):
+                    continue
                 known = self.outcome.finished if result.status == "finished" else self.outcome.diverged
                 known.append(item.run.label)
                 reached = f"loss {result.loss:.4f}" if result.loss is not None else "no loss"
@@ -275,6 +279,19 @@ class _Queue:
                 self.log(f"{item.run.label} {result.status} in {format_duration(taken)}, {reached}{why}")
             elif not stopping:
                 self._failed(item.run, _last_words(item.workdir, code))
+
+    def _is_stranger(self, run: PlannedRun) -> bool:
+        """Whether a run that has ended read other data than the study's, which is told."""
+        found, wanted = self.done[run.label].fingerprint, self.stamp.fingerprint
+        if found == wanted:
+            return False
+        self.outcome.strangers.append(run.label)
+        self.log(
+            f"{run.label} read other data (fingerprint {found[:12]}, the study's is {wanted[:12]}) and takes no part in "
+            f"fits: the sources changed while the study ran. Bring them back to what they were, remove "
+            f"{self.workdirs[run.label]}, and type the same command"
+        )
+        return True
 
     def _failed(self, run: PlannedRun, why: str) -> None:
         self.outcome.failed[run.label] = why
@@ -288,6 +305,8 @@ class _Queue:
             return
         if self.done[run.branch.trunk].status != "finished":
             raise StudyError(f"its trunk {run.branch.trunk} diverged")
+        if run.branch.trunk in self.outcome.strangers:
+            raise StudyError(f"its trunk {run.branch.trunk} was run on other data")
         origin = trunk / "checkpoints" / str(step)
         if not origin.is_dir():
             raise StudyError(f"its trunk {run.branch.trunk} has no checkpoint of step {step}")
@@ -310,10 +329,11 @@ class _Queue:
         return any(not run.branch or run.branch.trunk in self.done for run in self.waiting)
 
     def _summary(self) -> None:
-        done, diverged, _, failed, _ = self.outcome
+        done, diverged, _, failed, strangers, _ = self.outcome
         words = [f"{len(done)} finished"]
         words += [f"{len(diverged)} diverged ({', '.join(diverged)})"] if diverged else []
         words += [f"{len(failed)} failed ({', '.join(failed)}): the same command tries them again"] if failed else []
+        words += [f"{len(strangers)} on other data ({', '.join(strangers)})"] if strangers else []
         self.log(f"study: {'; '.join(words)}")
 
 

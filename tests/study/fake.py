@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from maxlm.config import MlpConfig, ModelConfig
+from maxlm.data.prepare import prepare_data
 from maxlm.resolve import as_config_dict
 from maxlm.study.ladder import Rules
 from maxlm.study.law import Law
@@ -49,6 +50,7 @@ class Fake:
         self.started.append(run.label)
         self.cores.append(list(cores))
         (workdir / "config.json").write_text(json.dumps(as_config_dict(run.config).to_dict()))
+        prepare_data(run.config, workdir)  # as `maxlm train` does, which lists its sources anew
         if run.label in self.fails:
             (workdir / "log.txt").write_text("a line\nthe disk is full\n")
             return Ended(1)

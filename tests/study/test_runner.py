@@ -17,11 +17,12 @@ from maxlm.resolve import resolve
 from maxlm.study import commands
 from maxlm.study import predict as prediction
 from maxlm.study.fitting import describe, fit_study
+from maxlm.study.ladder import Shape
 from maxlm.study.plan import plan
 from maxlm.study.report import write_report
 from maxlm.study.results import read_plan, read_result, write_result
 from maxlm.study.runner import run_study
-from maxlm.study.spec import StudyError, Trunks
+from maxlm.study.spec import StudyError, Sweep, Trunks
 from maxlm.train.metrics import read_metrics
 from tests.study.fake import LAW, Fake, isoflop_study
 
@@ -155,6 +156,43 @@ def test_missing_runs_and_other_data_are_named_and_left_out(done):
         write_result(gone, result)
         write_result(other, kept)
         (folder / "runs" / "stranger").rmdir()
+
+
+def test_a_source_that_changes_while_the_study_runs_is_noticed_in_what_the_runs_have_read(tmp_path):
+    study = isoflop_study(tmp_path, budgets=(1e13,))
+    labels = [planned.label for planned in plan(study)]
+    more = tmp_path / "corpus" / "more.txt"
+
+    class Writing(Fake):
+        def __call__(self, planned, workdir, cores, lock):
+            if planned.label == labels[2]:
+                more.write_text("a note that was written while the study ran\n" * 20)
+            return super().__call__(planned, workdir, cores, lock)
+
+    outcome, said = run(study, tmp_path / "out", Writing(), jobs=1)
+    assert outcome.code == 1 and outcome.finished == labels[:2] and outcome.strangers == labels[2:]
+    assert f"{labels[2]} read other data" in said and "3 on other data" in said
+    fit = fit_study(tmp_path / "out")
+    assert [row.planned.label for row in fit.gathered.rows] == labels[:2]
+    assert sum("run on other data" in words for words in fit.gathered.left_out) == 3
+    more.unlink()
+    again = Fake()
+    outcome, said = run(study, tmp_path / "out", again)
+    assert again.started == [] and outcome.code == 1 and f"remove {workdir_of(tmp_path / 'out', labels[2])}" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("data.stores.tiny.heldout_permille", (50, 100)),
+        ("data.tokenizer.sample_bytes", (10**6, 10**7)),
+        ("model.vocab_size", (264, 300)),
+    ],
+)
+def test_runs_that_would_read_other_tokens_are_refused(tmp_path, setting, values):
+    design = Sweep(shapes=(Shape(2, 32),), tokens=1e5, settings={setting: values})
+    with pytest.raises(StudyError, match=f"differ in {setting[:11]}.*make a study of each value"):
+        plan(isoflop_study(tmp_path, design=design))
 
 
 def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
