@@ -137,12 +137,16 @@ class Forecast(NamedTuple):
     how: str
 
 
-def forecast(fit: IsoflopFit, flops: float, *, level: float = LEVEL) -> Forecast:
+def forecast(fit: IsoflopFit, flops: float, *, scatter: float = 0.0, level: float = LEVEL) -> Forecast:
     """The loss of a run of `flops` with the best split, beyond the budgets fitted.
 
     Two forms go through the losses at the vertices: a power law, and one with a floor. The first falls too far, the
     second knows little of its floor from few budgets: the forecast is their middle, and its interval holds those of
     both.
+
+    Args:
+      scatter: standard deviation of one run about the best loss, which its interval is to hold; 0: the interval is that
+        of the best loss itself.
 
     Raises:
       TooFewRuns: fewer than MIN_BUDGETS slices have their minimum inside, or none has a run to spare.
@@ -156,8 +160,9 @@ def forecast(fit: IsoflopFit, flops: float, *, level: float = LEVEL) -> Forecast
     middle = [form(budgets, np.array([[p.loss for p in fit.used]]), flops)[0] for form in (_line, _floored)]
     drawn = np.stack([draw.losses for draw in fit.replicates])
     ends = []
+    noise = scatter * np.random.default_rng(0).normal(size=len(drawn))
     for form in (_line, _floored):
-        ends.append(np.quantile(form(budgets, drawn, flops), [(1 - level) / 2, (1 + level) / 2]))
+        ends.append(np.quantile(form(budgets, drawn, flops) + noise, [(1 - level) / 2, (1 + level) / 2]))
     interval = Interval(float(min(e[0] for e in ends)), float(max(e[1] for e in ends)))
     how = (
         f"isoflop fit of {len(fit.used)} budgets; power law {middle[0]:.4f}, with a floor {middle[1]:.4f}, "

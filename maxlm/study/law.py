@@ -25,6 +25,7 @@ MIN_VALUES = 4  # distinct N, and distinct D, that tell a power from a power and
 EXPONENTS = np.geomspace(0.04, 2.0, 24)  # of the starts, for alpha and beta each
 REFINED = 12  # starts that L-BFGS goes on from, those of the lowest loss
 REPLICATES = 400  # of a bootstrap
+SCATTERED = 20  # runs drawn about each of them
 LEVEL = 0.9  # of the intervals
 STEPS = 150  # of the descents of a fit, at most
 RESTEPS = 40  # of those of a bootstrap, which begin near their ends
@@ -146,6 +147,13 @@ class Bootstrap(NamedTuple):
         """The interval of a figure of the law, e.g. `lambda law: law.exponent`: the percentiles of its replicates."""
         values = np.array([figure(law) for law in self.laws])
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+        return Interval(float(low), float(high))
+
+    def prediction(self, params: float, tokens: float, *, seed: int = 0, level: float = LEVEL) -> Interval:
+        """Where the loss of one run comes to lie: the law is uncertain, and a run scatters about it by `fit.spread`."""
+        values = np.array([float(law.loss(params, tokens)) for law in self.laws])
+        scatter = np.random.default_rng(seed).normal(0.0, self.fit.spread, (SCATTERED, len(values)))
+        low, high = np.quantile(values * np.exp(scatter), [(1 - level) / 2, (1 + level) / 2])
         return Interval(float(low), float(high))
 
 

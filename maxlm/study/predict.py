@@ -23,6 +23,7 @@ from maxlm.study import ladder
 from maxlm.study.fitting import StudyFit, as_json, fit_study
 from maxlm.study.identity import changed_leaves, commit
 from maxlm.study.isoflop import forecast
+from maxlm.study.law import LEVEL
 from maxlm.study.results import data_read, heldout_loss
 from maxlm.study.spec import Study, StudyError
 
@@ -41,7 +42,8 @@ class Target(NamedTuple):
 def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides embeddings") -> Path:
     """Writes down the loss of a run of `flops`, with its interval and the date, and that run's config.
 
-    By the parametric law where the runs allow it, else by the isoflop fit, whose law of the best N sets the size.
+    By the parametric law where the runs allow it, else by the isoflop fit, whose law of the best N sets the size. It is
+    a prediction interval: what the fit leaves uncertain, and how far one run scatters about it.
 
     Returns:
       The prediction's folder.
@@ -61,18 +63,19 @@ def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides
     if fit.law:
         params = target.size.total if counted == "total" else target.size.besides_embeddings
         value = float(fit.law.fit.law.loss(params, target.tokens))
-        interval = fit.law.interval(lambda law: float(law.loss(params, target.tokens)))
+        interval = fit.law.prediction(params, target.tokens)
         how = f"parametric law of {len(fit.gathered.rows)} runs"
     else:
         assert fit.isoflops is not None
-        found = forecast(fit.isoflops, flops)
+        found = forecast(fit.isoflops, flops, scatter=fit.isoflops.spread or 0.0)
         value, interval, how = found.loss, found.interval, found.how
     content = {
         "study": study.name,
         "date": _now(),
         "loss": value,
         "interval": list(interval),
-        "level": 0.9,
+        "level": LEVEL,
+        "interval_kind": "prediction interval of one run",
         "how": how,
         "flops": target.flops,
         "params_total": target.size.total,

@@ -45,6 +45,16 @@ def test_the_intervals_of_exponent_and_forecast_hold_the_truth():
     assert held >= 31
 
 
+def test_the_interval_of_a_run_is_that_of_the_best_loss_and_its_scatter():
+    fit = fit_isoflops(slices(BUDGETS, noise=0.005))
+    best = forecast(fit, 2 * BUDGETS[-1])
+    run = forecast(fit, 2 * BUDGETS[-1], scatter=fit.spread)
+    assert run.loss == best.loss
+    assert run.interval.low < best.interval.low and best.interval.high < run.interval.high
+    much = forecast(fit, 2 * BUDGETS[-1], scatter=100 * fit.spread).interval  # nearly all of it is scatter
+    assert (much.high - much.low) / (200 * 1.645 * fit.spread) == pytest.approx(1, abs=0.12)
+
+
 def test_what_has_no_minimum_inside_is_named_and_takes_no_part():
     bad = slices(BUDGETS[:1], centre=30.0)
     fit = fit_isoflops(bad + slices(BUDGETS[1:]))

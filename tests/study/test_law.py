@@ -58,6 +58,20 @@ def test_thirty_noisy_trials():
     assert found.errors.max() < 0.05
 
 
+def test_a_prediction_interval_holds_a_single_new_run():
+    law, params, tokens, noise = LAWS["hoffmann_2022"].law, 1e10, 5e11, 0.01
+    held = {"prediction": 0, "mean": 0}
+    for seed in range(30):
+        points = synthetic(law, seed=seed, noise=noise, sizes=8, lengths=7)
+        drawn = bootstrap(points, fit_law(points), seed=seed, replicates=60)
+        run = float(law.loss(params, tokens)) * math.exp(np.random.default_rng([seed, 1]).normal(0, noise))
+        held["prediction"] += run in drawn.prediction(params, tokens, seed=seed)
+        held["mean"] += run in drawn.interval(lambda law: float(law.loss(params, tokens)))
+    # Of 30 at a true coverage of 0.9, 22 or fewer come with a probability of 0.8%.
+    assert held["prediction"] >= 23
+    assert held["mean"] < 23  # the interval of the law is no interval of a run
+
+
 def test_every_start_matters_little_and_the_gradient_is_right():
     points = published_runs()
     problem = _Problem(points)
