@@ -1,4 +1,4 @@
-"""What the runs of a study say together: which count, the fits, and how well they foretell the largest budget."""
+"""What the runs of a study say together: the fits, and how well they foretell the largest budget."""
 
 from __future__ import annotations
 
@@ -11,49 +11,29 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maxlm.files import write_atomically
-from maxlm.study import sweep
-from maxlm.study.isoflop import (
-    IsoflopFit,
-    Slice,
-    TooFewRuns,
-    exponent_interval,
-    fit_isoflops,
-    fit_power,
-    forecast,
-)
-from maxlm.study.law import Bootstrap, Interval, Points, TooFewPoints, bootstrap, check_points, fit_law
-from maxlm.study.results import Planned, Result, StudyRecord, read_plan, read_result
+from maxlm.study.gathered import COUNTS, Gathered, Row, gather, points_of, slices_of
+from maxlm.study.isoflop import IsoflopFit, TooFewRuns, fit_isoflops, forecast
+from maxlm.study.law import Bootstrap, Interval, TooFewPoints, bootstrap, check_points, fit_law
 from maxlm.study.spec import StudyError
+from maxlm.study.sweep import Setting, Swept, settings_of, swept, varied
 
-COUNTS = {"besides embeddings": "params_nonembedding", "total": "params_total"}
-"""The two ways of counting N. The first is the default: embeddings of small models would be most of them."""
-
-RATE = "optim.peak_lr"
+SAME_BUDGET = 0.95  # of the largest compute: a run of more is left out with it
 
 
-class Row(NamedTuple):
-    """A run that counts."""
+class Foretold(NamedTuple):
+    """A loss before it is found. interval: of one run."""
 
-    planned: Planned
-    result: Result
-
-    @property
-    def loss(self) -> float:
-        """Nats a token on held-out documents."""
-        assert self.result.loss is not None
-        return self.result.loss
-
-
-class Gathered(NamedTuple):
-    """The runs of a study that count, and, in words, those that do not."""
-
-    record: StudyRecord
-    rows: tuple[Row, ...]
-    left_out: tuple[str, ...]
+    loss: float
+    interval: Interval
+    how: str
 
 
 class HeldBack(NamedTuple):
-    """The largest budget foretold from the smaller ones."""
+    """The largest budget foretold from the smaller ones.
+
+    found: from slices, the best loss of that budget, of which `interval` is; from the parametric law, the loss of that
+      run of it which the law expects to be best, and `interval` is of one run.
+    """
 
     flops: float
     predicted: float
@@ -75,7 +55,7 @@ class HeldBack(NamedTuple):
 class StudyFit(NamedTuple):
     """All fits of a study. What could not be had is None, and `notes` say why.
 
-    bests: of a sweep over learning rates, by series and width; see `_series`. shifts: by series.
+    swept, settings: of a sweep; () for other designs.
     """
 
     gathered: Gathered
@@ -83,44 +63,13 @@ class StudyFit(NamedTuple):
     isoflops: IsoflopFit | None
     law: Bootstrap | None
     held_back: HeldBack | None
-    bests: dict[str, dict[float, sweep.Best]]
-    shifts: dict[str, sweep.Shift]
+    swept: tuple[Swept, ...]
+    settings: tuple[Setting, ...]
     notes: tuple[str, ...]
 
 
-def gather(folder: Path) -> Gathered:
-    """Reads all results; missing and diverged runs, and those on other data, are named and left out.
-
-    Raises:
-      StudyError: the study was never run, or no run counts.
-    """
-    record = read_plan(folder)
-    rows, left_out = [], []
-    for planned in record.runs:
-        if not planned.fitted:
-            continue
-        result = read_result(folder / "runs" / planned.name)
-        if result is None:
-            left_out.append(f"{planned.label}: missing, it has not ended")
-        elif result.fingerprint != record.fingerprint:
-            left_out.append(
-                f"{planned.label}: run on other data (fingerprint {result.fingerprint[:12]}, the study's is "
-                f"{record.fingerprint[:12]})"
-            )
-        elif result.status == "diverged" or result.loss is None:
-            left_out.append(f"{planned.label}: diverged, {result.why}")
-        else:
-            rows.append(Row(planned, result))
-    known = {planned.name for planned in record.runs}
-    strangers = sorted(path.name for path in (folder / "runs").glob("*") if path.is_dir() and path.name not in known)
-    left_out += [f"runs/{name}: not in the study's plan" for name in strangers]
-    if not rows:
-        raise StudyError(f"no run of {folder} counts: {'; '.join(left_out)}")
-    return Gathered(record, tuple(rows), tuple(left_out))
-
-
 def fit_study(folder: Path, *, counted: str = "besides embeddings") -> StudyFit:
-    """Fits everything that the runs allow.
+    """Fits everything that the runs allow: laws of sizes and tokens, or what a sweep says of its settings.
 
     Args:
       counted: how N is counted, a key of COUNTS.
@@ -132,96 +81,76 @@ def fit_study(folder: Path, *, counted: str = "besides embeddings") -> StudyFit:
         raise StudyError(f"parameters are counted {counted!r}; it can be {' or '.join(map(repr, COUNTS))}")
     gathered = gather(folder)
     notes: list[str] = []
+    if gathered.record.design == "sweep":
+        found = swept(gathered.rows, notes)
+        return StudyFit(gathered, counted, None, None, None, found, settings_of(gathered.rows), tuple(notes))
     slices = slices_of(gathered.rows, counted)
     isoflops = fit_isoflops(slices) if slices else None
-    if isoflops:
-        notes += isoflops.left_out
-    law = None
-    series = _series(gathered.rows)
-    if not series:
-        points = points_of(gathered.rows, counted)
+    notes += isoflops.left_out if isoflops else ()
+    law, held_back = None, None
+    try:
+        law = _law(gathered.rows, counted)
+    except TooFewPoints as error:
+        offered = "only the isoflop fit is offered" if isoflops else "the losses are reported without a fit"
+        notes.append(f"{error}: {offered}")
+    if law or isoflops:
         try:
-            check_points(points)
-            law = bootstrap(points, fit_law(points))
-        except TooFewPoints as error:
-            notes.append(str(error))
-    bests = _bests(series, notes)
-    shifts = {words: sweep.shift(found) for words, found in bests.items() if len(found) > 1}
-    held_back = None
-    if isoflops:
-        try:
-            held_back = hold_back(slices, isoflops)
-        except TooFewRuns as error:
+            held_back = hold_back(gathered.rows, counted, isoflops)
+        except (TooFewRuns, TooFewPoints) as error:
             notes.append(f"the largest budget is not foretold from the others: {error}")
-    return StudyFit(gathered, counted, isoflops, law, held_back, bests, shifts, tuple(notes))
+    return StudyFit(gathered, counted, isoflops, law, held_back, (), (), tuple(notes))
 
 
-def points_of(rows: Sequence[Row], counted: str) -> Points:
-    """The runs as arrays."""
-    return Points(
-        np.array([float(getattr(row.planned, COUNTS[counted])) for row in rows]),
-        np.array([float(row.result.tokens) for row in rows]),
-        np.array([row.loss for row in rows]),
-    )
+def foretell(fit: StudyFit, *, params: float, tokens: float, flops: float) -> Foretold:
+    """The loss of a run: by the parametric law where there is one, else by the isoflop fit, of the best size.
 
-
-def slices_of(rows: Sequence[Row], counted: str) -> list[Slice]:
-    """The runs by budget; [] for a design without budgets."""
-    budgets = sorted({row.planned.facts["budget"] for row in rows if "budget" in row.planned.facts})
-    return [
-        Slice(budget, points_of([row for row in rows if row.planned.facts.get("budget") == budget], counted))
-        for budget in budgets
-    ]
-
-
-def hold_back(slices: Sequence[Slice], whole: IsoflopFit) -> HeldBack | None:
-    """Leaves the largest budget out, foretells its best loss, and looks; None if its minimum was not found."""
-    largest = max(slices).flops
-    found = [parabola for parabola in whole.used if parabola.flops == largest]
-    if not found:
-        return None
-    rest = fit_isoflops([item for item in slices if item.flops < largest])
-    predicted = forecast(rest, largest)
-    return HeldBack(largest, predicted.loss, predicted.interval, found[0].loss, predicted.how)
-
-
-def _series(rows: Sequence[Row]) -> dict[str, dict[float, list[Row]]]:
-    """The runs of a sweep over learning rates by series, in words, and by width.
-
-    A series is a rule and one value of every other setting of the sweep, the depth among them, so that its runs of one
-    width differ in their rate and seed alone. The words name the rule, and those settings that have several values.
+    Raises:
+      TooFewRuns: there is neither, or the slices allow no forecast.
     """
-    tried = [row for row in rows if RATE in row.planned.facts]
-    values: dict[str, set[str]] = {}
-    for row in tried:
-        for name, value in row.planned.facts.items():
-            values.setdefault(name, set()).add(json.dumps(value))
-    told = [name for name, seen in values.items() if len(seen) > 1 and name not in ("rule", "width", RATE, "seed")]
-    found: dict[str, dict[float, list[Row]]] = {}
-    for row in tried:
-        facts = row.planned.facts
-        words = ", ".join([facts["rule"], *(f"{name} {facts.get(name)}" for name in told)])
-        found.setdefault(words, {}).setdefault(facts["width"], []).append(row)
-    return found
+    if fit.law:
+        interval = fit.law.prediction(params, tokens)
+        how = f"parametric law of {len(fit.gathered.rows)} runs"
+        return Foretold(float(fit.law.fit.law.loss(params, tokens)), interval, how)
+    if not fit.isoflops:
+        raise TooFewRuns(f"no forecast can be made: {'; '.join(fit.notes) or 'a sweep says nothing of larger runs'}")
+    found = forecast(fit.isoflops, flops, scatter=fit.isoflops.spread or 0.0)
+    return Foretold(found.loss, found.interval, found.how)
 
 
-def _bests(series: dict[str, dict[float, list[Row]]], notes: list[str]) -> dict[str, dict[float, sweep.Best]]:
-    """The best rate of each series at each width; where there are too few rates for one, `notes` say so."""
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for words, widths in series.items():
-        for width, rows in widths.items():
-            for row in rows:
-                groups.setdefault((words, width, row.planned.facts[RATE]), []).append(row.loss)
-    spread = sweep.spread_between(list(groups.values()))
-    found: dict[str, dict[float, sweep.Best]] = {}
-    for words, widths in series.items():
-        for width, rows in widths.items():
-            tries = [sweep.Try(row.planned.facts[RATE], row.loss) for row in rows]
-            if (rates := len({item.rate for item in tries})) < 3:
-                notes.append(f"{words}, width {width:g}: {rates} rates have no best; three at least do")
-                continue
-            found.setdefault(words, {})[width] = sweep.best_rate(tries, spread=spread)
-    return found
+def hold_back(rows: Sequence[Row], counted: str, whole: IsoflopFit | None) -> HeldBack:
+    """Leaves the largest budget out, foretells it as `foretell` would without it, and looks.
+
+    Raises:
+      TooFewRuns, TooFewPoints: what is left allows no forecast, or the largest budget has no minimum.
+    """
+    largest = max(map(_budget, rows))
+    rest = [row for row in rows if _budget(row) < SAME_BUDGET * largest]
+    try:
+        law = _law(rest, counted)
+    except TooFewPoints as error:
+        if whole is None:
+            raise TooFewPoints(f"without it, {error}") from error
+        found = [parabola for parabola in whole.used if parabola.flops == largest]
+        if not found:
+            raise TooFewRuns("its minimum was not found") from error
+        predicted = forecast(fit_isoflops(slices_of(rest, counted)), largest)
+        return HeldBack(largest, predicted.loss, predicted.interval, found[0].loss, predicted.how)
+    points = points_of([row for row in rows if _budget(row) >= SAME_BUDGET * largest], counted)
+    expected = law.fit.law.loss(points.params, points.tokens)
+    best = int(np.argmin(expected))  # by what is expected: the lowest found would be the luckiest
+    interval = law.prediction(float(points.params[best]), float(points.tokens[best]))
+    how = f"parametric law of {len(rest)} runs"
+    return HeldBack(largest, float(expected[best]), interval, float(points.losses[best]), how)
+
+
+def _law(rows: Sequence[Row], counted: str) -> Bootstrap:
+    points = points_of(rows, counted)
+    check_points(points)
+    return bootstrap(points, fit_law(points))
+
+
+def _budget(row: Row) -> float:
+    return row.planned.facts.get("budget", row.planned.flops)
 
 
 # --- in words and figures --------------------------------------------------------------------------------------------
@@ -244,14 +173,9 @@ def describe(fit: StudyFit) -> list[str]:
             lines.append(f"{name} = {value:.4g}{_words(ends)}")
         agreed, tried = fit.law.fit.agreed
         lines.append(f"{agreed} of {tried} starts came to this minimum; residuals of {fit.law.fit.spread:.2%}")
-    for series, bests in fit.bests.items():
-        for width, best in sorted(bests.items()):
-            edge = "" if best.inside else " (at the end of the rates tried: the best may lie beyond)"
-            lines.append(f"{series}, width {width:g}: best rate {best.rate:.3g}{_words(best.interval)}{edge}")
-        if law_words := _rate_law(bests):
-            lines.append(f"{series}: {law_words}")
-    for series, moved in fit.shifts.items():
-        lines.append(f"{series}: the best rate moves by a factor of {moved.factor:.2f}{_words(moved.interval)}")
+    for found in fit.swept:
+        lines += _swept_words(found)
+    lines += _settings_words(fit)
     if fit.held_back:
         lines.append(_held_words(fit.held_back))
     return lines + [f"note: {note}" for note in fit.notes]
@@ -262,18 +186,61 @@ def _held_words(held: HeldBack) -> str:
     verdict = "the prediction failed" if missed else "the prediction held"
     return (
         f"largest budget left out: predicted {held.predicted:.4f}{_words(held.interval)}, found {held.found:.4f}; "
-        f"missed by {held.miss:+.2%}, half-width {held.reach:.2%}: {verdict} (bounds: 2% and 3%)"
+        f"missed by {held.miss:+.2%}, half-width {held.reach:.2%}: {verdict} (bounds: 2% and 3%; {held.how})"
     )
 
 
-def _rate_law(bests: dict[float, sweep.Best]) -> str:
-    """The power law of the best rate by width, from widths where it is inside of the rates."""
-    inside = {width: best.rate for width, best in sorted(bests.items()) if best.inside}
-    if len(inside) < 2:
-        return ""
-    widths, rates = list(inside), list(inside.values())
-    law = fit_power(widths, rates)
-    return f"best rate = {law.scale:.3g} width^{law.exponent:.2f}{_words(exponent_interval(widths, rates))}"
+def _swept_words(found: Swept) -> list[str]:
+    word, lines = found.dial.word, []
+    for series, bests in found.bests.items():
+        for width, best in sorted(bests.items()):
+            edge = "" if best.inside else f" (at the end of the {found.dial.words} tried: the best may lie beyond)"
+            lines.append(f"{series}, width {width:g}: best {word} {best.value:.3g}{_seeded(best.interval)}{edge}")
+        if trend := found.trends.get(series):
+            law = trend.law
+            lines.append(
+                f"{series}: best {word} = {law.scale:.3g} width^{law.exponent:.2f}{_seeded(trend.interval)} (an "
+                "exponent of 0: it stays)"
+            )
+    for series, moved in found.shifts.items():
+        least = "" if moved.inside else "at least "
+        lines.append(
+            f"{series}: the best {word} moves by a factor of {least}{moved.factor:.2f}{_seeded(moved.interval)}"
+        )
+    return lines
+
+
+def _settings_words(fit: StudyFit) -> list[str]:
+    """The best setting of each model; and all of them, where no curve was drawn through them."""
+    names = varied([setting.facts for setting in fit.settings])
+    shape = ("rule", "width", "layers")
+    chosen = [name for name in names if name not in shape]
+    if not chosen:
+        return []
+    lines, seen = [], set()
+    curves = any(found.bests for found in fit.swept)
+    for setting in fit.settings:  # the best first
+        model = tuple(setting.facts.get(name) for name in shape)
+        words = f"{_model(setting.facts)}: {_facts(setting.facts, chosen)}, {_loss(setting)}"
+        if model not in seen:
+            seen.add(model)
+            lines.append(f"best setting of {words}")
+        elif not curves:
+            lines.append(f"then, of {words}")
+    return lines
+
+
+def _model(facts: dict[str, Any]) -> str:
+    return f"{facts.get('rule')}, {facts.get('layers', '?')} layers of width {facts.get('width', '?')}"
+
+
+def _facts(facts: dict[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {facts[name]}" for name in names if name in facts)
+
+
+def _loss(setting: Setting) -> str:
+    spread = "one seed" if setting.spread is None else f"spread {setting.spread:.4f} over {setting.runs} seeds"
+    return f"loss {setting.loss:.4f}, {spread}"
 
 
 def _coefficients(law: Bootstrap) -> list[tuple[str, float, Interval]]:
@@ -286,11 +253,16 @@ def _words(interval: Interval | None) -> str:
     return f" [{interval.low:.4g}, {interval.high:.4g}]" if interval else ""
 
 
+def _seeded(interval: Interval | None) -> str:
+    return _words(interval) or " (one seed: no interval)"
+
+
 def as_json(fit: StudyFit) -> dict[str, Any]:
     """The fits for a program."""
     isoflops, law, held = fit.isoflops, fit.law, fit.held_back
     return {
         "study": fit.gathered.record.study,
+        "design": fit.gathered.record.design,
         "fingerprint": fit.gathered.record.fingerprint,
         "runs": [row.planned.label for row in fit.gathered.rows],
         "left_out": list(fit.gathered.left_out),
@@ -313,15 +285,27 @@ def as_json(fit: StudyFit) -> dict[str, Any]:
             "spread": law.fit.spread,
         },
         "held_back": held and {**held._asdict(), "miss": held.miss, "reach": held.reach},
-        "best_rates": {
+        "swept": {found.dial.word: _swept_json(found) for found in fit.swept},
+        "settings": [setting._asdict() for setting in fit.settings],
+        "notes": list(fit.notes),
+    }
+
+
+def _swept_json(found: Swept) -> dict[str, Any]:
+    return {
+        "setting": found.dial.setting,
+        "best": {
             series: {
-                str(width): {"rate": best.rate, "interval": best.interval, "inside": best.inside}
+                str(width): {"value": best.value, "interval": best.interval, "inside": best.inside}
                 for width, best in bests.items()
             }
-            for series, bests in fit.bests.items()
+            for series, bests in found.bests.items()
         },
-        "shifts": {series: moved._asdict() for series, moved in fit.shifts.items()},
-        "notes": list(fit.notes),
+        "shifts": {series: moved._asdict() for series, moved in found.shifts.items()},
+        "exponents": {
+            series: {"value": trend.law.exponent, "scale": trend.law.scale, "interval": trend.interval}
+            for series, trend in found.trends.items()
+        },
     }
 
 

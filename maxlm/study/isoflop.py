@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
 from maxlm.errors import UserError
 from maxlm.study.law import LEVEL, Interval, Points
@@ -151,10 +150,20 @@ def forecast(fit: IsoflopFit, flops: float, *, scatter: float = 0.0, level: floa
     Raises:
       TooFewRuns: fewer than MIN_BUDGETS slices have their minimum inside, or none has a run to spare.
     """
-    if fit.params is None or fit.tokens is None or len(fit.used) < MIN_BUDGETS or not fit.replicates:
+    if fit.params is None or fit.tokens is None or len(fit.used) < MIN_BUDGETS:
         raise TooFewRuns(
-            f"{len(fit.used)} budgets have a minimum between their sizes, but a forecast takes {MIN_BUDGETS} of at "
-            f"least {MIN_SIZES + 1} sizes; see what was left out: {'; '.join(fit.left_out) or 'nothing'}"
+            f"{len(fit.used)} budgets have a minimum between their sizes, but a forecast takes {MIN_BUDGETS}; see what "
+            f"was left out: {'; '.join(fit.left_out) or 'nothing'}"
+        )
+    if fit.spread is None:
+        raise TooFewRuns(
+            f"no budget has more than {MIN_SIZES} sizes, which a parabola goes through whatever their losses: a "
+            f"forecast's interval takes a budget of {MIN_SIZES + 1} or more"
+        )
+    if not fit.replicates:
+        raise TooFewRuns(
+            f"the losses scatter by {fit.spread:.3g} about their parabolas, so much that most draws of them have no "
+            "minimum at some budget: run sizes further apart, or more of them"
         )
     budgets = np.array([parabola.flops for parabola in fit.used])
     middle = [form(budgets, np.array([[p.loss for p in fit.used]]), flops)[0] for form in (_line, _floored)]
@@ -175,18 +184,6 @@ def fit_power(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     """Least squares in logarithms."""
     exponent, offset = np.polyfit(np.log(x), np.log(y), 1)
     return PowerLaw(math.exp(offset), float(exponent))
-
-
-def exponent_interval(x: Sequence[float], y: Sequence[float], *, level: float = LEVEL) -> Interval | None:
-    """Student's interval of the exponent of `fit_power`; None with two points, which leave nothing to judge by."""
-    count = len(x)
-    if count < 3:
-        return None
-    log_x, law = np.log(x), fit_power(x, y)
-    residual = np.log(y) - np.log(law.scale) - law.exponent * log_x
-    error = math.sqrt(float(residual @ residual) / (count - 2) / float(((log_x - log_x.mean()) ** 2).sum()))
-    reach = float(student.ppf((1 + level) / 2, count - 2)) * error
-    return Interval(law.exponent - reach, law.exponent + reach)
 
 
 class _Design:

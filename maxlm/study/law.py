@@ -22,6 +22,8 @@ from maxlm.errors import UserError
 DELTA = 1e-3  # of the Huber loss, on log L (Hoffmann et al. 2022)
 MIN_POINTS = 30  # below, five coefficients and their intervals say more about the noise than about the law
 MIN_VALUES = 4  # distinct N, and distinct D, that tell a power from a power and a floor
+MIN_SPAN = 2.0  # largest over smallest N, and D: over less the power is a straight line
+MOST_TOGETHER = 0.98  # correlation of log N and log D beyond which what one does cannot be told from the other's
 EXPONENTS = np.geomspace(0.04, 2.0, 24)  # of the starts, for alpha and beta each
 REFINED = 12  # starts that L-BFGS goes on from, those of the lowest loss
 REPLICATES = 400  # of a bootstrap
@@ -112,7 +114,7 @@ def fit_law(points: Points) -> Fit:
     """The law of least Huber loss over all starts.
 
     Raises:
-      TooFewPoints: fewer than MIN_POINTS points, or than MIN_VALUES distinct params or tokens.
+      TooFewPoints: see `check_points`.
     """
     check_points(points)
     problem = _Problem(points)
@@ -126,14 +128,27 @@ def fit_law(points: Points) -> Fit:
 
 
 def check_points(points: Points) -> None:
-    """Raises TooFewPoints, in words that say what can be had instead."""
+    """Raises TooFewPoints where the runs cannot tell the law's five coefficients apart."""
     count = len(points.losses)
     distinct = {name: len(np.unique(getattr(points, name))) for name in ("params", "tokens")}
     if count < MIN_POINTS or min(distinct.values()) < MIN_VALUES:
         raise TooFewPoints(
             f"{count} runs with {distinct['params']} distinct sizes and {distinct['tokens']} distinct token counts are "
             f"too few to fit E, A, B, alpha and beta (at least {MIN_POINTS} runs, {MIN_VALUES} sizes and {MIN_VALUES} "
-            "token counts): only the isoflop fit is offered"
+            "token counts)"
+        )
+    for name, what in (("params", "sizes"), ("tokens", "token counts")):
+        values = getattr(points, name)
+        if values.max() < MIN_SPAN * values.min():
+            raise TooFewPoints(
+                f"the {what} span a factor of {values.max() / values.min():.2f}, too little to fit E, A, B, alpha and "
+                f"beta (at least {MIN_SPAN})"
+            )
+    together = float(np.corrcoef(np.log(points.params), np.log(points.tokens))[0, 1])
+    if abs(together) > MOST_TOGETHER:
+        raise TooFewPoints(
+            f"sizes and token counts go together (their logarithms correlate by {together:+.3f}, at most "
+            f"{MOST_TOGETHER} either way tells them apart), so that E, A, B, alpha and beta cannot be fitted"
         )
 
 

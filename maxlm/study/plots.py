@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from maxlm.study.coordinates import LARGEST_SLOPE, Check
-from maxlm.study.fitting import COUNTS, StudyFit, slices_of
+from maxlm.study.fitting import StudyFit
+from maxlm.study.gathered import COUNTS, slices_of
 from maxlm.study.isoflop import IsoflopFit
 from maxlm.study.law import LEVEL
-from maxlm.study.sweep import Best
+from maxlm.study.sweep import Swept
 
 COLOURS = ("#1f5fa8", "#d1571b", "#2c8a4b", "#7a4fa3", "#b3202a", "#00838f", "#8d6e00", "#6b6b6b")
 QUIET = "#6b6b6b"
@@ -93,17 +94,18 @@ def draw_law(fit: StudyFit) -> bytes:
     return _png(figure)
 
 
-def draw_rates(bests: dict[str, dict[float, Best]]) -> bytes:
-    """Loss against learning rate by width, a panel for each series (see `fitting`)."""
-    figure, panels = _figure(len(bests))
-    for axes, (series, by_width) in zip(panels, sorted(bests.items()), strict=True):
+def draw_swept(found: Swept) -> bytes:
+    """Loss against a dial by width, a panel for each series (see `sweep`)."""
+    figure, panels = _figure(len(found.bests))
+    for axes, (series, by_width) in zip(panels, sorted(found.bests.items()), strict=True):
         for number, (width, best) in enumerate(sorted(by_width.items())):
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(*best.tried, "o-", color=colour, label=f"width {width:g}", linewidth=1.2, markersize=4)
-            axes.plot(best.rate, best.loss, "*", color=colour, markersize=13, markeredgecolor="white")
-            axes.plot([best.interval.low, best.interval.high], [best.loss] * 2, color=colour, linewidth=3, alpha=0.4)
+            axes.plot(best.value, best.loss, "*", color=colour, markersize=13, markeredgecolor="white")
+            if best.interval:
+                axes.plot(best.interval, [best.loss] * 2, color=colour, linewidth=3, alpha=0.4)
         axes.set_xscale("log", base=2)
-        axes.set(title=f"{series} (star: the best rate)", xlabel="peak learning rate", ylabel=_NATS)
+        axes.set(title=f"{series} (star: the best {found.dial.word})", xlabel=found.dial.setting, ylabel=_NATS)
         axes.legend(frameon=False)
     return _png(figure)
 

@@ -20,9 +20,8 @@ from maxlm.configfile import source
 from maxlm.files import write_atomically
 from maxlm.resolve import as_config_dict, resolve
 from maxlm.study import ladder
-from maxlm.study.fitting import StudyFit, as_json, fit_study
+from maxlm.study.fitting import StudyFit, as_json, fit_study, foretell
 from maxlm.study.identity import changed_leaves, commit
-from maxlm.study.isoflop import forecast
 from maxlm.study.law import LEVEL
 from maxlm.study.results import data_read, heldout_loss
 from maxlm.study.spec import Study, StudyError
@@ -60,23 +59,16 @@ def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides
     if (place / "prediction.json").exists():
         raise StudyError(f"{place} has a prediction of this run; it stays as it is. Judge it, or predict another")
     target = _target(study, folder, fit, flops)
-    if fit.law:
-        params = target.size.total if counted == "total" else target.size.besides_embeddings
-        value = float(fit.law.fit.law.loss(params, target.tokens))
-        interval = fit.law.prediction(params, target.tokens)
-        how = f"parametric law of {len(fit.gathered.rows)} runs"
-    else:
-        assert fit.isoflops is not None
-        found = forecast(fit.isoflops, flops, scatter=fit.isoflops.spread or 0.0)
-        value, interval, how = found.loss, found.interval, found.how
+    params = target.size.total if counted == "total" else target.size.besides_embeddings
+    foretold = foretell(fit, params=params, tokens=target.tokens, flops=flops)
     content = {
         "study": study.name,
         "date": _now(),
-        "loss": value,
-        "interval": list(interval),
+        "loss": foretold.loss,
+        "interval": list(foretold.interval),
         "level": LEVEL,
         "interval_kind": "prediction interval of one run",
-        "how": how,
+        "how": foretold.how,
         "flops": target.flops,
         "params_total": target.size.total,
         "params_nonembedding": target.size.besides_embeddings,

@@ -17,6 +17,7 @@ from maxlm.study.fitting import StudyFit, describe
 from maxlm.study.predict import predictions
 from maxlm.study.results import StudyRecord, read_result
 from maxlm.study.spec import Study
+from maxlm.study.sweep import varied
 
 COLUMNS = (
     *("label", "name", "status", "params_besides_embeddings", "params_total", "tokens", "flops", "steps", "loss"),
@@ -83,8 +84,9 @@ def _pictures(fit: StudyFit, checks: Sequence[Check]) -> dict[str, bytes]:
         found["optima"] = plots.draw_optima(fit)
     if fit.law:
         found["law"] = plots.draw_law(fit)
-    if any(fit.bests.values()):
-        found["rates"] = plots.draw_rates(fit.bests)
+    for swept in fit.swept:
+        if swept.bests:
+            found[swept.dial.words] = plots.draw_swept(swept)
     if checks:
         found["coordinates"] = plots.draw_coordinates(checks)
     return found
@@ -119,12 +121,30 @@ def _page(
     ]
     if made := predictions(folder):
         parts += ["<h2>Predictions</h2>", _list([_told(item) for item in made])]
+    if fit.settings:
+        parts += ["<h2>Settings</h2>", _table(*_settings(fit))]
     parts += ["<h2>Runs</h2>", _table(shown, rows), '<p>Everything: <a href="runs.csv">runs.csv</a>.</p>']
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(study.name)}</title>\n'
         f"<style>{STYLE}</style>\n<body>\n{body}\n</body></html>\n"
     )
+
+
+def _settings(fit: StudyFit) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows of a sweep's settings, the best first."""
+    names = varied([setting.facts for setting in fit.settings])
+    rows = [
+        {name: _word(setting.facts.get(name)) for name in names}
+        | {"loss": setting.loss, "spread": "one seed" if setting.spread is None else setting.spread}
+        | {"runs": setting.runs}
+        for setting in fit.settings
+    ]
+    return [*names, "loss", "spread", "runs"], rows
+
+
+def _word(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _told(item: dict[str, Any]) -> str:

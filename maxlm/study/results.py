@@ -22,10 +22,11 @@ from maxlm.errors import UserError
 from maxlm.files import write_atomically
 from maxlm.study.identity import changed_leaves, fingerprint_of
 from maxlm.study.plan import PlannedRun
-from maxlm.study.spec import StudyError
+from maxlm.study.spec import Study, StudyError
 from maxlm.train.metrics import read_metrics
 
 RESULT, PLAN = "result.json", "plan.json"
+SAID_BY = {"budget": "isoflops", "role": "trunks", "width": "sweep"}  # the design by a fact that it alone gives
 SMOOTHED = 0.05  # of a run's steps that its loss is averaged over when it is judged
 ROSE = 1.1  # a final training loss this many times the lowest has diverged
 
@@ -72,15 +73,16 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class StudyRecord:
-    """plan.json: the study's runs, and the data that they are to be run on."""
+    """plan.json: the study's runs, the data that they are to be run on, and its design's name in small letters."""
 
     study: str
     fingerprint: str
     runs: tuple[Planned, ...]
+    design: str
 
 
 def write_plan(
-    folder: Path, study: str, fingerprint: str, runs: Sequence[PlannedRun], names: Mapping[str, str]
+    folder: Path, study: Study, fingerprint: str, runs: Sequence[PlannedRun], names: Mapping[str, str]
 ) -> None:
     """Writes plan.json."""
     entries = [
@@ -98,7 +100,12 @@ def write_plan(
         )
         for run in runs
     ]
-    content = {"study": study, "fingerprint": fingerprint, "runs": [dataclasses.asdict(entry) for entry in entries]}
+    content = {
+        "study": study.name,
+        "design": type(study.design).__name__.lower(),
+        "fingerprint": fingerprint,
+        "runs": [dataclasses.asdict(entry) for entry in entries],
+    }
     write_atomically(folder / PLAN, json.dumps(content, indent=1) + "\n")
 
 
@@ -112,7 +119,14 @@ def read_plan(folder: Path) -> StudyRecord:
     if not path.exists():
         raise StudyError(f"{folder} holds no study that was run; type `maxlm study run` first, with the same --dir")
     content = json.loads(path.read_text())
-    return StudyRecord(content["study"], content["fingerprint"], tuple(Planned(**run) for run in content["runs"]))
+    runs = tuple(Planned(**run) for run in content["runs"])
+    return StudyRecord(content["study"], content["fingerprint"], runs, content.get("design") or _design_of(runs))
+
+
+def _design_of(runs: Sequence[Planned]) -> str:
+    """Of a plan.json from before the design was written there: each design says something else of its runs."""
+    said = {name for run in runs for name in run.facts}
+    return next((design for name, design in SAID_BY.items() if name in said), "rungs")
 
 
 def read_result(workdir: Path) -> Result | None:

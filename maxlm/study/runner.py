@@ -98,7 +98,7 @@ def run_study(
         names = {run.label: run_name(run.config, fingerprint) for run in runs}
         if len(set(names.values())) < len(names):
             raise StudyError("two runs of the study are one and the same; vary something that their results depend on")
-        write_plan(folder, study.name, fingerprint, runs, names)
+        write_plan(folder, study, fingerprint, runs, names)
         stamp = _Stamp(fingerprint, commit())
         queue = _Queue(runs, {label: folder / "runs" / name for label, name in names.items()}, stamp, log)
         width = max(jobs or study.machine.jobs, 1)
@@ -287,8 +287,8 @@ class _Queue:
             return False
         self.outcome.strangers.append(run.label)
         self.log(
-            f"{run.label} read other data (fingerprint {found[:12]}, the study's is {wanted[:12]}) and takes no part in "
-            f"fits: the sources changed while the study ran. Bring them back to what they were, remove "
+            f"{run.label} read other data (fingerprint {found[:12]}, the study's is {wanted[:12]}) and takes no part "
+            "in fits: the sources changed while the study ran. Bring them back to what they were, remove "
             f"{self.workdirs[run.label]}, and type the same command"
         )
         return True

@@ -1,102 +1,264 @@
-"""Where the best learning rate is, at each width and under each rule, and how far it moves."""
+"""What a sweep says: where the best learning rate or batch is at each width, how far it moves, how settings compare.
+
+Runs are averaged over seeds alone. Intervals come from losses drawn anew with the spread from seed to seed, for each
+curve by itself: what two widths have in common must not be their noise.
+
+Shapes: n values tried, r replicates.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from maxlm.study.gathered import Row
+from maxlm.study.isoflop import PowerLaw, fit_power
 from maxlm.study.law import LEVEL, Interval
 
-NEAR = 2  # rates on either side of the lowest loss that the parabola goes through
+NEAR = 2  # values on either side of the lowest loss that the parabola goes through
 REPLICATES = 2000
 
 
-class Try(NamedTuple):
-    """A run of a sweep."""
+class Dial(NamedTuple):
+    """A setting whose best value is looked for, and what one and several of its values are called."""
 
-    rate: float
+    setting: str
+    word: str
+    words: str
+
+
+DIALS = (Dial("optim.peak_lr", "rate", "rates"), Dial("data.batch_size", "batch", "batches"))
+
+
+class Try(NamedTuple):
+    """A run of a sweep: the value of its dial, and its loss."""
+
+    value: float
     loss: float
 
 
 class Best(NamedTuple):
-    """The best rate of a group of runs.
+    """The best value of a group of runs.
 
-    inside: whether the lowest loss is at neither end of the rates; where it is at one, `rate` is that end.
-    tried: rates and mean losses, (n,) each, ascending.
+    interval, replicates (r,): None without a spread from seed to seed.
+    inside: whether the lowest loss is at neither end of the values; where it is at one, `value` is that end.
+    tried: values and mean losses, (n,) each, ascending.
     """
 
-    rate: float
+    value: float
     loss: float
-    interval: Interval
+    interval: Interval | None
     inside: bool
     tried: tuple[np.ndarray, np.ndarray]
-    replicates: np.ndarray
+    replicates: np.ndarray | None
 
 
 class Shift(NamedTuple):
-    """How far the best rate moves over the widths: the largest over the smallest, and its interval."""
+    """How far the best value moves over the widths: the largest over the smallest, and its interval.
+
+    It is 1 or more by its making, and so is the low end of the interval: whether the best moves at all, `Trend` says.
+    inside: False where a best is at an end of the values, so that it moves by this much at least.
+    """
 
     factor: float
-    interval: Interval
+    interval: Interval | None
     inside: bool
 
 
-def best_rate(tries: Sequence[Try], *, spread: float, seed: int = 0) -> Best:
-    """The vertex of a parabola of the loss in log rate around the lowest mean loss.
+class Trend(NamedTuple):
+    """The power law of the best value by width, from widths where it is inside, and the interval of its exponent."""
+
+    law: PowerLaw
+    interval: Interval | None
+
+
+class Swept(NamedTuple):
+    """What was found of one dial. bests: by series (`_series`) and width; shifts and trends: by series."""
+
+    dial: Dial
+    bests: dict[str, dict[float, Best]]
+    shifts: dict[str, Shift]
+    trends: dict[str, Trend]
+
+
+class Setting(NamedTuple):
+    """Runs that differ in their seed alone.
+
+    facts: what the design says of them, without the seed.
+    loss: their mean.
+    spread: standard deviation from seed to seed; None with one.
+    """
+
+    facts: dict[str, Any]
+    loss: float
+    spread: float | None
+    runs: int
+
+
+def swept(rows: Sequence[Row], notes: list[str]) -> tuple[Swept, ...]:
+    """The best values of each dial that has several; `notes` say what could not be had."""
+    found = []
+    spread = spread_between([[row.loss for row in group] for group in _alike(rows).values()])
+    for dial in DIALS:
+        if len({row.planned.facts.get(dial.setting) for row in rows}) < 2:
+            continue
+        bests = _bests(dial, _series(rows, dial), spread, notes)
+        if spread is None and bests:
+            notes.append(f"one seed: no interval of the best {dial.word}; two seeds at least tell noise from effect")
+        shifts = {words: shift(each) for words, each in bests.items() if len(each) > 1}
+        trends = {words: law for words, each in bests.items() if (law := trend(each))}
+        found.append(Swept(dial, bests, shifts, trends))
+    return tuple(found)
+
+
+def settings_of(rows: Sequence[Row]) -> tuple[Setting, ...]:
+    """All combinations of settings that were run, the best first."""
+    found = []
+    for group in _alike(rows).values():
+        losses = [row.loss for row in group]
+        facts = {name: value for name, value in group[0].planned.facts.items() if name != "seed"}
+        found.append(Setting(facts, float(np.mean(losses)), spread_between([losses]), len(losses)))
+    return tuple(sorted(found, key=lambda setting: setting.loss))
+
+
+def best_of(tries: Sequence[Try], *, spread: float | None, seed: int) -> Best:
+    """The vertex of a parabola of the loss in the logarithm of the dial around the lowest mean loss.
 
     Args:
       spread: standard deviation of a run's loss from seed to seed (`spread_between`).
+      seed: of the interval's draws; one of its own for each curve.
 
     Raises:
-      ValueError: fewer than three rates.
+      ValueError: fewer than three values.
     """
-    rates = np.array(sorted({item.rate for item in tries}))
-    if len(rates) < 3:
-        raise ValueError(f"{len(rates)} rates make no parabola; give three at least")
-    groups = [[item.loss for item in tries if item.rate == rate] for rate in rates]
+    values = np.array(sorted({item.value for item in tries}))
+    if len(values) < 3:
+        raise ValueError(f"{len(values)} values make no parabola; give three at least")
+    groups = [[item.loss for item in tries if item.value == value] for value in values]
     losses = np.array([np.mean(group) for group in groups])
-    error = spread / np.sqrt([len(group) for group in groups])
-    draws = losses + error * np.random.default_rng(seed).normal(size=(REPLICATES, len(rates)))
-    found = np.array([_vertex(np.log(rates), drawn) for drawn in draws])
-    x, low = _vertex(np.log(rates), losses), int(np.argmin(losses))
-    ends = np.exp(np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    low, x = int(np.argmin(losses)), np.log(values)
+    interval = replicates = None
+    if spread is not None:
+        error = spread / np.sqrt([len(group) for group in groups])
+        noise = np.random.default_rng(seed).normal(size=(REPLICATES, len(values)))
+        replicates = np.exp(_vertices(x, losses + error * noise))
+        interval = _interval(replicates)
     return Best(
-        rate=math.exp(x),
+        value=math.exp(_vertices(x, losses[None])[0]),
         loss=float(losses[low]),
-        interval=Interval(float(ends[0]), float(ends[1])),
-        inside=0 < low < len(rates) - 1,
-        tried=(rates, losses),
-        replicates=np.exp(found),
+        interval=interval,
+        inside=0 < low < len(values) - 1,
+        tried=(values, losses),
+        replicates=replicates,
     )
 
 
-def spread_between(groups: Sequence[Sequence[float]]) -> float:
-    """Standard deviation within groups of runs that differ in their seed alone, pooled; 0 without any such group."""
+def spread_between(groups: Sequence[Sequence[float]]) -> float | None:
+    """Standard deviation within groups of runs that differ in their seed alone, pooled; None without any such group."""
     freedom = sum(len(group) - 1 for group in groups)
     squares = sum(float(np.sum((np.array(group) - np.mean(group)) ** 2)) for group in groups)
-    return math.sqrt(squares / freedom) if freedom else 0.0
+    return math.sqrt(squares / freedom) if freedom else None
 
 
 def shift(bests: Mapping[float, Best]) -> Shift:
-    """How far the best rates of several widths lie apart."""
-    rates = [best.rate for best in bests.values()]
-    drawn = np.stack([best.replicates for best in bests.values()])
-    low, high = np.quantile(drawn.max(0) / drawn.min(0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Shift(
-        max(rates) / min(rates), Interval(float(low), float(high)), all(best.inside for best in bests.values())
-    )
+    """How far the best values of several widths lie apart."""
+    values = [best.value for best in bests.values()]
+    drawn = _drawn(bests)
+    interval = None if drawn is None else _interval(drawn.max(0) / drawn.min(0))
+    return Shift(max(values) / min(values), interval, all(best.inside for best in bests.values()))
 
 
-def _vertex(x: np.ndarray, losses: np.ndarray) -> float:
-    """Of the parabola through the points around the lowest; the lowest point itself where that opens downwards."""
-    low = int(np.argmin(losses))
-    near = slice(max(low - NEAR, 0), low + NEAR + 1)
-    if low in (0, len(x) - 1):
-        return float(x[low])
-    curvature, slope, _ = np.polyfit(x[near] - x[low], losses[near], 2)
-    if curvature <= 0:
-        return float(x[low])
-    return float(np.clip(x[low] - slope / (2 * curvature), x[near][0], x[near][-1]))
+def trend(bests: Mapping[float, Best]) -> Trend | None:
+    """The power law of the best value by width; None with fewer than two widths that have it inside."""
+    inside = {width: best for width, best in sorted(bests.items()) if best.inside}
+    if len(inside) < 2:
+        return None
+    drawn = _drawn(inside)
+    slopes = None if drawn is None else np.polyfit(np.log(list(inside)), np.log(drawn), 1)[0]
+    law = fit_power(list(inside), [best.value for best in inside.values()])
+    return Trend(law, None if slopes is None else _interval(slopes))
+
+
+def _drawn(bests: Mapping[float, Best]) -> np.ndarray | None:
+    """Replicates of all widths, (widths, r)."""
+    found = [best.replicates for best in bests.values() if best.replicates is not None]
+    return np.stack(found) if len(found) == len(bests) else None
+
+
+def _interval(values: np.ndarray) -> Interval:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))
+
+
+def _vertices(x: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Of parabolas through the points around the lowest of losses (r, n) at x (n,): (r,).
+
+    Where the lowest is at an end, or the parabola opens downwards, the lowest point itself.
+    """
+    lowest = losses.argmin(1)
+    found = x[lowest]
+    for index in range(1, len(x) - 1):
+        rows = lowest == index
+        near = slice(max(index - NEAR, 0), index + NEAR + 1)
+        offset = x[near] - x[index]
+        basis = np.stack([offset**2, offset, np.ones_like(offset)], axis=1)
+        curvature, slope, _ = np.linalg.pinv(basis) @ losses[rows, near].T
+        upwards = curvature > 0
+        vertex = x[index] - slope / (2 * np.where(upwards, curvature, 1.0))
+        found[rows] = np.where(upwards, np.clip(vertex, x[near][0], x[near][-1]), x[index])
+    return found
+
+
+def _alike(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Runs that differ in their seed alone, together."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        facts = {name: value for name, value in row.planned.facts.items() if name != "seed"}
+        found.setdefault(json.dumps(facts, sort_keys=True), []).append(row)
+    return found
+
+
+def varied(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names under which not all have the same."""
+    values: dict[str, set[str]] = {}
+    for each in facts:
+        for name, value in each.items():
+            values.setdefault(name, set()).add(json.dumps(value))
+    return [name for name, seen in values.items() if len(seen) > 1]
+
+
+def _series(rows: Sequence[Row], dial: Dial) -> dict[str, dict[float, list[Row]]]:
+    """The runs by series, in words, and by width.
+
+    A series is a rule and one value of every other setting of the sweep, the depth among them, so that its runs of one
+    width differ in the dial and their seed alone. The words name the rule, and those settings that have several values.
+    """
+    names = varied([row.planned.facts for row in rows])
+    told = [name for name in names if name not in ("rule", "width", dial.setting, "seed")]
+    found: dict[str, dict[float, list[Row]]] = {}
+    for row in rows:
+        facts = row.planned.facts
+        words = ", ".join([facts["rule"], *(f"{name} {facts.get(name)}" for name in told)])
+        found.setdefault(words, {}).setdefault(facts["width"], []).append(row)
+    return found
+
+
+def _bests(
+    dial: Dial, series: dict[str, dict[float, list[Row]]], spread: float | None, notes: list[str]
+) -> dict[str, dict[float, Best]]:
+    """The best value of each series at each width; where there are too few values for one, `notes` say so."""
+    found: dict[str, dict[float, Best]] = {}
+    for words, widths in series.items():
+        for width, rows in widths.items():
+            tries = [Try(row.planned.facts[dial.setting], row.loss) for row in rows]
+            if (values := len({item.value for item in tries})) < 3:
+                notes.append(f"{words}, width {width:g}: {values} {dial.words} have no best; three at least do")
+                continue
+            seed = zlib.crc32(f"{dial.setting}, {words}, width {width:g}".encode())
+            found.setdefault(words, {})[width] = best_of(tries, spread=spread, seed=seed)
+    return found

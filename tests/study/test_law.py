@@ -113,7 +113,21 @@ def test_the_optimum_is_the_minimum():
 
 def test_few_points_are_refused_in_words():
     points = synthetic(LAWS["hoffmann_2022"].law, seed=0)
-    with pytest.raises(TooFewPoints, match="only the isoflop fit is offered"):
+    with pytest.raises(TooFewPoints, match="20 runs with .* are too few to fit E"):
         fit_law(points.take(np.arange(20)))
     with pytest.raises(TooFewPoints, match="3 sizes|3 distinct"):
         fit_law(points.take(np.isin(points.params, np.unique(points.params)[:3])))
+
+
+def test_runs_that_cannot_tell_the_coefficients_apart_are_refused():
+    law = LAWS["hoffmann_2022"].law
+
+    def refused(params, tokens, words):
+        with pytest.raises(TooFewPoints, match=words):
+            fit_law(Points(params, tokens, law.loss(params, tokens)))
+
+    params = np.geomspace(1e7, 1e10, 40)
+    refused(params, 20 * params, r"go together .*\+1.000")  # a ladder: tokens for each parameter
+    refused(params, 1e20 / params, r"go together .*-1.000")  # a single budget
+    refused(np.geomspace(1e7, 1.9e7, 40), params[::-1], r"the sizes span a factor of 1.90")
+    refused(params, np.geomspace(1e9, 1.5e9, 40)[::-1], r"the token counts span a factor of 1.50")
