@@ -43,7 +43,14 @@ from maxlm.resolve import resolve, resolve_model
 
 DIALS = ("depth", "params", "flops")
 RULES = ("standard", "transfer")
-HEADS = (64, 128)  # of two models that are compared to see what grows: so many that no rounding of F hides it
+UNITS = (64, 128)  # key heads of two models that are compared to see what grows: so many that no rounding hides it
+SHAPED = (
+    *("model.embed_dim", "model.num_layers", "model.attention.q_heads", "model.attention.kv_heads"),
+    *("model.attention.head_dim", "model.mlp.dim", "train.steps", "optim.warmup_steps", "optim.decay_steps"),
+)
+"""Settings that follow from the shape and the tokens."""
+TRANSFERRED = ("model.attention.scale", "model.head_init", "optim.lr_rules", "optim.decay_rules")
+"""Settings that the transfer rule makes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +91,20 @@ class Size(NamedTuple):
     flops: float
 
 
-def shape_by_depth(rules: Rules, depth: int) -> Shape:
-    """L layers of aspect * L dims, in whole heads."""
-    return Shape(depth, max(round(rules.aspect * depth / rules.head_dim), 1) * rules.head_dim)
+def shape_by_depth(rules: Rules, base: Config, depth: int) -> Shape:
+    """L layers of aspect * L dims, in whole heads, and as many of them as key heads want."""
+    unit = rules.head_dim * _groups(base.model)
+    return Shape(depth, max(round(rules.aspect * depth / unit), 1) * unit)
 
 
 def shape_by_params(rules: Rules, base: Config, params: float) -> Shape:
     """The shape whose parameters besides embeddings come nearest to `params`, near the aspect asked for."""
     ideal = max((params / 12 / rules.aspect**2) ** (1 / 3), rules.min_layers)  # of N = 12 L D^2
-    candidates = []
+    unit, candidates = rules.head_dim * _groups(base.model), []
     for layers in sorted({max(math.floor(ideal), rules.min_layers), max(math.ceil(ideal), rules.min_layers)}):
-        heads = math.sqrt(params / 12 / layers) / rules.head_dim
-        for count in {max(math.floor(heads), 1), max(math.ceil(heads), 1)}:
-            candidates.append(Shape(layers, count * rules.head_dim))
+        units = math.sqrt(params / 12 / layers) / unit
+        for count in {max(math.floor(units), 1), max(math.ceil(units), 1)}:
+            candidates.append(Shape(layers, count * unit))
 
     def distance(shape: Shape) -> tuple[float, Shape]:
         return abs(math.log(size_of(rules, base, shape).besides_embeddings / params)), shape
@@ -115,7 +123,17 @@ def shape_by_flops(rules: Rules, base: Config, flops: float) -> Shape:
 
 
 def shaped(base: Config, shape: Shape, rules: Rules) -> Config:
-    """The base config with the dims of a shape, and no more."""
+    """The base config with the dims of a shape, and no more.
+
+    Raises:
+      UserError: the base has settings by which a run's compute would not be what its steps make of it, or dims that the
+        shape does not allow.
+    """
+    if base.train.budget_seconds or base.data.phases:
+        raise UserError(
+            f"train.budget_seconds is {base.train.budget_seconds:g} and data.phases has {len(base.data.phases)}, but a "
+            "study's runs take the steps that their compute makes, of one length and batch: leave both out of its base"
+        )
     return resolve(dataclasses.replace(base, model=_shaped_model(base.model, shape, rules)))
 
 
@@ -127,9 +145,27 @@ def _shaped_model(model: ModelConfig, shape: Shape, rules: Rules) -> ModelConfig
         )
     if model.mlp.dim:
         raise UserError(f"model.mlp.dim is {model.mlp.dim}, but a ladder sets it by the width; leave it at 0")
-    heads = shape.width // rules.head_dim
-    attention = dataclasses.replace(model.attention, q_heads=heads, kv_heads=heads, head_dim=rules.head_dim)
+    heads, groups = shape.width // rules.head_dim, _groups(model)
+    if heads % groups:
+        raise UserError(
+            f"a width of {shape.width} makes {heads} heads, but the base has {groups} query heads for each key head; "
+            f"use a multiple of {rules.head_dim * groups}, or leave model.attention.kv_heads at 0"
+        )
+    attention = dataclasses.replace(model.attention, q_heads=heads, kv_heads=heads // groups, head_dim=rules.head_dim)
     return dataclasses.replace(model, num_layers=shape.layers, embed_dim=shape.width, attention=attention)
+
+
+def _groups(model: ModelConfig) -> int:
+    """Query heads that share a key head in the base, and so at every width."""
+    heads = model.attention
+    if not heads.kv_heads:
+        return 1
+    if heads.q_heads % heads.kv_heads:
+        raise UserError(
+            f"model.attention.kv_heads is {heads.kv_heads}, which does not divide model.attention.q_heads "
+            f"{heads.q_heads}: a ladder keeps the ratio of the base"
+        )
+    return heads.q_heads // heads.kv_heads
 
 
 def measure(model: ModelConfig, sequence_length: int) -> Size:
@@ -176,7 +212,8 @@ def lasting(config: Config, tokens: float, rules: Rules) -> Config:
 
 def widening(model: ModelConfig, rules: Rules, *, layers: int) -> tuple[str, ...]:
     """Paths of the trained parameters whose fan-in grows with the width, of a base's model with so many layers."""
-    narrow, wide = (_fan_ins(model, Shape(layers, heads * rules.head_dim), rules) for heads in HEADS)
+    unit = rules.head_dim * _groups(model)
+    narrow, wide = (_fan_ins(model, Shape(layers, units * unit), rules) for units in UNITS)
     return tuple(sorted(path for path, fan_in in narrow.items() if wide[path] > fan_in))
 
 
@@ -200,7 +237,8 @@ def parametrized(config: Config, rules: Rules, *, base: Config) -> Config:
 
     Raises:
       UserError: the transfer rule with tied embeddings, whose one matrix would need two rules, with another optimizer
-        than AdamW, or with rules by path of the base config's own.
+        than AdamW, with embeddings that grow with the width, with a head of columns of length 1, which cannot begin at
+        zero, or with rules by path of the base config's own.
     """
     if rules.rule == "standard":
         return config
@@ -210,6 +248,12 @@ def parametrized(config: Config, rules: Rules, *, base: Config) -> Config:
         raise UserError(
             "the transfer rule needs model.tie_embeddings=False and optim.optimizer=adamw, and there are "
             f"{model.tie_embeddings} and {optim.optimizer}"
+        )
+    if model.embed_scale or model.normed_head:
+        raise UserError(
+            "the transfer rule needs model.embed_scale=False and model.normed_head=False, and there are "
+            f"{model.embed_scale} and {model.normed_head}: the first makes embeddings grow with the width, and a head "
+            "that begins at zero cannot be divided by its length"
         )
     if (optim.lr_rules, optim.decay_rules) != (fresh.lr_rules, fresh.decay_rules):
         raise UserError("the transfer rule sets optim.lr_rules and optim.decay_rules; leave them at their defaults")

@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from maxlm.config import Config
 from maxlm.plan.topology import parse_topology
-from maxlm.resolve import as_config_dict, resolve
+from maxlm.resolve import resolve
 from maxlm.study import ladder
 from maxlm.study.spec import Isoflops, Machine, Rungs, Study, StudyError, Sweep, Trunks
 
@@ -135,7 +135,7 @@ def _rungs(study: Study, design: Rungs) -> Iterator[PlannedRun]:
     for value in design.values:
         flops = 0.0
         if design.dial == "depth":
-            shape = ladder.shape_by_depth(rules, int(value))
+            shape = ladder.shape_by_depth(rules, base, int(value))
         elif design.dial == "params":
             shape = ladder.shape_by_params(rules, base, value)
         elif design.dial == "flops":
@@ -186,17 +186,20 @@ def _trunks(study: Study, design: Trunks) -> Iterator[PlannedRun]:
 
 
 def _sweep(study: Study, design: Sweep) -> Iterator[PlannedRun]:
+    """Settings go into the base, so that the rules see them; but the batch and the rate, which the rules choose too."""
     names = list(design.settings)
     for rule, shape in itertools.product(design.rules, design.shapes):
         rules = dataclasses.replace(study.rules, rule=rule)
+        for path in names:
+            if path in ladder.SHAPED or (rule == "transfer" and path in ladder.TRANSFERRED):
+                raise StudyError(f"the sweep sets {path!r}, which the {rule} rule sets; leave it out of the settings")
         for values in itertools.product(*design.settings.values()):
             chosen = dict(zip(names, values, strict=True))
-            config = ladder.configure(study.base, shape, rules, tokens=design.tokens)
-            raw = as_config_dict(config).to_dict()
-            for path, value in chosen.items():
-                _set(raw, path, value)
+            base = _with(study.base, {path: value for path, value in chosen.items() if path not in CHOSEN})
+            config = ladder.configure(base, shape, rules, tokens=design.tokens)
+            config = _with(config, {path: value for path, value in chosen.items() if path in CHOSEN})
             # The number of steps follows from the batch, which may be one of the settings.
-            config = ladder.lasting(resolve(raw), design.tokens, rules)
+            config = ladder.lasting(config, design.tokens, rules)
             words = [f"{path.rsplit('.', 1)[-1]}{_word(value)}" for path, value in chosen.items()]
             label = "-".join([rule, f"{shape.layers}x{shape.width}", *words])
             yield _planned(study, label, config, {"rule": rule, "width": shape.width, "layers": shape.layers, **chosen})
@@ -223,14 +226,37 @@ def _planned(
     )
 
 
-def _set(raw: dict[str, Any], path: str, value: Any) -> None:
-    *sections, leaf = path.split(".")
-    node: Any = raw
-    for section in sections:
-        node = node.get(section) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or leaf not in node:
-        raise StudyError(f"the sweep sets {path!r}, which is no setting of a config; see maxlm/config.py")
-    node[leaf] = value
+CHOSEN = ("data.batch_size", "optim.peak_lr")
+"""What the rules choose by the run's compute where a sweep does not."""
+
+
+def _with(config: Config, chosen: Mapping[str, Any]) -> Config:
+    """The config with other values of some leaves."""
+    for path, value in chosen.items():
+        config = _replaced(config, path, path.split("."), value)
+    return config
+
+
+def _replaced(node: Any, path: str, names: Sequence[str], value: Any) -> Any:
+    """A section or, of no names, a leaf with the value in place of what is there."""
+    if not names:
+        if dataclasses.is_dataclass(node):
+            raise StudyError(f"the sweep sets {path!r}, which is a section of settings; set its leaves one by one")
+        return _hashable(value)
+    name, rest = names[0], names[1:]
+    if dataclasses.is_dataclass(node) and not isinstance(node, type) and name in _fields(node):
+        return dataclasses.replace(node, **{name: _replaced(getattr(node, name), path, rest, value)})
+    if isinstance(node, Mapping) and name in node:
+        return {**node, name: _replaced(node[name], path, rest, value)}
+    raise StudyError(f"the sweep sets {path!r}, which is no setting of a config; see maxlm/config.py")
+
+
+def _fields(node: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(node)}
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _word(value: Any) -> str:

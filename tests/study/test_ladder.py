@@ -6,20 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.config import AttentionConfig, LatentConfig, MlpConfig, MoeConfig
+from maxlm.config import AttentionConfig, LatentConfig, MlpConfig, MoeConfig, PhaseConfig
 from maxlm.errors import UserError
 from maxlm.model.decoder import split_model
 from maxlm.optim.optimizers import assign
 from maxlm.study.coordinates import check_coordinates
+from maxlm.study.identity import run_name
 from maxlm.study.ladder import Rules, Shape, configure, shape_by_depth, shape_by_flops, shape_by_params, size_of
-from tests.study.fake import RULES, base_config
+from maxlm.study.plan import plan
+from maxlm.study.spec import Isoflops, Sweep, load_study
+from tests.study.fake import RULES, base_config, isoflop_study
 
 BASE = base_config(Path("/nowhere"))
 STANDARD = dataclasses.replace(RULES, rule="standard", base_rate=0.0)
 
 
 def test_each_dial_sets_the_shape():
-    assert shape_by_depth(Rules(aspect=64, head_dim=64), 12) == Shape(12, 768)
+    assert shape_by_depth(Rules(aspect=64, head_dim=64), BASE, 12) == Shape(12, 768)
     for params in (1e5, 1e6, 1e7):
         found = size_of(RULES, BASE, shape_by_params(RULES, BASE, params)).besides_embeddings
         assert abs(math.log(found / params)) < 0.35
@@ -107,10 +110,91 @@ def test_what_the_transfer_rule_cannot_do_is_refused():
     tied = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, tie_embeddings=True))
     with pytest.raises(UserError, match="tie_embeddings=False"):
         configure(tied, Shape(2, 64), RULES)
+    for setting in ("embed_scale", "normed_head"):
+        changed = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, **{setting: True}))
+        with pytest.raises(UserError, match=f"{setting}=False"):
+            configure(changed, Shape(2, 64), RULES)
+        assert getattr(configure(changed, Shape(2, 64), STANDARD).model, setting)
     with pytest.raises(UserError, match="no multiple of the rules' head_dim 16"):
         configure(BASE, Shape(2, 40), RULES)
     with pytest.raises(UserError, match="standard or transfer"):
         Rules(rule="mup")
+
+
+def test_what_would_make_a_run_of_another_compute_than_planned_is_refused():
+    timed = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, budget_seconds=60.0))
+    phased = dataclasses.replace(
+        BASE, data=dataclasses.replace(BASE.data, phases={"long": PhaseConfig(from_step=5, sequence_length=128)})
+    )
+    for base in (timed, phased):
+        with pytest.raises(UserError, match="leave both out of its base"):
+            configure(base, Shape(2, 64), RULES)
+
+
+def test_grouped_queries_stay_grouped():
+    attention = AttentionConfig(q_heads=8, kv_heads=2)
+    base = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, attention=attention))
+    heads = configure(base, Shape(2, 128), RULES).model.attention
+    assert (heads.q_heads, heads.kv_heads) == (8, 2)
+    with pytest.raises(UserError, match="makes 6 heads, but the base has 4 query heads .* multiple of 64"):
+        configure(base, Shape(2, 96), RULES)
+    shapes = [shape_by_params(RULES, base, params) for params in (3e4, 1e5, 1e6)]
+    shapes += [shape_by_depth(RULES, base, 3), shape_by_flops(RULES, base, 1e13)]
+    assert all(shape.width % 64 == 0 for shape in shapes)
+    whole = size_of(RULES, BASE, Shape(2, 128)).besides_embeddings
+    assert size_of(RULES, base, Shape(2, 128)).besides_embeddings == whole - 2 * 2 * 128 * 6 * 16  # 6 heads of 8, twice
+    slower = {path for path, item in assign(configure(base, Shape(2, 128), RULES).optim,
+              split_model(configure(base, Shape(2, 128), RULES).model).specs).items() if item.lr != 1}  # fmt: skip
+    assert slower == within("layers", ATTENTION | {"mlp/up", "mlp/down"}) | {"head/kernel"}
+    odd = dataclasses.replace(base, model=dataclasses.replace(base.model, attention=AttentionConfig(kv_heads=3)))
+    with pytest.raises(UserError, match="3, which does not divide model.attention.q_heads 8"):
+        configure(odd, Shape(2, 128), RULES)
+
+
+def sweep(tmp_path, settings, **changes):
+    design = Sweep(shapes=(Shape(2, 64),), tokens=1e5, settings=settings, rules=("transfer",))
+    return [item.config for item in plan(isoflop_study(tmp_path, design=design, **changes))]
+
+
+def test_a_sweeps_settings_are_seen_by_the_rules(tmp_path):
+    with pytest.raises(UserError, match="optim.optimizer=adamw"):
+        sweep(tmp_path, {"optim.optimizer": ("adamw", "lion")})
+    with pytest.raises(UserError, match="tie_embeddings=False"):
+        sweep(tmp_path, {"model.tie_embeddings": (False, True)})
+    for path, values in (("optim.lr_rules", ((), ())), ("train.steps", (5, 6)), ("model.embed_dim", (32, 64))):
+        with pytest.raises(UserError, match=f"the sweep sets '{path}', which the transfer rule sets"):
+            sweep(tmp_path, {path: values})
+    with pytest.raises(UserError, match="'optim.nothing', which is no setting"):
+        sweep(tmp_path, {"optim.nothing": (1, 2)})
+    with pytest.raises(UserError, match="'optim.guard', which is a section"):
+        sweep(tmp_path, {"optim.guard": (1, 2)})
+    small, large = sweep(tmp_path, {"optim.epsilon": (1e-8, 1e-6), "data.batch_size": (16,), "optim.peak_lr": (0.01,)})
+    assert (small.optim.epsilon, large.optim.epsilon) == pytest.approx((1e-8 / 2, 1e-6 / 2))  # m is 64 over 32
+    assert small.data.batch_size == 16 and small.optim.peak_lr == 0.01
+    assert small.train.steps == round(1e5 / 16 / 64)
+
+
+NAMES = {"c1.50e12-2x48": "6703a46c9f6b6756", "c1.50e12-2x64": "72cc277980327039", "c1.50e12-2x80": "694a74f937a649f4"}
+SWEPT = {
+    "standard-2x32-batch_size16-peak_lr0.011-seed1": "3d92f67bce0246bd",
+    "standard-2x256-batch_size16-peak_lr0.011-seed1": "1495a0de1cfbd422",
+    "transfer-2x32-batch_size16-peak_lr0.011-seed1": "9e4fea7e615dfea8",
+    "transfer-2x256-batch_size16-peak_lr0.011-seed1": "7eb14936375f8f74",
+}
+
+
+def test_the_shipped_studies_runs_keep_their_names():
+    """Runs that were made before are not run again, as long as their configs come out the same to the bit."""
+    folder = Path(__file__).parent.parent.parent / "configs" / "scaling"
+    ladder = load_study(folder / "stdlib_ladder.py")
+    ladder = dataclasses.replace(ladder, design=Isoflops(budgets=(1.5e12,), sizes=(0.6, 1.0, 1.5)))
+    swept = load_study(folder / "transfer_sweep.py")
+    settings = {"data.batch_size": (16,), "optim.peak_lr": (2**-6.5,), "seed": (1,)}
+    shapes = (Shape(2, 32), Shape(2, 256))
+    design = dataclasses.replace(swept.design, shapes=shapes, tokens=450_000, settings=settings)
+    swept = dataclasses.replace(swept, design=design)
+    for study, names in ((ladder, NAMES), (swept, SWEPT)):
+        assert {item.label: run_name(item.config, "d9f21647e60a53c9beea40d7ffa0f18e") for item in plan(study)} == names
 
 
 def test_the_coordinate_check_tells_the_rules_apart():
