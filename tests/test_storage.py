@@ -1,6 +1,8 @@
 """Objects in a bucket: written whole, listed, copied with their hashes, and what a failing server does."""
 
+import datetime
 import hashlib
+import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ import pytest
 from maxlm import storage
 from maxlm.errors import UserError
 from maxlm.storage import Folder, StorageError
-from maxlm.train.home import Home, copied, first_start, run_id
+from maxlm.train.home import Home, began, copied, first_start, run_id
 from tests.buckets import SECRET
 
 
@@ -199,8 +201,12 @@ def test_a_run_begun_again_in_the_place_of_another_does_not_find_its_files(bucke
     assert Folder(url).names() == ["run.json"] and run_id(url) == second
     assert len(lines) == 1 and lines[0].startswith(f"left out {home.folder}: ")
     folder = tmp_path / "run"  # on a disk alike
-    first = first_start(folder)
+    assert began(folder) is None
+    first, now = first_start(folder), datetime.datetime.now(datetime.UTC)
+    assert abs(began(folder) - now) < datetime.timedelta(seconds=60) and began(url) is not None
+    (folder / "run.json").write_text(json.dumps({"id": first, "began": "2026-01-02T03:04:05+00:00"}))
     assert first_start(folder) == first and Home(folder, log=print).run == first
+    assert began(folder).year == 2026 and began(folder).minute == 4  # of the first start, whatever came after
     shutil.rmtree(folder)
     assert first_start(folder) != first
 

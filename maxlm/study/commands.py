@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shlex
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ def main(verb: str, path: str, values: flags.FlagValues, *, log: Log) -> int:
         "plan": _plan,
         "run": _run,
         "fit": _fit,
-        "predict": _predict,
+        "predict": functools.partial(_predict, path),
         "judge": _judge,
         "report": _report,
     }
@@ -118,7 +119,7 @@ def _fit(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
     return 0
 
 
-def _predict(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
+def _predict(path: str, study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
     from maxlm.study.predict import predict
 
     if not values.flops:
@@ -130,8 +131,10 @@ def _predict(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> 
         f"predicted on {said['date']}: loss {said['loss']:.4f} [{low:.4f}, {high:.4f}] for "
         f"{said['params_nonembedding']:,} parameters besides embeddings and {said['tokens']:,} tokens ({said['how']})"
     )
-    log(f"now run it: maxlm train --config={place / 'config.py'} --workdir={place / 'run'}")
-    log(f"and then: maxlm study judge STUDY.py --prediction={place.name} --workdir={place / 'run'}")
+    train = ["maxlm", "train", f"--config={place / 'config.py'}", f"--workdir={place / 'run'}"]
+    log(f"now run it: {shlex.join(train)}")
+    judge = ["maxlm", "study", "judge", path, *([f"--dir={folder}"] if values.dir else [])]
+    log(f"and then: {shlex.join([*judge, f'--prediction={place.name}', train[-1]])}")
     return 0
 
 

@@ -13,7 +13,7 @@ from maxlm.config import Config
 from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
 from maxlm.study import ladder
-from maxlm.study.spec import Isoflops, Machine, Rungs, Study, StudyError, Sweep, Trunks
+from maxlm.study.spec import Design, Isoflops, Machine, Rungs, Study, StudyError, Sweep, Trunks
 
 
 class Branch(NamedTuple):
@@ -61,12 +61,19 @@ def plan(study: Study) -> list[PlannedRun]:
     if not runs:
         raise StudyError(f"the design of {study.name} has no runs; give it at least one value of each setting")
     if repeated := sorted({label for label in labels if labels.count(label) > 1}):
-        raise StudyError(
-            f"the runs {', '.join(repeated)} come twice: two sizes round to one shape; spread the sizes, or lower "
-            "the rules' head_dim"
-        )
+        raise StudyError(f"the runs {', '.join(repeated)} come twice: {_why_twice(study.design)}")
     _check_one_data(runs)
     return runs
+
+
+def _why_twice(design: Design) -> str:
+    """What two runs of one label have in common, and what to do."""
+    if isinstance(design, Sweep):
+        return "a shape or a value is given twice, or two values are the same to three digits; spread them"
+    shapes = "two sizes round to one shape; spread them, or lower the rules' head_dim"
+    if isinstance(design, Trunks):
+        return f"two token counts round to the same steps, or {shapes}"
+    return f"{shapes}" if isinstance(design, Rungs) else f"two budgets are the same to three digits, or {shapes}"
 
 
 def _check_one_data(runs: Sequence[PlannedRun]) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from maxlm.study.identity import changed_leaves, commit
 from maxlm.study.law import LEVEL
 from maxlm.study.results import data_read, heldout_loss
 from maxlm.study.spec import Study, StudyError
+from maxlm.train.home import began
 
 TOLERANCE = 0.02  # of N or D by which a run may differ from the one that was predicted
 
@@ -98,6 +98,7 @@ def judge(folder: Path, place: Path, workdir: Path) -> str:
     if not report.exists():
         raise StudyError(f"{workdir} has no report.json: give the folder of a run that has ended")
     prediction, figures = json.loads(said.read_text()), json.loads(report.read_text())
+    note = _check_later(prediction, workdir)
     _check_same(prediction, place, figures, workdir)
     found = heldout_loss(figures)
     if found is None:
@@ -110,7 +111,7 @@ def judge(folder: Path, place: Path, workdir: Path) -> str:
     miss = found / prediction["loss"] - 1
     sentence = (
         f"the prediction {'held' if held else 'did not hold'}: {prediction['loss']:.4f} [{low:.4f}, {high:.4f}] was "
-        f"written on {prediction['date']}, and the run came to {found:.4f}, {miss:+.2%} from it"
+        f"written on {prediction['date']}, and the run came to {found:.4f}, {miss:+.2%} from it{note}"
     )
     verdict = {"date": _now(), "workdir": str(workdir), "found": found, "held": held, "miss": miss, "verdict": sentence}
     write_atomically(place / "judgement.json", json.dumps(verdict, indent=1) + "\n")
@@ -154,17 +155,28 @@ def _share_besides(fit: StudyFit) -> float:
     return planned.params_nonembedding / planned.params_total
 
 
+def _check_later(prediction: dict[str, Any], workdir: Path) -> str:
+    """The run has to have begun after the prediction was written; returns what is to be said where it does not tell."""
+    written, note = datetime.datetime.fromisoformat(prediction["date"]), ""
+    started = began(workdir)
+    if started is None:
+        # From before runs wrote it down. Of what is left the oldest file is the best that can be had.
+        times = [path.stat().st_mtime for path in workdir.iterdir() if path.is_file()]
+        started = datetime.datetime.fromtimestamp(min(times), datetime.UTC)
+        note = "; when it began it has not written down, so that its files' times had to do"
+    if started < written - datetime.timedelta(seconds=1):
+        raise StudyError(
+            f"{workdir} began ({started.isoformat(timespec='seconds')}) before the prediction was written "
+            f"({prediction['date']}): what was known is not predicted"
+        )
+    return note
+
+
 def _check_same(prediction: dict[str, Any], place: Path, figures: dict[str, Any], workdir: Path) -> None:
-    """The run has to be the predicted one, on the same data, and later."""
-    config = workdir / "config.json"  # written at a run's first start
+    """The run has to be the predicted one, on the same data."""
+    config = workdir / "config.json"
     if not config.exists():
         raise StudyError(f"{workdir} has no config.json: give the folder of a run, as `maxlm train` has left it")
-    began = os.stat(config).st_mtime
-    written = datetime.datetime.fromisoformat(prediction["date"]).timestamp()
-    if began < written - 1:
-        raise StudyError(
-            f"{workdir} began before the prediction was written ({prediction['date']}): what was known is not predicted"
-        )
     wanted = prediction["params_nonembedding"], prediction["tokens"]
     params, tokens = figures["model"]["parameters besides embeddings"], figures["tokens"]
     if abs(params / wanted[0] - 1) > TOLERANCE or abs(tokens / wanted[1] - 1) > TOLERANCE:

@@ -52,6 +52,7 @@ class Result:
     """The outcome of a run.
 
     status: finished, or diverged, which another try would not change.
+    seconds: of its own steps; a branch's trunk has its own.
     loss: nats a token on the held-out documents, all stores by their tokens; None where it is not finite.
     tokens: loss-bearing ones, a branch's of its trunk included.
     why: of a divergence.
@@ -184,6 +185,7 @@ def outcome(workdir: Path, run: PlannedRun, *, commit: str, now: str) -> Result 
     if report is None and not stopped:
         return None
     loss = heldout_loss(report) if report else None
+    first = run.branch.step if run.branch else 0  # a branch's records begin with its trunk's
     why = (
         "the guard refused too many updates in a row"
         if stopped
@@ -197,7 +199,7 @@ def outcome(workdir: Path, run: PlannedRun, *, commit: str, now: str) -> Result 
         train_loss=_smooth_end(steps),
         tokens=round(sum(record["tokens"] for record in steps)),
         steps=len(steps),
-        seconds=sum(record["seconds"] for record in steps),
+        seconds=sum(record["seconds"] for record in steps if record["step"] > first),
         fingerprint=data_read(run.config, workdir),
         commit=commit,
         finished_at=now,

@@ -8,6 +8,7 @@ always finds the records of the steps up to n) and at the end. Checkpoints and s
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import json
 import secrets
@@ -153,8 +154,19 @@ def run_id(place: str | Path) -> str:
     return "" if content is None else json.loads(content)["id"]
 
 
+def began(place: str | Path) -> datetime.datetime | None:
+    """When the run that is there was first started; None: there is none, or it was begun before runs wrote that down.
+
+    Raises:
+      StorageError: the bucket cannot be read.
+    """
+    content = _content(place, RUN)
+    said = "" if content is None else json.loads(content).get("began", "")
+    return datetime.datetime.fromisoformat(said) if said else None
+
+
 def first_start(place: str | Path) -> str:
-    """The id of the run there, made at its first start; for one process of them.
+    """The id of the run there, made at its first start, with the date and time; for one process of them.
 
     What lies outside the run's folder (copies of its state, the cache of a bucket) outlives the folder. By the id it
     is known that it belongs to an earlier run, if another was begun in its place.
@@ -164,7 +176,8 @@ def first_start(place: str | Path) -> str:
     """
     if (known := run_id(place)) or _content(place, CONFIG) is not None:
         return known  # the second: it was begun before runs had an id, and goes on as it was
-    content = json.dumps({"id": secrets.token_hex(8)})
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    content = json.dumps({"id": secrets.token_hex(8), "began": now})
     if is_bucket(place):
         Folder(str(place)).write(RUN, content)
     else:

@@ -22,7 +22,8 @@ from maxlm.study.plan import plan
 from maxlm.study.report import write_report
 from maxlm.study.results import read_plan, read_result, write_result
 from maxlm.study.runner import run_study
-from maxlm.study.spec import StudyError, Sweep, Trunks
+from maxlm.study.spec import Isoflops, Rungs, StudyError, Sweep, Trunks
+from maxlm.train.home import first_start
 from maxlm.train.metrics import read_metrics
 from tests.study.fake import LAW, Fake, isoflop_study
 
@@ -207,10 +208,12 @@ def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
     with pytest.raises(StudyError, match="it stays as it is"):
         prediction.predict(study, folder, flops=2 * largest)
 
-    def larger(name, factor):
+    def larger(name, factor, began=None):
         """The predicted run with its true loss times a factor."""
         workdir = tmp_path / name
-        workdir.mkdir()
+        first_start(workdir)
+        if began is not None:
+            (workdir / "run.json").write_text(json.dumps({"id": "0"} | ({"began": began} if began else {})))
         (workdir / "config.json").write_text(json.dumps(said["config"]))
         prepare_data(resolve(said["config"]), workdir)
         loss = float(LAW.loss(said["params_nonembedding"], said["tokens"])) * factor
@@ -224,10 +227,18 @@ def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
 
     assert "the prediction held" in prediction.judge(folder, place, larger("good", 1.0))
     assert "the prediction did not hold" in prediction.judge(folder, place, larger("bad", 1.2))
-    early = larger("early", 1.0)
-    os.utime(early / "config.json", (1, 1))
-    with pytest.raises(StudyError, match="began before"):
+    # The config is written again when a setting changes, the run's own note of its first start never is.
+    early = larger("early", 1.0, began="2020-01-01T00:00:00+00:00")
+    with pytest.raises(StudyError, match="began .2020-01-01T00:00:00.* before the prediction was written"):
         prediction.judge(folder, place, early)
+    late = larger("late", 1.0)
+    os.utime(late / "config.json", (1, 1))
+    assert "written down" not in prediction.judge(folder, place, late)
+    older = larger("older", 1.0, began="")
+    assert "it has not written down" in prediction.judge(folder, place, older)
+    os.utime(older / "report.json", (1, 1))
+    with pytest.raises(StudyError, match="began .1970-01-01"):
+        prediction.judge(folder, place, older)
     changed = larger("changed", 1.0)
     config = said["config"] | {"seed": 5}
     (changed / "config.json").write_text(json.dumps(config))
@@ -299,8 +310,12 @@ def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
             else:
                 assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(planned.branch.step)]
                 assert [record["step"] for record in read_metrics(workdir)][-1] == planned.branch.step
+                copied = list(read_metrics(workdir))
             ended = super().__call__(planned, workdir, cores, lock)
-            if planned.label == trunk.label:
+            if planned.label != trunk.label:
+                own = [copied[-1] | {"step": planned.branch.step + n, "seconds": 0.25} for n in (1, 2)]
+                (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in copied + own))
+            else:
                 leaves = [branch.branch.step for branch in branches]
                 records = [{"kind": "step", "step": step, "loss": 1.0, "accepted": True, "tokens": 1, "seconds": 1.0}
                            for step in (1, *leaves, planned.config.train.steps)]  # fmt: skip
@@ -312,6 +327,8 @@ def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
     assert outcome.finished == [planned.label for planned in (trunk, *branches)]
     for branch in branches:
         step = branch.branch.step
+        result = read_result(workdir_of(tmp_path / "out", branch.label))
+        assert result.seconds == 2 * 0.25 and result.steps > 2  # the trunk's steps took the trunk's time
         assert step % trunk.config.checkpoint.keep_every_steps == 0
         assert branch.config.train.steps - branch.config.optim.decay_steps == step
 
@@ -325,6 +342,32 @@ def verb(name, study, folder, monkeypatch, **given):
     said = []
     code = commands.main(name, "study.py", values, log=said.append)
     return "\n".join(said), code
+
+
+def test_the_words_to_judge_by_can_be_typed(done, monkeypatch):
+    study, folder = done
+    flops = 5 * max(run.flops for run in plan(study))
+    said, code = verb("predict", study, folder, monkeypatch, flops=flops)
+    place = next(path for path in (folder / "predictions").iterdir() if f"{flops:.2e}".replace("+", "") in path.name)
+    words = ["maxlm", "study", "judge", "study.py", f"--dir={folder}", f"--prediction={place.name}"]
+    assert code == 0 and f"and then: {shlex.join([*words, '--workdir=' + str(place / 'run')])}" in said
+
+
+@pytest.mark.parametrize(
+    ("design", "words"),
+    [
+        (Sweep((Shape(2, 32),), 1e5, {"optim.peak_lr": (0.01, 0.010001)}), "two values are the same to three digits"),
+        (Trunks(params=(3e4,), tokens=(5e5, 5.001e5)), "two token counts round to the same steps"),
+        (Rungs("params", (3e4, 3.00000001e4)), "come twice: two sizes round to one shape"),
+        (Isoflops(budgets=(1e13, 1.0001e13), sizes=(1.0,)), "two budgets are the same to three digits"),
+    ],
+    ids=["sweep", "trunks", "rungs", "isoflops"],
+)
+def test_why_two_runs_are_one_is_said_of_the_design(tmp_path, design, words):
+    study = isoflop_study(tmp_path, design=design)
+    wsd = dataclasses.replace(study.base.optim, schedule="wsd")
+    with pytest.raises(StudyError, match=words):
+        plan(dataclasses.replace(study, base=dataclasses.replace(study.base, optim=wsd)))
 
 
 def test_a_topology_says_what_a_study_costs_there(tmp_path, monkeypatch):
