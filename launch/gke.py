@@ -5,13 +5,15 @@ python -m launch.gke apply --accelerator=nvidia-h100-80gb --nodes=4 --gpus=8 --i
 python -m launch.gke manifest | delete | xpk    (the same flags)
 
 A pod that is moved or preempted gets SIGTERM, all pods save and leave with exit code 75, and the JobSet starts anew
-without counting it; failures count up to --retries.
+without counting it, as it does after the loss of a pod (69) and where not all have come (68); failures count up to
+--retries. `apply` of a job that has ended starts it again; one of other settings is first to be deleted.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import json
 import math
 import re
@@ -28,6 +30,8 @@ from launch.job import (
     LaunchError,
     Topology,
     check_config,
+    check_shared,
+    commit_digest,
     job_of,
     job_parser,
     printed,
@@ -35,8 +39,13 @@ from launch.job import (
     secret_values,
     split_overrides,
 )
+from maxlm.heartbeat import EXIT_LOST
+from maxlm.rollcall import CODE, EXIT_ABSENT
 
 PORT = 8476
+SETTINGS = "maxlm/settings"  # annotation: a digest of the manifest as it was applied
+# Not the run's fault: the same again may well work.
+UNCOUNTED = [EXIT_ABSENT, EXIT_LOST, EXIT_PREEMPTED]
 
 
 class TpuKind(NamedTuple):
@@ -56,7 +65,7 @@ TPUS = {
 }
 _IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._:/@-]*")
 _BUCKET = re.compile(r"[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9]")
-_TPU_CORES = {"v4": 2, "v5p": 2}  # the accelerator's name counts these, not chips
+_TPU_CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}  # the accelerator's name counts these, not chips
 
 
 def chips_of(topology: str) -> int:
@@ -86,17 +95,17 @@ def manifest(job: Job, values: argparse.Namespace) -> dict[str, Any]:
     """The JobSet (jobset.x-k8s.io/v1alpha2)."""
     shape = job.topology
     annotations = {}
-    if shape.accelerator in TPUS and shape.groups > 1:  # a slice is a node pool, and belongs to one job
+    if shape.accelerator in TPUS:  # a slice is a node pool, and belongs to one job
         annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
     labels = {"app.kubernetes.io/managed-by": "maxlm"}
     if values.queue:
         labels["kueue.x-k8s.io/queue-name"] = values.queue
-    # A pod that leaves with EXIT_PREEMPTED, or whose node is taken, fails its job for this reason; others just fail.
+    # A pod that leaves with one of these, or whose node is taken, fails its job for this reason; others just fail.
     leaves = [
-        {"action": "FailJob", "onExitCodes": {"containerName": "maxlm", "operator": "In", "values": [EXIT_PREEMPTED]}},
+        {"action": "FailJob", "onExitCodes": {"containerName": "maxlm", "operator": "In", "values": UNCOUNTED}},
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
-    return {
+    made: dict[str, Any] = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": {"name": job.name, "labels": labels, "annotations": annotations},
@@ -136,6 +145,8 @@ def manifest(job: Job, values: argparse.Namespace) -> dict[str, Any]:
             ],
         },
     }
+    annotations[SETTINGS] = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+    return made
 
 
 def _pod_annotations(values: argparse.Namespace) -> dict[str, str]:
@@ -170,7 +181,7 @@ def _pod(job: Job, values: argparse.Namespace) -> dict[str, Any]:
                 "name": "maxlm",
                 "image": values.image,
                 # No shell: Kubernetes itself expands $(NAME), which $$ prevents.
-                "command": ["python", *(_literal(word) for word in job.arguments())],
+                "command": ["python", *(_literal(word) for word in _words(job, values))],
                 "env": _environment(job),
                 "ports": [{"name": "coordinator", "containerPort": PORT}],
                 "resources": {"requests": {device: str(shape.devices)}, "limits": {device: str(shape.devices)}},
@@ -188,6 +199,11 @@ def _pod(job: Job, values: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _words(job: Job, values: argparse.Namespace) -> list[str]:
+    """The program's arguments. Pods come as nodes do: those that are there wait long for the others."""
+    return [*job.arguments(), f"--join_seconds={values.join_seconds}"]
+
+
 def _volumes(values: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": "/dev/shm"}]
@@ -202,7 +218,7 @@ def _volumes(values: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dic
 
 
 def _environment(job: Job) -> list[dict[str, Any]]:
-    plain = {"PYTHONUNBUFFERED": "1", **job.environment}
+    plain = {"PYTHONUNBUFFERED": "1", CODE: commit_digest(job.commit), **job.environment}
     plain |= {
         "JOBSET_COORDINATOR": f"{job.name}-workers-0-0.{job.name}:{PORT}",
         "JOBSET_PROCESSES": str(job.topology.all_processes),
@@ -234,13 +250,15 @@ def xpk_command(job: Job, values: argparse.Namespace) -> list[str]:
     if job.secrets:
         raise LaunchError("xpk would write secrets into its command; use `apply`, or secrets that the cluster mounts")
     cores = chips_of(values.topology) * _TPU_CORES.get(job.topology.accelerator, 1)
-    exports = [f"export {name}={shlex.quote(value)};" for name, value in job.environment.items()]
+    variables = {CODE: commit_digest(job.commit), **job.environment}
+    exports = [f"export {name}={shlex.quote(value)};" for name, value in variables.items()]
     return [
         *("xpk", "workload", "create", f"--workload={job.name}", f"--cluster={values.cluster}"),
         *(f"--tpu-type={kind.xpk}-{cores}", f"--num-slices={job.topology.groups}"),
         *(f"--docker-image={values.image}", f"--max-restarts={job.retries}"),
+        f"--restart-on-exit-codes={','.join(map(str, [1, *UNCOUNTED]))}",  # all but those above 126 are final to xpk
         f"--termination-grace-period-seconds={job.grace_seconds}",
-        f"--command={' '.join([*exports, 'exec', shlex.join(['python', *job.arguments()])])}",
+        f"--command={' '.join([*exports, 'exec', shlex.join(['python', *_words(job, values)])])}",
         *(["--spot"] if values.spot else []),
     ]
 
@@ -266,48 +284,112 @@ def _parser() -> argparse.ArgumentParser:
     add("--mount-bucket", default="", help="a bucket to see as /bucket, through Cloud Storage FUSE")
     add("--mount-claim", default="", help="a persistent volume claim to see as /claim")
     add("--cluster", default="", help="xpk: name of the cluster")
+    add("--join_seconds", type=int, default=6 * 3600, help="how long pods wait for each other, and for their nodes")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     values = _parser().parse_args(own)
-    job = job_of(values, overrides, shape_of(values))
+    shape = shape_of(values)
+    platform = "tpu" if shape.accelerator in TPUS else "cuda"
+    job = job_of(values, overrides, shape, copied=values.action != "delete", platform=platform)
+    folders = {"/bucket": values.mount_bucket, "/claim": values.mount_claim}
+    check_shared(job, [folder for folder, source in folders.items() if source])
     for flag, pattern in (("image", _IMAGE), ("mount_bucket", _BUCKET)):
         if getattr(values, flag) and not pattern.fullmatch(getattr(values, flag)):
             raise LaunchError(f"--{flag.replace('_', '-')} is {getattr(values, flag)!r}, which cannot be one")
-    kubectl = ["kubectl", f"--namespace={values.namespace}"]
-    apply = [*kubectl, "apply", "-f", "-"]
-    text = json.dumps(manifest(job, values), indent=2)
-    if values.action == "manifest":
-        print(text)
-        return 0
-    steps: list[tuple[list[str], str | None]] = [(apply, text)]
     if values.action == "delete":
-        steps = [([*kubectl, "delete", "jobset", job.name, "--ignore-not-found"], None)]
-        steps += [([*kubectl, "delete", "secret", f"{job.name}-secrets", "--ignore-not-found"], None)]
-    elif values.action == "xpk":
-        steps = [(xpk_command(job, values), None)]
-    if values.dry_run:
-        if values.action == "apply" and job.secrets:
-            named = dict.fromkeys(job.secrets, "")
-            steps.insert(0, (apply, json.dumps(secret_manifest(job, named), indent=2)))
-        print(job.describe(), *(printed(command, given) for command, given in steps), sep="\n\n")
+        return _delete(job, values)
+    if values.action == "manifest":
+        print(json.dumps(manifest(job, values), indent=2))
         return 0
-    if values.action != "delete" and not values.no_check:
+    if not values.dry_run and not values.no_check:
         check_config(job)
-    if values.action == "apply" and job.secrets:
-        steps.insert(0, (apply, json.dumps(secret_manifest(job, secret_values(job)))))
-    for command, given in steps:
-        if shutil.which(command[0]) is None:
-            raise LaunchError(f"{command[0]} is not installed; see docs/launch.md")
-        if code := subprocess.run(command, input=given, text=True).returncode:
-            raise LaunchError(f"{' '.join(command[:3])} failed ({code})")
-    if values.action != "delete":
-        print(
-            f"kubectl logs -f -l batch.kubernetes.io/job-completion-index=0,jobset.sigs.k8s.io/jobset-name={job.name}"
+    return _xpk(job, values) if values.action == "xpk" else _apply(job, values)
+
+
+def _apply(job: Job, values: argparse.Namespace) -> int:
+    """Hands the job in, unless it is there and runs; one that has ended is begun again."""
+    made, apply = manifest(job, values), _kubectl(values, "apply", "-f", "-")
+    text, given = json.dumps(made, indent=2), dict.fromkeys(job.secrets, "")
+    look = _kubectl(values, "get", "jobset", job.name, "--ignore-not-found", "--output=json")
+    delete = _kubectl(values, "delete", "jobset", job.name, "--wait")
+    if values.dry_run:
+        lines = [printed(apply, json.dumps(secret_manifest(job, given), indent=2))] if job.secrets else []
+        lines += [printed(look), f"# if it has completed or failed:\n{printed(delete)}", printed(apply, text)]
+        print(job.describe(), *lines, sep="\n\n")
+        return 0
+    if job.secrets:
+        given = secret_values(job)
+    found = json.loads(_answer(look) or "null")
+    ended = _ended(found) if found else ""
+    if found and not ended and _settings(found) != _settings(made):
+        raise LaunchError(
+            f"{job.name} is there with other settings, which a JobSet cannot take on; say `delete` first, which gives "
+            "it time to save, or another --name"
         )
+    if job.secrets:
+        _answer(apply, json.dumps(secret_manifest(job, given)))
+    if ended:
+        print(f"{job.name} has {ended.lower()}: starting it again")
+        _answer(delete)
+    print(_answer(apply, text))
+    chosen = f"batch.kubernetes.io/job-completion-index=0,jobset.sigs.k8s.io/jobset-name={job.name}"
+    print(shlex.join(_kubectl(values, "logs", "-f", "-l", chosen)))
     return 0
+
+
+def _settings(jobset: dict[str, Any]) -> str | None:
+    return jobset["metadata"].get("annotations", {}).get(SETTINGS)
+
+
+def _ended(jobset: dict[str, Any]) -> str:
+    """How a JobSet has ended, "Completed" or "Failed"; "": it has not."""
+    conditions = jobset.get("status", {}).get("conditions") or []
+    ends = [each["type"] for each in conditions if each["status"] == "True" and each["type"] in ("Completed", "Failed")]
+    return ends[0] if ends else ""
+
+
+def _delete(job: Job, values: argparse.Namespace) -> int:
+    whats = [("jobset", job.name), ("secret", f"{job.name}-secrets")]
+    steps = [_kubectl(values, "delete", kind, name, "--ignore-not-found") for kind, name in whats]
+    if values.dry_run:
+        print(job.describe(), *map(printed, steps), sep="\n\n")
+        return 0
+    for command in steps:
+        print(_answer(command))
+    return 0
+
+
+def _xpk(job: Job, values: argparse.Namespace) -> int:
+    command = xpk_command(job, values)
+    if values.dry_run:
+        print(job.describe(), printed(command), sep="\n\n")
+        return 0
+    _there(command[0])
+    if code := subprocess.run(command).returncode:
+        raise LaunchError(f"{' '.join(command[:3])} failed ({code})")
+    return 0
+
+
+def _kubectl(values: argparse.Namespace, *words: str) -> list[str]:
+    return ["kubectl", f"--namespace={values.namespace}", *words]
+
+
+def _there(program: str) -> None:
+    if shutil.which(program) is None:
+        raise LaunchError(f"{program} is not installed; see docs/launch.md")
+
+
+def _answer(command: Sequence[str], given: str | None = None) -> str:
+    """What a command prints. Raises LaunchError: it is not installed, or failed."""
+    _there(command[0])
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip() or "no message"
+        raise LaunchError(f"{command[0]} {command[2]} failed ({done.returncode}): {last}")
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":

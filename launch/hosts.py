@@ -31,6 +31,7 @@ from launch.job import (
     LaunchError,
     Topology,
     check_config,
+    check_shared,
     code_archive,
     job_of,
     job_parser,
@@ -40,9 +41,10 @@ from launch.job import (
     split_overrides,
 )
 from launch.remote import Layout, Status
-from launch.supervise import supervise
+from launch.supervise import PATIENCE_SECONDS, supervise
 
 LOCKS = {"cpu": "cpu.lock", "gpu": "cuda.lock", "tpu": "tpu.lock"}
+PLATFORMS = {"cpu": "", "gpu": "cuda", "tpu": "tpu"}  # as JAX names them
 _HOST = re.compile(r"([A-Za-z0-9_.-]+@)?[A-Za-z0-9][A-Za-z0-9.-]*")
 
 
@@ -260,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--folder", default="maxlm", help="on the hosts, relative to the home there or absolute")
     add("--platform", choices=sorted(LOCKS), default="gpu", help="which packages the hosts get")
     add("--poll", type=float, default=20.0, help="seconds between looks at the hosts")
+    add("--patience", type=float, default=PATIENCE_SECONDS, help="seconds to wait for hosts that do not answer")
     return parser
 
 
@@ -281,9 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if values.action != "run":
             raise LaunchError(f"{values.action} is for --hosts; processes on this machine end with their launcher")
         topology = Topology(processes=values.processes, devices=values.devices)
-        return _run_here(job_of(values, overrides, topology, copied=False), values)
+        platform = "cuda" if values.devices else ""
+        return _run_here(job_of(values, overrides, topology, copied=False, platform=platform), values)
     hosts = read_hosts(values.hosts)
-    job = job_of(values, overrides, Topology(hosts=len(hosts)))
+    runs = values.action == "run"
+    job = job_of(values, overrides, Topology(hosts=len(hosts)), copied=runs, platform=PLATFORMS[values.platform])
+    check_shared(job)
     coordinator = values.coordinator or f"{hosts[0].rpartition('@')[2]}:8476"
     fleet = SshFleet(
         job, hosts, coordinator=coordinator, folder=values.folder, lock=ROOT / "launch" / LOCKS[values.platform]
@@ -311,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_config(job)
         _log(job.describe())
         try:
-            return supervise(fleet, job, log=_log, poll=values.poll)
+            return supervise(fleet, job, log=_log, poll=values.poll, patience=values.patience)
         except KeyboardInterrupt:
             _log("the run goes on: the same command watches it again, `stop` ends it")
             return 130

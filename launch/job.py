@@ -18,9 +18,11 @@ import shlex
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from maxlm.rollcall import code_digest
 from maxlm.train.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +68,8 @@ class Job:
     config: path of the config file; a relative one is below the root of the code.
     workdir: folder that all hosts see, or gs:// or s3://.
     overrides: --config.section.key=value, as `maxlm train` takes them.
-    commit: the full name of the commit that runs, copied to the hosts as `git archive` gives it.
+    commit: the full name of the commit that runs, copied to the hosts as `git archive` gives it; empty: whatever is
+      there, for what looks at a job or ends it.
     environment: variables of every process.
     secrets: names of variables whose values are taken from the launcher's environment when they are needed.
     retries: how often a failed run is started again; leaving with EXIT_PREEMPTED never counts.
@@ -89,8 +92,9 @@ class Job:
         return ["-m", "maxlm.cli", "train", f"--config={self.config}", f"--workdir={self.workdir}", *self.overrides]
 
     def digest(self) -> str:
-        """A short digest of all that makes a running process this job's and not another's."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """A short digest of all that makes a running process this job's and not another's: what it sees of the job."""
+        seen = [self.arguments(), self.commit, dataclasses.asdict(self.topology), dict(self.environment), self.secrets]
+        return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
     def describe(self) -> str:
         """The job for people, a setting a line; of secrets there are only names here."""
@@ -100,7 +104,7 @@ class Job:
             "config": self.config,
             "overrides": shlex.join(self.overrides) or "none",
             "workdir": self.workdir,
-            "code": f"commit {self.commit}" if self.commit else "this tree as it is",
+            "code": f"commit {self.commit}" if self.commit else "as it is",
             "topology": f"{shape.groups} x {shape.hosts} hosts x {shape.processes} processes"
             + (f", {shape.accelerator}" if shape.accelerator else ""),
             "environment": shlex.join(f"{name}={value}" for name, value in self.environment.items()) or "none",
@@ -202,6 +206,14 @@ def unpack_code(commit: str, folder: Path, *, root: Path = ROOT) -> Path:
     return place
 
 
+def commit_digest(commit: str, *, root: Path = ROOT) -> str:
+    """`rollcall.code_digest` of the package in a commit."""
+    content = io.BytesIO(code_archive(commit, root=root))
+    with tarfile.open(fileobj=content) as archive, tempfile.TemporaryDirectory() as folder:
+        archive.extractall(folder, filter="data")
+        return code_digest(Path(folder) / "maxlm")
+
+
 def _git(root: Path, *words: str) -> bytes:
     done = subprocess.run(["git", "-C", str(root), *words], capture_output=True)
     if done.returncode:
@@ -249,7 +261,7 @@ def job_of(
     """The job that the flags of `job_parser` describe.
 
     Args:
-      copied: whether a commit is copied to the hosts; otherwise this tree runs as it is.
+      copied: whether a commit is to run, which the tree has to hold then; otherwise code is as it is.
       platform: "cuda" or "tpu", which has to be there then; "": whatever the process finds, the CPU at last.
     """
     environment = {"JAX_PLATFORMS": f"{platform},cpu"} if platform else {}

@@ -82,7 +82,10 @@ flock 9
 if [ -e "$venv/complete" ]; then exit 0; fi
 rm -rf "$venv"
 if python3.11 -c 'import ensurepip' 2> /dev/null; then python3.11 -m venv "$venv"
-else python3 -m pip install --quiet --user uv=={UV} && python3 -m uv venv --quiet --seed --python 3.11 "$venv"
+else
+rm -rf "$venv.uv"
+python3 -m pip install --quiet --target="$venv.uv" uv=={UV}
+PYTHONPATH="$venv.uv" python3 -m uv venv --quiet --seed --python 3.11 "$venv"
 fi
 "$venv"/bin/python -m pip install --quiet --no-deps -r {layout.code(job)}/{name}
 touch "$venv/complete"
@@ -103,13 +106,14 @@ def start(
     Args:
       words: added to the job's arguments.
       environment: added to the job's variables; may be secret where the script goes over standard input.
-      secrets_file: a file there with further assignments, read and removed.
+      secrets_file: a file that has to be there, with further assignments; read and removed.
     """
     variables = {"PYTHONUNBUFFERED": "1", **job.environment, **(environment or {})}
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
     command = shlex.join([*job.arguments(), *words])
     secrets = shlex.quote(secrets_file)
-    read = f"if [ -e {secrets} ]; then . {secrets}; rm -f {secrets}; fi\n" if secrets_file else ""
+    missing = f"echo {shlex.quote(f'the secrets did not come to {secrets_file}')} >&2; exit 1"
+    read = f"[ -e {secrets} ] || {{ {missing}; }}\n. {secrets}\nrm -f {secrets}\n" if secrets_file else ""
     return f"""{_FLAGS}
 mkdir -p {layout.job(job)}
 cd {layout.job(job)}
@@ -144,16 +148,24 @@ def _status_lines(job: Job) -> str:
     return f"""if [ -e exit ]; then s="exited $(cat exit)"
 elif flock -n lock true; then if [ -e exit ]; then s="exited $(cat exit)"; else s=absent; fi
 else s=running; fi
-if [ "$s" != absent ] && [ "$(cat job)" != {job.digest()} ]; then
-if [ "$s" = running ]; then s=other; else s=absent; fi
-fi
+{_other(job)}\
 if [ -e stopped ]; then case "$s" in absent) s=stopped ;; "exited 0") ;; exited*) s="stopped ${{s#exited }}" ;; esac; fi
 echo "maxlm-status $(hostname) $s"
 """
 
 
+def _other(job: Job) -> str:
+    """Tells another job of the name from this one; not where whatever runs under the name is asked for."""
+    if not job.commit:
+        return ""
+    return f"""if [ "$s" != absent ] && [ "$(cat job)" != {job.digest()} ]; then
+if [ "$s" = running ]; then s=other; else s=absent; fi
+fi
+"""
+
+
 def status(layout: Layout, job: Job) -> str:
-    """Prints the status line."""
+    """Prints the status line; for a job without a commit, that of whatever job of the name there is."""
     return f"""{_FLAGS}
 mkdir -p {layout.job(job)}
 cd {layout.job(job)}

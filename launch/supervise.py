@@ -2,7 +2,8 @@
 
 Nothing is remembered between rounds or between starts of this program: a round asks the machines, so that the same
 command carries on after any failure, its own included. Failures climb a ladder: the process is started again, then
-the machines, then they are replaced; a run that went well for a while comes down from it.
+the machines, then they are replaced; a run that went well for a while comes down from it. That the machines do not
+answer is no failure of the run, which may well go on: they are waited for, and left as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from launch.job import EXIT_PREEMPTED, Job, LaunchError
 from launch.remote import Status
 
 HEALTHY_SECONDS = 1800.0  # a run of this length was no failure at the start
+PATIENCE_SECONDS = 3600.0  # that machines which do not answer are waited for
 
 
 class Fleet(Protocol):
@@ -54,8 +56,43 @@ class Fleet(Protocol):
         """Prints the first worker's log from now on, in a process group of its own."""
 
 
+class WrongMachines(LaunchError):
+    """What is there is not what was asked for: waiting does not help."""
+
+
 class _Stopped(Exception):
     """Somebody has asked for the end of the job, in another terminal."""
+
+
+class _Silence:
+    """Machines that do not answer, or cannot be made ready, are waited for; the run may well go on there.
+
+    Args:
+      patience: seconds after which the wait is over.
+    """
+
+    def __init__(self, patience: float, *, poll: float, log: Callable[[str], None], clock: Callable[[], float]):
+        self._patience, self._poll, self._log, self._clock = patience, poll, log, clock
+        self._since: float | None = None
+        self._times = 0
+
+    def broken(self) -> None:
+        """The run is seen."""
+        self._since, self._times = None, 0
+
+    def lasts(self, error: LaunchError) -> float:
+        """Seconds until the next look. Raises LaunchError: it has lasted too long."""
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        lasted = now - self._since
+        if lasted >= self._patience:
+            raise LaunchError(
+                f"{error}; given up after {lasted:.0f} s. The machines, the run and the costs may still be there: the "
+                "same command looks again"
+            ) from error
+        self._times += 1
+        self._log(f"{error}; the run may go on there. Looking again, for {self._patience - lasted:.0f} s at most")
+        return min(self._poll * 2 ** (self._times - 1), 600.0)
 
 
 def supervise(
@@ -64,36 +101,49 @@ def supervise(
     *,
     log: Callable[[str], None],
     poll: float = 20.0,
+    patience: float = PATIENCE_SECONDS,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Runs the job to its end on the fleet and returns 0; or until it is stopped, and returns EXIT_PREEMPTED.
 
+    Only a run that was seen to end badly counts as a failure, and only that leads to machines being restarted.
+
+    Args:
+      patience: seconds for which machines that do not answer are waited for.
+
     Raises:
-      LaunchError: it failed more often than `job.retries`; what went wrong last.
+      LaunchError: it failed more often than `job.retries`, or the machines did not answer; what went wrong last.
     """
     failures, allowed = 0, False
+    silence = _Silence(patience, poll=poll, log=log, clock=clock)
     while True:
-        began = time.monotonic()
         try:
             if fleet.ensure():
                 failures = 0
             if not allowed:  # by this very command; what is stopped from now on stays so
                 fleet.allow()
                 allowed = True
-            code = _attempt(fleet, job, log=log, poll=poll, sleep=sleep)
-            problem = f"the run ended with exit code {code}"
+            code = _begun(fleet, log=log)
+            began = clock()  # only now: the wait for machines is no healthy run
+            if code is None:
+                code = _followed(fleet, job, silence, log=log, poll=poll, sleep=sleep, clock=clock)
         except _Stopped:
             log("the run was asked to stop, and has ended; `run` starts it again")
             return EXIT_PREEMPTED
+        except WrongMachines:
+            raise
         except LaunchError as error:
-            code, problem = None, str(error)
+            sleep(silence.lasts(error))
+            continue
         if code == 0:
             log("the run is complete")
             return 0
         if code == EXIT_PREEMPTED:
             log("the run was asked to leave and has saved; starting it again")
             continue
-        failures = 1 if time.monotonic() - began > HEALTHY_SECONDS else failures + 1
+        problem = f"the run ended with exit code {code}"
+        failures = 1 if clock() - began > HEALTHY_SECONDS else failures + 1
         if failures > job.retries:
             raise LaunchError(f"{problem}; given up after {failures} failures, the same command tries again")
         log(f"{problem}; failure {failures}, {job.retries} are allowed")
@@ -107,8 +157,8 @@ def supervise(
                 fleet.replace()
 
 
-def _attempt(fleet: Fleet, job: Job, *, log: Callable[[str], None], poll: float, sleep: Callable[[float], None]) -> int:
-    """From whatever state the machines are in to the end of one run; its exit code.
+def _begun(fleet: Fleet, *, log: Callable[[str], None]) -> int | None:
+    """From whatever state the machines are in to a run; 0: it is complete already.
 
     Raises:
       _Stopped: somebody has stopped it.
@@ -120,39 +170,48 @@ def _attempt(fleet: Fleet, job: Job, *, log: Callable[[str], None], poll: float,
     # Those that ended already are followed by the rest, or judged.
     if "running" in states and states <= {"running", "exited", "stopped"}:
         log("the run is there already; watching it")
-    elif "stopped" in states:
+        return None
+    if "stopped" in states:
         raise _Stopped
-    else:
-        if states & {"running", "other"}:
-            log("ending what runs on a part of the machines")
-            fleet.stop()
-        fleet.prepare()
-        log(f"starting {fleet.workers} processes")
-        fleet.start()
-    follower = fleet.follow()
+    if states & {"running", "other"}:
+        log("ending what runs on a part of the machines")
+        fleet.stop()
+    fleet.prepare()
+    log(f"starting {fleet.workers} processes")
+    fleet.start()
+    return None
+
+
+def _followed(
+    fleet: Fleet,
+    job: Job,
+    silence: _Silence,
+    *,
+    log: Callable[[str], None],
+    poll: float,
+    sleep: Callable[[float], None],
+    clock: Callable[[], float],
+) -> int:
+    """Watches the run to its end, with its log on the screen; its exit code."""
+    follower, deadline = fleet.follow(), None
     try:
-        return _watch(fleet, job, log=log, poll=poll, sleep=sleep)
+        while True:
+            statuses = _all(fleet)
+            silence.broken()
+            running = [status for status in statuses if status.state == "running"]
+            if not running:
+                return _outcome(statuses)
+            if len(running) < len(statuses):
+                # The others are saving, or wait in a collective for one that is gone.
+                deadline = deadline or clock() + job.grace_seconds
+                if clock() > deadline:
+                    log(f"{len(running)} processes did not follow the others within {job.grace_seconds} s; ending them")
+                    fleet.stop()
+            sleep(poll)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(follower.pid, signal.SIGKILL)  # with what it has started
         follower.wait()
-
-
-def _watch(fleet: Fleet, job: Job, *, log: Callable[[str], None], poll: float, sleep: Callable[[float], None]) -> int:
-    deadline = None
-    while True:
-        statuses = _all(fleet)
-        running = [status for status in statuses if status.state == "running"]
-        if not running:
-            return _outcome(statuses)
-        if len(running) < len(statuses):
-            # The others are saving, or wait in a collective for one that is gone.
-            now = time.monotonic()
-            deadline = deadline or now + job.grace_seconds
-            if now > deadline:
-                log(f"{len(running)} processes did not follow the others within {job.grace_seconds} s; ending them")
-                fleet.stop()
-        sleep(poll)
 
 
 def _outcome(statuses: list[Status]) -> int:

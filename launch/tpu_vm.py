@@ -29,6 +29,7 @@ from launch.job import (
     LaunchError,
     Topology,
     check_config,
+    check_shared,
     code_archive,
     job_of,
     job_parser,
@@ -38,7 +39,7 @@ from launch.job import (
     split_overrides,
 )
 from launch.remote import Layout, Status
-from launch.supervise import supervise
+from launch.supervise import PATIENCE_SECONDS, WrongMachines, supervise
 
 LOCK = ROOT / "launch" / "tpu.lock"
 # The images of the TPU VM documentation, by generation.
@@ -185,7 +186,7 @@ class TpuFleet:
     def state(self) -> str | None:
         """State of the queued resource; None: there is none.
 
-        Raises LaunchError if it is there for other hardware than the job's.
+        Raises WrongMachines if it is there for other hardware than the job's.
         """
         found = self.find("queued-resources", self.job.name)
         if found is None:
@@ -194,7 +195,7 @@ class TpuFleet:
         for spec in specs:
             has = spec.get("node", {}).get("acceleratorType", self.job.topology.accelerator)
             if has != self.job.topology.accelerator:
-                raise LaunchError(
+                raise WrongMachines(
                     f"{self.job.name} is there as {has}, not {self.job.topology.accelerator}; delete it, or "
                     "say another --name"
                 )
@@ -225,8 +226,10 @@ class TpuFleet:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             what = " ".join(word for word in command[1:5] if not word.startswith("-"))
-            last = done.stderr.strip().splitlines() or ["no message"]
-            raise LaunchError(f"gcloud {what} failed ({done.returncode}): {last[-1]}")
+            last = done.stderr.strip().splitlines() or [
+                "no message"
+            ]  # what a worker has said comes before gcloud's own
+            raise LaunchError(f"gcloud {what} failed ({done.returncode}): {'; '.join(last[-3:])}")
         return done.stdout
 
     def plan(self) -> list[str]:
@@ -276,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--service-account", default="", help="identity of the TPU VMs, for their access to the bucket")
     add("--folder", default="maxlm", help="on the TPU VMs, relative to the home there or absolute")
     add("--poll", type=float, default=20.0, help="seconds between looks")
+    add("--patience", type=float, default=PATIENCE_SECONDS, help="seconds to wait for machines that do not answer")
     return parser
 
 
@@ -284,12 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     values = _parser().parse_args(own)
     if not re.fullmatch("[a-z0-9-]+", values.accelerator):
         raise LaunchError(f"--accelerator is {values.accelerator!r}; give a name as in v5litepod-16")
-    job = job_of(values, overrides, Topology(groups=values.slices, accelerator=values.accelerator))
-    if "://" not in job.workdir:
-        raise LaunchError(f"--workdir is {job.workdir!r}, which TPU VMs do not share; give gs://bucket/folder")
+    topology = Topology(groups=values.slices, accelerator=values.accelerator)
+    job = job_of(values, overrides, topology, copied=values.action == "run", platform="tpu")
+    check_shared(job, ())
     fleet = TpuFleet(job, values, log=_log)
     actions: dict[str, tuple[list[str], Callable[[], int]]] = {
-        "run": (fleet.plan(), lambda: supervise(fleet, job, log=_log, poll=values.poll)),
+        "run": (fleet.plan(), lambda: supervise(fleet, job, log=_log, poll=values.poll, patience=values.patience)),
         "status": (
             [printed(fleet.ssh_command(node, remote.status(fleet.layout, job))) for node in fleet.nodes],
             lambda: _status(fleet),

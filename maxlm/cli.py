@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command([f"maxlm {args[0]}", *args[1:]])
     except _expected_errors() as error:
         print(f"maxlm {args[0]}: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code if isinstance(error, UserError) else 1
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

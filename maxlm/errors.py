@@ -2,4 +2,9 @@
 
 
 class UserError(ValueError):
-    """A mistake in what was asked for; the command line prints the message without a traceback."""
+    """A mistake in what was asked for; the command line prints the message without a traceback.
+
+    exit_code: the one that the process leaves with.
+    """
+
+    exit_code = 1

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import socket
 import time
@@ -29,6 +30,9 @@ from maxlm.errors import UserError
 from maxlm.resolve import leaves
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint")
+# EX_NOHOST of sysexits.h: not all processes have come. The same command, on all hosts, may well work later.
+EXIT_ABSENT = 68
+CODE = "MAXLM_CODE"  # variable: what `code_digest` of the package has to be, where the launcher knows
 _LINE = 1 << 20  # bytes of a line at most
 _MARGIN = 15.0  # seconds by which process 0 may have started later than one that waits for its answer
 _SHOWN = 8  # processes or differences that a message lists
@@ -54,17 +58,40 @@ class Line(NamedTuple):
     socket: socket.socket
 
 
+class Absent(UserError):
+    """Not all processes have come in time."""
+
+    exit_code = EXIT_ABSENT
+
+
 class _Told(NamedTuple):
     """What process 0 has answered, and the connections that the answer went over."""
 
     verdict: str
     lines: list[Line]
+    absent: bool = False  # the verdict is that some have not come
+
+
+class Verdict(NamedTuple):
+    """What is wrong with the processes that have come, in words, "" for nothing; and whether some have not."""
+
+    text: str
+    absent: bool = False
 
 
 def run_facts(config: Config) -> dict[str, str]:
-    """What has to be the same on every host for the programs to be the same: settings, code, packages."""
+    """What has to be the same on every host for the programs to be the same: settings, code, packages.
+
+    Raises:
+      UserError: the code is not the one that the variable MAXLM_CODE names.
+    """
     facts = {f"config {path}": repr(value) for path, _, value in leaves(config)}
-    facts["code of maxlm"] = code_digest(Path(maxlm.__file__).parent)
+    facts["code of maxlm"] = found = code_digest(Path(maxlm.__file__).parent)
+    if os.environ.get(CODE, found) != found:
+        raise UserError(
+            f"the code here is not that of the commit which was asked for (digest {found}, expected "
+            f"{os.environ[CODE]}); build the image of a clean tree of that commit, or say --commit of the image's"
+        )
     facts["python"] = platform.python_version()
     for name in PACKAGES:
         try:
@@ -87,26 +114,33 @@ def roll_call(place: Place, facts: Mapping[str, str], *, timeout: float) -> list
     """Returns on every process, with its lines, when all have come within `timeout` seconds and agree on all facts.
 
     Raises:
-      UserError: on every process alike: some did not come, two claim one number, or a fact differs; the message names
-        them by number and, where they have been heard of, by host.
+      UserError: on every process alike: two claim one number, or a fact differs; the message names them by number and,
+        where they have been heard of, by host.
+      Absent: on every process alike: some did not come.
     """
     mine = {"process": place.process, "host": socket.gethostname(), "processes": place.processes, "facts": dict(facts)}
     told = asyncio.run(_hear(place, mine, timeout)) if place.process == 0 else _ask(place, mine, timeout)
     if told.verdict:
         for line in told.lines:
             line.socket.close()
-        raise UserError(told.verdict)
+        raise (Absent if told.absent else UserError)(told.verdict)
     return told.lines
 
 
-def judge(cards: list[dict[str, Any]], processes: int, *, timeout: float, coordinator: str) -> str:
-    """What is wrong with the processes that have come, in words; an empty string: nothing."""
+def judge(cards: list[dict[str, Any]], processes: int, *, timeout: float, coordinator: str) -> Verdict:
+    """Whether the run may begin with the processes that have come, of which process 0 is the first."""
+    for card in cards:
+        if card["processes"] != processes:
+            return Verdict(
+                f"process {card['process']} on {card['host']} was started as one of {card['processes']}, the others as "
+                f"of {processes}; give all the same number of processes"
+            )
     hosts: dict[int, list[str]] = {}
     for card in cards:
         hosts.setdefault(card["process"], []).append(card["host"])
     for number, names in sorted(hosts.items()):
         if len(names) > 1:
-            return (
+            return Verdict(
                 f"process {number} was started more than once: on {', '.join(sorted(names))}; give each its own number"
             )
     if missing := [number for number in range(processes) if number not in hosts]:
@@ -116,9 +150,10 @@ def judge(cards: list[dict[str, Any]], processes: int, *, timeout: float, coordi
             else f"{number}"
             for number in missing
         ]
-        return (
+        return Verdict(
             f"{len(missing)} of {processes} processes did not come to {coordinator} within {timeout:g} s: "
-            f"{_some(beside)}. See that they were started, and that the address can be reached from their hosts"
+            f"{_some(beside)}. See that they were started, and that the address can be reached from their hosts",
+            absent=True,
         )
     odd = []
     for fact in dict.fromkeys(name for card in cards for name in card["facts"]):
@@ -131,8 +166,10 @@ def judge(cards: list[dict[str, Any]], processes: int, *, timeout: float, coordi
             if value != expected
         ]
     if odd:
-        return f"the processes do not run the same: {_some(odd, '; ')}. Give all hosts one version and one config"
-    return ""
+        return Verdict(
+            f"the processes do not run the same: {_some(odd, '; ')}. Give all hosts one version and one config"
+        )
+    return Verdict("")
 
 
 def _some(items: list[str], separator: str = ", ") -> str:
@@ -155,7 +192,8 @@ async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
             return
         cards.append(card)
         writers.append((card, writer))
-        if {card["process"] for card in cards} >= set(range(place.processes)):
+        odd = any(card["processes"] != place.processes for card in cards)  # no use to wait for the rest
+        if odd or {card["process"] for card in cards} >= set(range(place.processes)):
             complete.set()
 
     host, port = (place.bind or f":{_port(place.coordinator)}").rsplit(":", 1)
@@ -174,14 +212,15 @@ async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
     lines = []
     for card, writer in writers:
         with contextlib.suppress(OSError):  # it has gone; its line will say so
-            writer.write(json.dumps({"verdict": verdict, "host": mine["host"]}).encode() + b"\n")
+            answer = {"verdict": verdict.text, "absent": verdict.absent, "host": mine["host"]}
+            writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
         # The copy outlives asyncio's transport, which ends here.
         lines.append(Line(card["process"], card["host"], writer.get_extra_info("socket").dup()))
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
-    return _Told(verdict, lines)
+    return _Told(verdict.text, lines, verdict.absent)
 
 
 def _card(line: bytes) -> dict[str, Any]:
@@ -189,7 +228,8 @@ def _card(line: bytes) -> dict[str, Any]:
     card = json.loads(line)
     if not isinstance(card, dict) or set(card) != {"process", "host", "processes", "facts"}:
         raise ValueError("not a card")
-    if not isinstance(card["process"], int) or not isinstance(card["facts"], dict):
+    numbers = (card["process"], card["processes"])
+    if not all(isinstance(number, int) for number in numbers) or not isinstance(card["facts"], dict):
         raise ValueError("not a card")
     return card
 
@@ -206,7 +246,8 @@ def _ask(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
             # Process 0 may have begun to count after this one.
             connection.settimeout(timeout + _MARGIN)
             answer = json.loads(_read_line(connection))
-            return _Told(str(answer["verdict"]), [Line(0, str(answer["host"]), connection)])
+            lines = [Line(0, str(answer["host"]), connection)]
+            return _Told(str(answer["verdict"]), lines, bool(answer["absent"]))
         except TimeoutError:
             seen = "it does not answer"
         except OSError as error:
@@ -221,6 +262,7 @@ def _ask(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
         f"{place.coordinator} within {timeout:g} s ({seen}); see that it was started and that the address can be "
         "reached from here",
         [],
+        absent=True,
     )
 
 

@@ -21,15 +21,17 @@ def address() -> str:
         return f"localhost:{probe.getsockname()[1]}"
 
 
-def call(numbers, *, processes, facts=None, timeout=1.0, before=lambda where: None):
+def call(numbers, *, processes, facts=None, sizes=None, timeout=1.0, before=lambda where: None):
     """What each of the processes was told; None: go."""
-    where, told, facts = address(), {}, facts or {}
+    where, told, facts, sizes = address(), {}, facts or {}, sizes or {}
 
     def one(index, number):
         try:
-            roll_call(Place(where, processes, number), facts.get(number, FACTS), timeout=timeout)
+            size = sizes.get(number, processes)
+            roll_call(Place(where, size, number), facts.get(number, FACTS), timeout=timeout)
             told[index] = None
         except UserError as error:
+            assert error.exit_code == (68 if "did not come" in str(error) or "not found" in str(error) else 1)
             told[index] = str(error)
 
     threads = [threading.Thread(target=one, args=pair) for pair in enumerate(numbers)]
@@ -70,6 +72,24 @@ def test_the_odd_one_out_is_named_on_every_host():
         assert f"process 0 on {host} has config train.steps 4, the others 3" in message and "code" not in message
 
 
+def test_one_that_counts_otherwise_is_named_at_once():
+    began = time.monotonic()
+    told = call([0, 1], processes=3, sizes={1: 2}, timeout=10)
+    assert time.monotonic() - began < 5 and len(told) == 2
+    assert all(
+        f"process 1 on {socket.gethostname()} was started as one of 2, the others as of 3" in m for m in told.values()
+    )
+
+
+def test_code_that_is_not_the_commits_is_refused(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    monkeypatch.setenv("MAXLM_CODE", rollcall.run_facts(config)["code of maxlm"])
+    rollcall.run_facts(config)
+    monkeypatch.setenv("MAXLM_CODE", "0123456789abcdef")
+    with pytest.raises(UserError, match="expected 0123456789abcdef.; build the image of a clean tree"):
+        rollcall.run_facts(config)
+
+
 def test_one_number_twice_is_said():
     told = call([0, 1, 1], processes=3, timeout=1)
     assert all("process 1 was started more than once" in message for message in told.values())
@@ -101,7 +121,8 @@ def test_a_thousand_odd_hosts_are_counted_not_listed():
         {"process": number, "host": f"h{number}", "processes": 999, "facts": {"jax": "1" if number % 3 else "2"}}
         for number in range(999)
     ]
-    message = judge(cards, 999, timeout=1, coordinator="a:1")
+    message, absent = judge(cards, 999, timeout=1, coordinator="a:1")
+    assert not absent
     assert "process 0 on h0 has jax 2, the others 1" in message and "and 325 more" in message
 
 

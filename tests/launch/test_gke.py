@@ -1,6 +1,8 @@
 """The manifests of three topologies against the published schemas, and words that must stay words."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from launch import gke
 from launch.job import EXIT_PREEMPTED, LaunchError
 from tests.launch.common import COMMIT
 
-HOSTILE = "/run/a b'c\"d$(id)`id`$HOME"
+HOSTILE = "/claim/a b'c\"d$(id)`id`$HOME"
 COMMON = ["--config=configs/quickstart.py", "--image=reg/maxlm:1", f"--commit={COMMIT}", "--name=run"]
 TOPOLOGIES = {
     "tpu slice": (["--accelerator=v5p", "--topology=2x2x4", "--spot"], 1, 4, {"google.com/tpu": "4"}),
@@ -70,7 +72,7 @@ def test_leaving_to_be_restarted_is_told_from_failing(capsys):
     found = made(capsys, TOPOLOGIES["tpu slice"][0], "--retries=7", "--grace_seconds=123")
     spec = found["spec"]["replicatedJobs"][0]["template"]["spec"]
     rules = spec["podFailurePolicy"]["rules"]
-    assert rules[0]["onExitCodes"]["values"] == [EXIT_PREEMPTED]
+    assert rules[0]["onExitCodes"]["values"] == [68, 69, EXIT_PREEMPTED]  # in order, as Kubernetes wants them
     assert rules[1]["onPodConditions"][0]["type"] == "DisruptionTarget"
     policy = found["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 7 and policy["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
@@ -86,6 +88,7 @@ def test_hostile_words_reach_the_program_as_they_are(capsys):
             *COMMON,
             "--accelerator=v5p",
             "--topology=2x2x1",
+            "--mount-claim=c",
             f"--workdir={HOSTILE}",
             f"--config.name={HOSTILE}",
             f"--env=A={HOSTILE}",
@@ -118,6 +121,9 @@ def test_secrets_are_named_and_never_printed(capsys, monkeypatch):
         (["--accelerator=h100"], "nvidia-h100-80gb"),
         (["--accelerator=v5p", "--topology=2x2x1", "--mount-bucket=a,b"], "cannot be one"),
         (["--accelerator=v5p", "--topology=2x2x1", "--env=HF_TOKEN=1"], "--secret=HF_TOKEN"),
+        (["--accelerator=v5p", "--topology=2x2x1", "--workdir=/run"], "not all hosts see; give gs://"),
+        (["--accelerator=v5p", "--topology=2x2x1", "--workdir=/r", "--mount-claim=c"], "an absolute path below /claim"),
+        (["--accelerator=v5p", "--topology=2x2x1", "--workdir=/bucket/r", "--mount-claim=c"], "below /claim"),
     ],
 )
 def test_what_cannot_be_is_refused(flags, message):
@@ -130,3 +136,75 @@ def test_xpk_gets_the_same_job(capsys):
     gke.main(["xpk", *COMMON, "--workdir=gs://bucket/run", *flags])
     text = capsys.readouterr().out
     assert "--tpu-type=v5p-32" in text and "--num-slices=2" in text and "maxlm.cli train" in text
+    assert "--restart-on-exit-codes=1,68,69,75" in text and "export JAX_PLATFORMS=tpu,cpu;" in text
+    gke.main(["xpk", *COMMON, "--workdir=gs://bucket/run", "--accelerator=tpu7x", "--topology=4x4x4", *flags[3:]])
+    assert "--tpu-type=tpu7x-128" in capsys.readouterr().out
+
+
+KUBECTL = """#!/bin/bash
+# Keeps one JobSet, in $KUBE; refuses changes of it as the controller's webhook does.
+echo "$*" >> "$KUBE/calls"
+case "$*" in
+  *"get jobset run --ignore-not-found"*) cat "$KUBE/run" 2> /dev/null || true ;;
+  *"apply -f -"*)
+    cat > "$KUBE/new"
+    grep -q '"kind": "Secret"' "$KUBE/new" && exit 0
+    if [ -e "$KUBE/run" ]; then
+      cmp -s "$KUBE/new" "$KUBE/spec" && echo unchanged && exit 0
+      echo "field is immutable" >&2; exit 1
+    fi
+    cp "$KUBE/new" "$KUBE/run"; cp "$KUBE/new" "$KUBE/spec"; echo created ;;
+  *"delete jobset run"*) rm "$KUBE/run" ;;
+  *) exit 9 ;;
+esac
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "kubectl").write_text(KUBECTL)
+    (tmp_path / "bin" / "kubectl").chmod(0o755)
+    monkeypatch.setenv("KUBE", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_apply_says_what_is_there_and_begins_again_what_has_ended(cluster, capsys):
+    apply = ["apply", *COMMON, *TOPOLOGIES["tpu slice"][0], "--workdir=gs://bucket/run", "--no-check", "--namespace=n"]
+    assert gke.main(apply) == 0
+    out = capsys.readouterr().out
+    assert "created" in out and "kubectl --namespace=n logs -f -l batch" in out
+    assert gke.main(apply) == 0 and "unchanged" in capsys.readouterr().out
+    with pytest.raises(LaunchError, match="other settings.*say `delete` first"):
+        gke.main([*apply, "--config.seed=2"])
+    assert gke.main([*apply[:-1], "--namespace=m", "--retries=3"]) == 0  # another way to say the same
+    for end in ("Failed", "Completed"):
+        found = json.loads((cluster / "run").read_text())
+        found["status"] = {"conditions": [{"type": end, "status": "True"}]}
+        (cluster / "run").write_text(json.dumps(found))
+        assert gke.main([*apply, "--config.seed=2"]) == 0
+        out = capsys.readouterr().out
+        assert f"run has {end.lower()}: starting it again" in out and "created" in out
+        assert "status" not in json.loads((cluster / "run").read_text())
+    assert sum("delete" in line for line in (cluster / "calls").read_text().splitlines()) == 2
+
+
+def test_an_image_of_other_code_is_noticed(capsys):
+    """The pods compare their code with that of the commit which was asked for."""
+    from launch.job import unpack_code
+    from maxlm.rollcall import code_digest
+
+    found = made(capsys, TOPOLOGIES["gpus"][0])
+    environment = {entry["name"]: entry.get("value", "") for entry in pod_of(found)["containers"][0]["env"]}
+    assert environment["JAX_PLATFORMS"] == "cuda,cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        assert environment["MAXLM_CODE"] == code_digest(unpack_code(COMMIT, Path(folder)) / "maxlm")
+
+
+def test_pods_wait_long_for_nodes_and_slices_have_their_node_pools(capsys):
+    for name, (flags, *_) in TOPOLOGIES.items():
+        found = made(capsys, flags)
+        assert "--join_seconds=21600" in pod_of(found)["containers"][0]["command"]
+        annotations = found["metadata"]["annotations"]
+        assert ("alpha.jobset.sigs.k8s.io/exclusive-topology" in annotations) == (name != "gpus")

@@ -12,6 +12,7 @@ import types
 import pytest
 
 from launch import hosts
+from launch import job as jobs
 from launch.job import LaunchError
 from maxlm.train.metrics import read_metrics
 from tests.launch.common import COMMIT, ROOT, SECRET, lines, make_home
@@ -23,6 +24,20 @@ while [ "$1" = -o ]; do shift 2; done
 host=$1; shift
 [ ! -e "$FAKE/$host/dead" ] || {{ echo "connect to host $host: no route" >&2; exit 255; }}
 cd "$FAKE/$host" && HOME="$FAKE/$host" PATH="$FAKE/$host/bin:/usr/bin:/bin" exec env -u TOKEN bash -c "$*"
+"""
+SYSTEM_PYTHON = """#!/bin/bash
+case "$*" in
+  *"pip install"*--target=*)
+    [ ! -e "$HOME/no network" ] || { echo "no network" >&2; exit 1; }
+    for word in "$@"; do
+      case "$word" in --target=*) mkdir -p "${word#--target=}" && touch "${word#--target=}/uv.py" ;; esac
+    done ;;
+  *"pip install"*) echo "error: externally-managed-environment" >&2; exit 1 ;;
+  "-m uv venv"*)
+    [ -e "$PYTHONPATH/uv.py" ] || { echo "No module named uv" >&2; exit 1; }
+    mkdir -p "${@: -1}/bin" && cp "$HOME/python" "${@: -1}/bin/python" ;;
+  *) exit 4 ;;
+esac
 """
 
 
@@ -66,7 +81,7 @@ def test_a_host_that_cannot_be_reached_is_named(far, monkeypatch):
     make(far, monkeypatch, [0])
     (far / "b" / "dead").touch()
     with pytest.raises(LaunchError, match="ssh b failed .255.: connect to host b: no route"):
-        run("run", "--retries=0")
+        run("run", "--retries=0", "--patience=0")
 
 
 def test_a_part_that_runs_alone_is_ended_and_all_begin_together(far, monkeypatch, capfd):
@@ -129,6 +144,39 @@ def test_what_is_stopped_before_it_starts_does_not_start(far, monkeypatch):
     monkeypatch.setattr(hosts.SshFleet, "prepare", slow)
     assert hosts.main(["run", *fleet_flags]) == 75
     assert not lines(far / "a" / "trained") and not lines(far / "b" / "trained")
+
+
+def test_what_looks_at_a_job_or_ends_it_needs_no_clean_tree(far, monkeypatch, capfd):
+    make(far, monkeypatch, [0])
+    assert run("run") == 0
+    git = jobs._git
+
+    def dirty(root, *words):
+        return b" M maxlm/cli.py\n" if words[0] == "status" else git(root, *words)
+
+    monkeypatch.setattr(jobs, "_git", dirty)
+    flags = ["--hosts=a,b", *COMMON[1:], "--workdir=/shared/it's $(id)"]
+    with pytest.raises(LaunchError, match="the tree has changes"):
+        hosts.main(["run", *flags])
+    assert hosts.main(["status", *flags, "--retries=7"]) == hosts.main(["stop", *flags]) == 0
+    assert capfd.readouterr().out.count(": exited 0") == 2
+
+
+def test_a_host_without_the_python_gets_one_though_its_own_is_not_to_be_changed(far, monkeypatch, capfd):
+    """As on Ubuntu 24.04: pip refuses to install outside of virtual environments, unless it is told a folder."""
+    make(far, monkeypatch, [0])
+    for host in "ab":
+        home = far / host
+        (home / "python").write_text((home / "bin/python3").read_text())
+        (home / "bin/python3.11").write_text("#!/bin/bash\nexit 127\n")
+        (home / "bin/python3").write_text(SYSTEM_PYTHON)
+        (home / "python").chmod(0o755)
+    assert run("run") == 0
+    assert all(len(lines(far / host / "trained")) == 1 for host in "ab")
+    (far / "a" / "no network").touch()
+    subprocess.run(["rm", "-rf", str(far / "a" / "maxlm")], check=True)
+    with pytest.raises(LaunchError, match="ssh a failed .1.: no network"):
+        run("run", "--retries=0", "--patience=0")
 
 
 @pytest.mark.parametrize(

@@ -99,3 +99,14 @@ def test_a_lock_has_every_package_in_a_version_that_will_do(extra):
     if extra != "cpu":
         dockerfile = (ROOT / "launch" / f"Dockerfile.{extra}").read_text()
         assert f"launch/{extra}.lock" in dockerfile and re.search(r"^FROM python:3\.11\.\d+-", dockerfile, re.M)
+
+
+def test_the_image_for_gpus_asks_for_them():
+    """Without these variables pyxis and GKE start the container without GPUs, or JAX does not find the driver."""
+    text = (ROOT / "launch" / "Dockerfile.cuda").read_text()
+    for variable in (
+        "NVIDIA_VISIBLE_DEVICES=all",
+        "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+        "LD_LIBRARY_PATH=/usr/local/nvidia/lib64",
+    ):
+        assert re.search(rf"^ENV .*\b{variable}( |$)", text, re.M)

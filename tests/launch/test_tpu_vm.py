@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from launch import job as jobs
 from launch import tpu_vm
 from launch.job import LaunchError
 from tests.launch import fake_gcloud
@@ -120,7 +121,7 @@ def test_each_call_fails_in_turn_twice(cloud, monkeypatch, capfd, when):
             starts += 1
             assert starts <= 4
             try:
-                assert run("--retries=0", "--slices=1") == 0
+                assert run("--retries=0", "--slices=1", "--patience=0") == 0
                 break
             except LaunchError:
                 continue
@@ -193,7 +194,7 @@ def test_other_hardware_of_that_name_is_not_touched(cloud, monkeypatch):
     write(cloud)
     make_machines(cloud, monkeypatch, [0])
     assert run() == 0
-    with pytest.raises(LaunchError, match="is there as v5litepod-8, not v5litepod-16"):
+    with pytest.raises(LaunchError, match="is there as v5litepod-8, not v5litepod-16"):  # at once
         tpu_vm.main([word.replace("v5litepod-8", "v5litepod-16") for word in FLAGS] + ["--retries=0"])
     assert state(cloud)["created"] == 1
 
@@ -221,6 +222,30 @@ def test_what_is_stopped_is_not_started_again_until_run_is_typed(cloud, monkeypa
     for worker in "01":
         (cloud / "run" / worker / "plan").write_text("0\n")
     assert run("--slices=1") == 0 and len(lines(trained)) == 2
+
+
+def test_what_looks_or_ends_needs_no_clean_tree(cloud, monkeypatch, capfd):
+    quickly(monkeypatch)
+    write(cloud)
+    make_machines(cloud, monkeypatch, [0])
+    assert run("--slices=1") == 0
+    git = jobs._git
+    monkeypatch.setattr(jobs, "_git", lambda root, *words: b" M a" if words[0] == "status" else git(root, *words))
+    flags = [word for word in FLAGS[1:] if not word.startswith("--commit")] + ["--slices=1"]
+    with pytest.raises(LaunchError, match="the tree has changes"):
+        tpu_vm.main(["run", *flags])
+    assert tpu_vm.main(["status", *flags]) == 0 and capfd.readouterr().out.count(": exited 0") == 2
+    assert tpu_vm.main(["delete", *flags]) == 0 and state(cloud)["resources"] == {}
+
+
+def test_named_secrets_that_did_not_come_are_no_start(cloud, monkeypatch):
+    write(cloud)
+    make_machines(cloud, monkeypatch, [0])
+    monkeypatch.setattr(tpu_vm.TpuFleet, "copy_command", lambda fleet, node, source, target: ["true"])
+    monkeypatch.setattr(tpu_vm.TpuFleet, "prepare", lambda fleet: None)
+    with pytest.raises(LaunchError, match="the secrets did not come to .*run.env.*worker failed"):
+        run("--secret=TOKEN", "--patience=0")
+    assert not lines(cloud / "run-0" / "0" / "trained")
 
 
 def test_delete_ends_the_costs_and_may_be_said_twice(cloud, monkeypatch):

@@ -1,0 +1,89 @@
+"""What counts as a failure of the run, and what is only waited for, on machines that answer as a test tells them to."""
+
+import subprocess
+
+import pytest
+
+from launch import supervise as module
+from launch.job import LaunchError, make_job
+from launch.remote import Status
+from launch.supervise import supervise
+
+JOB = make_job(name="run", config="configs/quickstart.py", workdir="gs://bucket/run", retries=3)
+
+
+class Machines:
+    """One worker; `looks` are what it says in turn, an error being a look that fails."""
+
+    workers = 1
+
+    def __init__(self, looks, *, ready=0.0):
+        self.looks, self.ready, self.did, self.now = list(looks), ready, [], 0.0
+
+    def ensure(self):
+        self.now += self.ready
+        return False
+
+    def status(self):
+        said = self.looks.pop(0) if self.looks else "no answer"
+        if said == "no answer":
+            raise LaunchError("gcloud tpu-vm ssh failed (255): no answer")
+        state, _, code = said.partition(" ")
+        return [Status("h", state, int(code) if code else None)]
+
+    def follow(self):
+        return subprocess.Popen(["true"], start_new_session=True)
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def __getattr__(self, name):  # prepare, start, stop, allow, restart, replace
+        return lambda: self.did.append(name) or []
+
+    def run(self, **more):
+        said = []
+        return said, lambda: supervise(self, JOB, log=said.append, sleep=self.sleep, clock=lambda: self.now, **more)
+
+
+def test_machines_that_do_not_answer_are_left_as_they_are():
+    machines = Machines(["absent", *["running"] * 3, *["no answer"] * 6, *["running"] * 2, "exited 0"])
+    said, go = machines.run()
+    assert go() == 0
+    assert machines.did == ["allow", "prepare", "start"]
+    assert sum("no answer; the run may go on there" in line for line in said) == 6
+
+
+def test_the_wait_for_them_ends_and_says_that_they_may_cost():
+    machines = Machines(["absent", "running"])
+    _, go = machines.run(patience=3000.0)
+    with pytest.raises(LaunchError, match="no answer; given up after 3[0-9]{3} s. The machines, the run and the costs"):
+        go()
+    assert not {"restart", "replace", "stop"} & set(machines.did)
+
+
+def test_looks_that_fail_now_and_then_do_not_add_up():
+    machines = Machines(["absent", *["running", "no answer", "running"] * 200, "exited 0"])
+    _, go = machines.run(patience=500.0)
+    assert go() == 0 and machines.now > 5000
+
+
+def test_the_wait_for_machines_is_no_healthy_run():
+    """Each round waits an hour for machines, and the run fails at once: it has to come to an end."""
+    machines = Machines(["absent", "exited 1"] * 20, ready=2 * module.HEALTHY_SECONDS)
+    _, go = machines.run()
+    with pytest.raises(LaunchError, match="exit code 1; given up after 4 failures"):
+        go()
+    assert machines.did.count("start") == 4 and machines.did.count("restart") == machines.did.count("replace") == 1
+
+
+def test_machines_that_cannot_be_made_ready_are_tried_for_a_while_only():
+    machines = Machines(["absent"] * 1000)
+
+    def broken():
+        raise LaunchError("pip failed")
+
+    machines.prepare = broken
+    _, go = machines.run(patience=4000.0)
+    with pytest.raises(LaunchError, match="pip failed; given up after"):
+        go()
+    assert machines.did == ["allow"] and machines.now < 6000
