@@ -39,6 +39,7 @@ from maxlm.checkpoint.reader import (
     Loaded,
     Record,
     agree,
+    all_do,
     array_info,
     checked_record,
     describe,
@@ -124,15 +125,14 @@ class BucketCheckpointer(BucketReader, Checkpointer):
 
     def _open(self) -> Any:
         """Nothing stands open in a bucket; what interrupted saves left there is removed."""
-        if jax.process_index() == 0:
-            self._sweep()
+        all_do(self._sweep if jax.process_index() == 0 else None, error=StorageError)
         now = np.array(divmod(int(time.time() * 1000), 2**31), np.int32)  # JAX has no 64-bit integers
         high, low = multihost_utils.broadcast_one_to_all(now) if jax.process_count() > 1 else now
         self._opened = f"{int(high) * 2**31 + int(low):x}"
         self._count = 0
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._job: _Job | None = None
-        self._saved = set(self.steps())
+        self._saved = set(all_do(self.steps, error=StorageError) or ())
 
     def _exists(self, step: int) -> bool:
         return decided(lambda: step in self._saved)  # of which process 0 retires some
@@ -151,14 +151,15 @@ class BucketCheckpointer(BucketReader, Checkpointer):
 
     def set_aside(self, steps: Sequence[int], why: str) -> None:
         """Renames the commits of checkpoints, so that they no longer count. All processes call it, for the same."""
-        if jax.process_index() == 0:
-            commits, names = self.directory / "commits", self._commits()
-            for name in (names[step] for step in steps if step in names):
-                commits.write(f"{name}.{why}-1", commits.read(name))
-                commits.remove(name)
-                self._log(f"checkpoint {name.partition('-')[0]} was set aside as {commits}/{name}.{why}-1")
+        all_do((lambda: self._rename(steps, why)) if jax.process_index() == 0 else None, error=StorageError)
         self._saved.difference_update(steps)
-        multihost_utils.sync_global_devices("maxlm: checkpoint set aside")
+
+    def _rename(self, steps: Sequence[int], why: str) -> None:
+        commits, names = self.directory / "commits", self._commits()
+        for name in (names[step] for step in steps if step in names):
+            commits.write(f"{name}.{why}-1", commits.read(name))
+            commits.remove(name)
+            self._log(f"checkpoint {name.partition('-')[0]} was set aside as {commits}/{name}.{why}-1")
 
     def _start(self, record: Record, sealed: Mapping[str, Any], leaves: Mapping[str, jax.Array], digests: Any) -> None:
         """Copies this process's part to the host, and begins to write it."""

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from maxlm.checkpoint.digest import array_paths
@@ -28,6 +27,7 @@ from maxlm.checkpoint.reader import (
     Record,
     Restored,
     agree,
+    all_do,
     array_info,
     describe,
     digest,
@@ -262,9 +262,15 @@ class Checkpointer(CheckpointReader):
         return decided(lambda: step in self.steps())
 
     def _open(self) -> Any:
-        if jax.process_index() == 0:
-            self._sweep()
-        multihost_utils.sync_global_devices("maxlm: checkpoints swept")
+        """Orbax's view of the directory. Raises OSError, on all processes: one of them cannot open it."""
+        all_do(self._make if jax.process_index() == 0 else None)  # before anybody looks at what is there
+        return all_do(self._view)
+
+    def _make(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    def _view(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             self.directory,
             # Weights are noise to a compressor: zstd saved 8% and took three times the CPU time.
@@ -277,6 +283,9 @@ class Checkpointer(CheckpointReader):
                 async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
                 # Orbax's own metadata has no seal; a damaged one must not keep a run from starting.
                 lightweight_initialize=True,
+                # With these two it would wait for the other processes, of which one may fail at it.
+                create=False,
+                save_root_metadata=False,
             ),
         )
 
@@ -290,22 +299,27 @@ class Checkpointer(CheckpointReader):
     def set_aside(self, steps: Sequence[int], why: str) -> None:
         """Renames checkpoints to `<step>.<why>-<n>`, so that they no longer count as such.
 
-        All processes call it, with the same steps; process 0 renames them, and then all go on.
+        All processes call it, with the same steps; process 0 renames them, and then all go on, or all raise OSError.
         """
-        if jax.process_index() == 0:
-            for step in steps:
-                number = 1
-                while (aside := self.directory / f"{step}.{why}-{number}").exists():
-                    number += 1
-                self.path(step).rename(aside)
-                self._log(f"checkpoint {step} was set aside as {aside}")
+        all_do((lambda: self._rename(steps, why)) if jax.process_index() == 0 else None)
         self._reopen()
+
+    def _rename(self, steps: Sequence[int], why: str) -> None:
+        for step in steps:
+            number = 1
+            while (aside := self.directory / f"{step}.{why}-{number}").exists():
+                number += 1
+            self.path(step).rename(aside)
+            self._log(f"checkpoint {step} was set aside as {aside}")
 
     def _reopen(self) -> None:
         """Lets Orbax see the directory as it is now. (Its `reload` would read metadata that may be damaged.)"""
-        if self._manager is not None:
-            self._manager.close()
-        self._manager = None
+        manager, self._manager = self._manager, None
+        try:
+            if manager is not None:
+                manager.close()
+        except Exception as error:  # whatever the storage raises; what has failed was told before
+            self._log(f"what was open in {self.directory} could not be closed: {describe(error)}")
         try:
             self._manager = self._open()
         except OSError as error:  # the next save tries again

@@ -16,7 +16,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ RECORD_ITEM, STATE_ITEM = "record", "state"
 COMMIT_MARKER = "commit_success.txt"
 PARAMS = "params"
 RECORD_FILE = "metadata"  # the name that Orbax's JSON handler gives
+T = TypeVar("T")
 _FORMAT = 1
 _STEP_NAME = re.compile(r"0|[1-9]\d*")
 _NAMED = 4  # altered arrays that a message names at most
@@ -424,3 +425,23 @@ def agree(problem: str | None) -> str | None:
     if problem is None and flags.any():
         return f"process {int(np.argmax(flags))} has trouble with it"
     return problem
+
+
+def all_do(work: Callable[[], T] | None, *, error: type[OSError] = OSError) -> T | None:
+    """Does some work on each process, and lets none go on, into a collective above all, that others do not come to.
+
+    Args:
+      work: this process's, in which no collective takes part, and its outcome; None: it has nothing to do.
+      error: raised where the work has failed, or that of another process.
+    """
+    found, trouble = None, None
+    try:
+        found = work() if work else None
+    except Exception as problem:  # torn files surface as whatever the storage library happens to trip over
+        trouble = problem
+    text = agree(None if trouble is None else describe(trouble))
+    if isinstance(trouble, error):
+        raise trouble
+    if text is not None:
+        raise error(text) from trouble
+    return found

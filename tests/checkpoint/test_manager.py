@@ -372,6 +372,19 @@ def test_several_are_set_aside_at_one_meeting_of_the_processes(copy, monkeypatch
     assert {path.name for path in copy.iterdir()} == {"1.tried-1", "2.tried-1"} and len(log) == 2
 
 
+def test_a_folder_that_another_process_cannot_open_is_open_to_none(copy, monkeypatch):
+    """Else one of them would enter the collectives of opening it alone, at the next save."""
+    log: list[str] = []
+    with Checkpointer(copy, KEEP_ALL, log=log.append) as checkpointer:
+        with monkeypatch.context() as planted:
+            planted.setattr(reader, "agree", lambda mine: mine or "process 1 has trouble with it")
+            checkpointer._reopen()
+        assert checkpointer._manager is None and "cannot be opened: process 1 has trouble with it" in log[-1]
+        assert checkpointer.save(3, make_state(3, mesh(1, 1)), metadata={}).started
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 2, 3] and checkpointer.pending_error() is None
+
+
 def test_a_failed_save_is_told_and_the_next_one_works(tmp_path):
     log: list[str] = []
     state = {"x": jnp.ones((1024, 1024))}

@@ -211,6 +211,59 @@ print("AGREED", flush=True)
 """
 
 
+REOPEN = """
+import sys, time, jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from maxlm.checkpoint import bucket, manager
+from maxlm.config import CheckpointConfig
+from maxlm.storage import StorageError
+
+me, lines, on_disk = jax.process_index(), [], "://" not in sys.argv[1]
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+make = lambda step: {"x": jax.make_array_from_callback((4096,), sharding, lambda i: np.full(4096, step, np.float32)[i])}
+def fails(*given, **more):
+    raise StorageError("no such luck")
+def expect(c, step, good):
+    began = time.monotonic()
+    c.save(step, make(step), metadata={})
+    c.wait()
+    assert (c.failures == 0) == good and time.monotonic() - began < 60, (step, lines)
+    assert (c.pending_error() is None) == good
+with bucket.open_checkpointer(sys.argv[1], CheckpointConfig(keep_latest=9), log=lines.append) as c:
+    expect(c, 1, True)
+    if on_disk:
+        step = 1
+        for who, where, what in ((1, manager.ocp, "CheckpointManager"), (0, c, "_sweep")):
+            real = getattr(where, what)
+            if me == who:  # it cannot open the folder, which it has to after a save that failed
+                setattr(where, what, fails)
+            c._writing = step + 1
+            c._fail("as if")
+            assert c._manager is None and "cannot be opened" in lines[-1], lines
+            c.pending_error()
+            step += 1
+            c.save(step, make(step), metadata={})  # which tries to open it, in vain
+            c.wait()
+            assert c.failures and c.pending_error() is not None
+            setattr(where, what, real)
+            expect(c, step, True)
+    else:
+        real = c._rename
+        if me == 0:
+            c._rename = fails
+        try:
+            c.set_aside([1], "tried")
+            raise SystemExit("nothing was raised")
+        except StorageError as error:
+            assert ("no such luck" if me == 0 else "process 0 has trouble") in str(error)
+        c._rename = real
+        expect(c, 2, True)
+print("AGREED", flush=True)
+"""
+
+
 def start(program: str, *arguments: str, devices: int) -> subprocess.Popen[str]:
     environment = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     root = str(Path(__file__).parents[2])
@@ -271,6 +324,11 @@ def test_two_processes_write_one_checkpoint_into_a_bucket_or_none(bucket):
 @pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_a_process_that_looks_later_sets_the_same_checkpoints_aside(tmp_path, bucket, place):
     together(ASIDE, str(tmp_path) if place == "disk" else f"{bucket}/aside/checkpoints")
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_what_one_process_cannot_open_or_rename_keeps_none_waiting(tmp_path, bucket, place):
+    together(REOPEN, str(tmp_path) if place == "disk" else f"{bucket}/reopen/checkpoints")
 
 
 def test_a_save_that_fails_on_one_process_fails_for_all_and_the_next_one_works(tmp_path):
