@@ -123,7 +123,13 @@ class Run:
         profiler = Profiler(config.train.profile, self.workdir / "profile", self.signals)
         agreement = Agreement(self.setup.mesh)
         behind: tuple[int, dict[str, Any]] | None = None
-        with prefetch, profiler, progress, self.sentries.watchdog, jax.transfer_guard_device_to_host("disallow"):
+        with (
+            prefetch,
+            profiler,
+            progress,
+            self.sentries.watchdog.steps(),
+            jax.transfer_guard_device_to_host("disallow"),
+        ):
             self.sentries.proof.check(wait=HEAD_START)
             self.goodput.settle("step")
             for step in range(start, total):
@@ -236,7 +242,13 @@ class Run:
         """Held-out quality by store, written down."""
         with self.goodput.bucket("evaluation"):
             final = step == self.config.train.steps
-            found = evaluate_stores(self.setup, state.evaluated(), self.data, final=final)
+            found = evaluate_stores(
+                self.setup,
+                state.evaluated(),
+                self.data,
+                final=final,
+                progress=lambda *done: self.sentries.watchdog.alive(),
+            )
             for name, result in found.items():
                 self.writer.write("evaluation", step, {"store": name, **result._asdict()})
                 self.log(f"step {step}: {result.bits_per_byte:.4f} bits per byte on the held-out documents of {name}")
@@ -306,6 +318,7 @@ class Run:
             self.checkpointer.wait()
         self.tell_failures(step)
         while self.checkpointer.failures:
+            self.sentries.watchdog.alive()
             time.sleep(RETRY_SECONDS)
             self.save(state, step, held_out)
             self.checkpointer.wait()

@@ -42,6 +42,7 @@ from maxlm.train.sentries import Sentries
 from maxlm.train.setup import Setup, make_setup
 from maxlm.train.signals import EXIT_PREEMPTED, Signals
 from maxlm.train.state import as_configured, make_state
+from maxlm.train.watchdog import Watchdog
 
 Log = Callable[[str], None]
 
@@ -94,7 +95,10 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
             configfile.record(given, workdir, log=log)
 
         # --- state: the newest checkpoint that is whole, or step 0
+        times, least = config.train.watchdog
+        watchdog = Watchdog(times, least, folder=workdir, process=jax.process_index(), stuck=heartbeat.stuck)
         with (
+            watchdog,
             open_checkpointer(home.checkpoints, config.checkpoint, log=log) as checkpointer,
             local_copies(config, home, log=log) as copies,
         ):
@@ -117,9 +121,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
             # --- steps, then the report
             with MetricsWriter(workdir, config, process_index=jax.process_index()) as writer:
                 writer.truncate(start)
-                sentries = Sentries.post(
-                    setup, workdir, proof, state=state, metadata=metadata, stuck=heartbeat.stuck, log=log
-                )
+                sentries = Sentries.post(setup, watchdog, proof, state=state, metadata=metadata, log=log)
                 run = Run(
                     config,
                     home,

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-import jax
 
 from maxlm.data.proof import Proof
 from maxlm.train.audit import Audit
@@ -31,18 +28,16 @@ class Sentries:
     def post(
         cls,
         setup: Setup,
-        workdir: Path,
+        watchdog: Watchdog,
         proof: Proof,
         *,
         state: TrainState,
         metadata: dict[str, Any],
-        stuck: Callable[[str], None],
         log: Callable[[str], None],
     ) -> Sentries:
-        """Those of a run that begins with `state`, which came with `metadata`; `stuck` ends it with a reason."""
-        times, least = setup.config.train.watchdog
+        """Those of a run that begins with `state`, which came with `metadata`."""
         return cls(
-            Watchdog(times, least, folder=workdir, process=jax.process_index(), stuck=stuck),
+            watchdog,
             refusals(setup.config.optim.guard.rollback, state, metadata),
             Audit(setup, log=log),
             proof,

@@ -1,10 +1,12 @@
 """The watchdog: what is late, what is written down, and when the run is ended."""
 
+import contextlib
+import threading
 import time
 
 import pytest
 
-from maxlm.train.watchdog import FOLDER, Watchdog
+from maxlm.train.watchdog import FOLDER, LONGEST, Watchdog
 
 
 class Time:
@@ -59,7 +61,49 @@ def test_short_steps_have_a_floor_and_a_few_steps_say_nothing(tmp_path):
     watchdog, clock, reasons = watched(tmp_path, steps=1)
     clock.now += 1000
     watchdog.check()
-    assert watchdog.limit is None and not reasons and not stacks(tmp_path)
+    assert watchdog.limit == LONGEST and not reasons and not stacks(tmp_path)
+
+
+def test_what_is_no_step_has_a_limit_too(tmp_path, capfd):
+    """A restore, an evaluation or a save that hangs, and a first step; what makes progress is not late."""
+    for begin in ("start", "first step", "off", "after the steps"):
+        folder = tmp_path / begin
+        watchdog, clock, reasons = watched(folder, steps=10 if begin in ("off", "after the steps") else 0)
+        with contextlib.ExitStack() as inside:
+            if begin == "start":
+                watchdog = Watchdog(10.0, 4.0, folder=folder, process=0, stuck=reasons.append, clock=clock)
+                inside.enter_context(watchdog)
+            elif begin == "off":
+                inside.enter_context(watchdog.off())
+            elif begin == "after the steps":
+                with watchdog.steps():
+                    watchdog.completed(10)
+            for _ in range(3):
+                if begin != "first step":
+                    watchdog.alive()
+                    clock.now += LONGEST - 1
+                    watchdog.check()
+            assert not stacks(folder) and not reasons, begin
+            watchdog.alive() if begin != "first step" else watchdog.completed(0)
+            clock.now += LONGEST + 1
+            watchdog.check()
+            assert len(stacks(folder)) == 1 and not reasons, begin
+            clock.now += LONGEST
+            watchdog.check()
+            expected = (
+                "step 1 has not ended" if begin == "first step" else f"what follows step {watchdog._step} has not"
+            )
+            assert len(reasons) == 1 and expected in reasons[0] and expected in capfd.readouterr().err, reasons
+        watchdog.completed(watchdog._step)
+        clock.now += 3.9
+        watchdog.check()
+        assert len(reasons) == 1
+
+
+def test_nothing_is_watched_that_need_not_be(tmp_path):
+    watchdog, clock, reasons = watched(tmp_path, times=0.0, least=0.0)
+    with watchdog:
+        assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
 
 
 def test_one_long_step_does_not_move_the_limit_and_pauses_do_not_count(tmp_path):
@@ -70,6 +114,7 @@ def test_one_long_step_does_not_move_the_limit_and_pauses_do_not_count(tmp_path)
     with watchdog.off():
         clock.now += 1000
         watchdog.check()
+    assert watchdog.limit == 10
     clock.now += 5
     watchdog.check()
     assert not stacks(tmp_path) and not reasons
@@ -94,7 +139,7 @@ def test_the_thread_finds_where_the_loop_hangs(tmp_path, times):
         while not reasons and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    with Watchdog(times, 0.2, folder=tmp_path, process=1, stuck=reasons.append) as watchdog:
+    with Watchdog(times, 0.2, folder=tmp_path, process=1, stuck=reasons.append) as watchdog, watchdog.steps():
         for step in range(5):
             watchdog.completed(step)
             time.sleep(0.01)
