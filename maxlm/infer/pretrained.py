@@ -6,6 +6,7 @@ but the messages, and only when a chat is asked for.
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ from maxlm.data.tokenizers import TokenizerError
 _TOKENIZER, _PIECES = "tokenizer.json", "tokenizer.model"
 _SETTINGS, _GENERATION, _CONFIG = "tokenizer_config.json", "generation_config.json", "config.json"
 _TEMPLATE = "chat_template.jinja"
+_PREFIX = ("[gMASK]", "sop")
+"""Where a tokenizer has both, texts begin with them (GLM Team 2024)."""
 
 
 class PretrainedText:
@@ -53,12 +56,31 @@ class PretrainedText:
             self.stop_ids = [end]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, with the begin token that the model is used to."""
+        """The ids of a prompt, with the begin token that the model is used to.
+
+        Raises:
+          TokenizerError: nothing says what texts begin with.
+        """
         if self._tokenizer is not None:
             return self._tokenizer.encode(text).ids
         assert self._pieces is not None
-        begin = [self._pieces.bos_id()] if self._settings.get("add_bos_token", True) else []
-        return [i for i in begin if i >= 0] + self._pieces.encode(text)
+        return [*self._beginning(), *self._pieces.encode(text)]
+
+    def _beginning(self) -> list[int]:
+        """What a sentencepiece model's texts begin with, which its file does not say."""
+        assert self._pieces is not None
+        added, settings = self._added(), self._settings
+        if all(token in added for token in _PREFIX):
+            return [added[token] for token in _PREFIX]
+        own_code = "AutoTokenizer" in (settings.get("auto_map") or {})
+        if own_code and "add_bos_token" not in settings and not self._special("bos_token"):
+            raise TokenizerError(
+                f"the tokenizer of {self._folder} is a program of its own ({settings.get('tokenizer_class')}), which "
+                f"is not run, and {_SETTINGS} does not say what texts begin with: add add_bos_token there, or "
+                f"{' and '.join(_PREFIX)} to added_tokens_decoder, or put a {_TOKENIZER} there"
+            )
+        begin = self._pieces.bos_id() if settings.get("add_bos_token", True) else -1
+        return [begin] if begin >= 0 else []
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of a conversation up to where the model answers; each message has a `role` and a `content`.
@@ -82,16 +104,8 @@ class PretrainedText:
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The conversation as the template writes it, up to where the model answers."""
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment = _environment()
         marks = {name: self._special(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         try:
             template = environment.from_string(self._template())
@@ -138,6 +152,44 @@ class PretrainedText:
     def _is_control(self, number: int) -> bool:
         assert self._pieces is not None
         return number < self._pieces.get_piece_size() and self._pieces.is_control(number)
+
+
+def _environment() -> Any:
+    """Jinja's sandbox, with what templates written for `transformers` may call."""
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.nodes import Node, Scope
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the model has said, for training's sake; the text is as without it."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> Node:
+            line = next(parser.stream).lineno
+            return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.filters["tojson"] = to_json  # Jinja's own escapes what HTML needs escaped
+    return environment
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -50,6 +50,17 @@ def test_all_ways_agree_and_a_damaged_weight_shows(folder, tmp_path, capsys, mon
     assert main(arguments) == 1
 
 
+@pytest.mark.parametrize("bad", [0, 1], ids=["first", "last"])
+def test_logits_that_are_no_numbers_do_not_pass(folder, monkeypatch, capsys, bad):
+    logits = np.zeros((3, 8))
+    good = agreement(logits, logits)
+    broken = agreement(logits, np.where(np.arange(8) == 5, np.nan, logits))
+    ways = [broken, good] if bad == 0 else [good, broken]
+    monkeypatch.setattr(check_parity, "compare", lambda *_: dict(zip(("alone", "cached"), ways, strict=True)))
+    assert main([str(folder)]) == 1
+    assert "the largest difference is nan" in capsys.readouterr().out
+
+
 def test_agreement_is_what_it_says():
     theirs = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]))
     ours = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]])) + 3.0  # a constant changes no distribution

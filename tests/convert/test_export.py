@@ -149,6 +149,22 @@ def test_what_counts_is_a_difference(settings):
     assert len(unlike(base, tiny(**{"mlp": MlpConfig(dim=40)} | settings))) == 1
 
 
+def test_older_models_of_the_same_name_are_not_taken_for_the_newer(tmp_path):
+    """Baichuan 13B has a plain head; ChatGLM's first way of turning is not that of ChatGLM 3."""
+    family = families()["baichuan"]
+    newer = hf_config(family, family.presets["baichuan2-13b"])
+    assert family.from_hf(newer).normed_head
+    older = family.from_hf(newer | {"vocab_size": 64_000})
+    assert older.attention.alibi and not older.normed_head
+    assert family.from_hf(hf_config(family, older)) == older
+    with pytest.raises(FamilyError, match="normed_head is False, read back as True"):
+        hf_config(family, dataclasses.replace(older, vocab_size=64_128))
+    glm = families()["chatglm"]
+    content = hf_config(glm, glm.presets["chatglm3-6b"])
+    with pytest.raises(FamilyError, match="original_rope is false, but only true is supported"):
+        glm.from_hf(content | {"original_rope": False})
+
+
 def test_a_word_that_is_missing_is_named_with_its_file(tmp_path):
     write_folder(tmp_path / "hf")
     for key, value, message in [

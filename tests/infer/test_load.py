@@ -118,6 +118,43 @@ def test_a_template_reaches_nothing_but_the_messages(place, tmp_path, template, 
         PretrainedText(tmp_path).encode_chat([{"role": "user", "content": "hi"}])
 
 
+def test_templates_have_what_those_of_transformers_have(tmp_path):
+    """gpt-oss and Mistral Small ask for the date, others mark what the model says, or write tools as JSON."""
+    transformers = pytest.importorskip("transformers", reason="NOT tested with transformers: pip install maxlm[parity]")
+    template = (
+        "{{ strftime_now('%Y') }}|{% for m in messages %}{% set t = m.content %}\n"
+        "{% generation %}<{{ m.role }}>{{ m | tojson(indent=2, sort_keys=True) }}{% endgeneration %}{{ t }}"
+        "{{ {'ü': '<1>'} | tojson(ensure_ascii=True, separators=(',', ':')) }}{% endfor %}"
+    )
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
+    )
+    messages = [{"role": "user", "content": "hü<&>"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert PretrainedText(tmp_path).render(messages) == expected
+    assert expected.startswith("20") and r'{"\u00fc":"<1>"}' in expected
+
+
+def test_what_texts_begin_with_is_known_or_refused(tmp_path):
+    """A tokenizer with code of its own, as ChatGLM's: [gMASK] and sop come first, if the file tells of them."""
+    lines = [f"the cat sees a dog and the dog takes {n} houses" for n in range(100)]
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(lines, 300))
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(TokenizerError, match=r"program of its own \(Own\).*add_bos_token"):
+        PretrainedText(tmp_path).encode("the dog")
+    added = {"301": {"content": "[gMASK]"}, "303": {"content": "sop"}}
+    file.write_text(json.dumps(settings | {"added_tokens_decoder": added}))
+    ids = PretrainedText(tmp_path).encode("the dog")
+    assert ids[:2] == [301, 303]
+    for said, first in (({"add_bos_token": False}, []), ({"bos_token": "<s>"}, [1])):
+        file.write_text(json.dumps(settings | said))
+        assert PretrainedText(tmp_path).encode("the dog") == [*first, *ids[2:]]
+
+
 def test_a_sentencepiece_model_is_read_as_well(tmp_path):
     words = ["the", "cat", "sees", "a", "dog", "and", "the", "dog", "takes", "a", "house"]
     lines = [" ".join(words[i % 10 :] + words[: i % 7]) for i in range(300)]

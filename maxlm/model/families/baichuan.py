@@ -1,7 +1,8 @@
 """Baichuan 2 (Yang et al. 2023): Llama with one tensor for queries, keys and values, and a head of unit columns.
 
 The 7B model has rotary positions and the 13B model ALiBi, which is how their config.json files differ in kind: that of
-the 13B model has no max_position_embeddings.
+the 13B model has no max_position_embeddings. Baichuan 13B, the first, calls itself the same, and has a plain head; its
+vocabulary tells it apart.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from maxlm.model.hf import (
 )
 from maxlm.model.table import Row, Table, joined
 
+_FIRST_VOCAB = 64_000  # of Baichuan 1, config.json of baichuan-inc/Baichuan-13B-Base; Baichuan 2 has 125,696
+
 
 def _from_hf(hf: HFConfig) -> ModelConfig:
     only(hf, hidden_act=("silu",), tie_word_embeddings=(False,))
+    normed = hf["vocab_size"] != _FIRST_VOCAB
     if "max_position_embeddings" in hf:
-        return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0), normed_head=True)
-    return model_from_hf(hf, rope=RopeConfig(fraction=0.0), attention={"alibi": True}, normed_head=True)
+        return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0), normed_head=normed)
+    return model_from_hf(hf, rope=RopeConfig(fraction=0.0), attention={"alibi": True}, normed_head=normed)
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from maxlm.model.table import Row, Table, joined, row
 def _from_hf(hf: HFConfig) -> ModelConfig:
     only(hf, rmsnorm=(True,), add_bias_linear=(False,), post_layer_norm=(True,), tie_word_embeddings=(False,))
     only(hf, apply_residual_connection_post_layernorm=(False,), fp32_residual_connection=(False,), pre_seq_len=(None,))
+    only(hf, original_rope=(True,))  # the other kind turns dims that lie half of them apart
     heads = hf["num_attention_heads"]
     return _model(
         hf["num_layers"],
