@@ -20,7 +20,7 @@ from maxlm.checkpoint.blocks import BlockReader, BlockWriter
 from maxlm.checkpoint.reader import ArrayInfo
 from maxlm.config import Config, ModelConfig
 from maxlm.convert.errors import ConversionError
-from maxlm.convert.folder import CONFIG, HuggingFaceFolder, carry, described_by, open_folder
+from maxlm.convert.folder import CONFIG, HuggingFaceFolder, carry, described_by, open_folder, tell_left_out
 from maxlm.convert.safetensors import ShardWriter, TensorInfo
 from maxlm.convert.stored import CARRIED, CHECKPOINTS, StoredModel, open_stored
 from maxlm.convert.tiles import Region, Tile, chunks, tiles
@@ -90,6 +90,7 @@ def from_hf(source: Path, out: Path, *, dtype: str | None = None, pad_vocab: int
       ConversionError, FamilyError: nothing is left behind at `out`.
     """
     folder, described = open_model(source)
+    tell_left_out(folder, log)
     padded = dataclasses.replace(described.model, vocab_size=-(-described.model.vocab_size // pad_vocab) * pad_vocab)
     specs = tree.paths(split_model(padded).specs)
     dtypes = _dtypes(folder, described, dtype)

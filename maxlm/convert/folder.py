@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from maxlm.config import ModelConfig
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.quantised import unquantised
 from maxlm.convert.safetensors import INDEX, StoredTensor, TensorInfo, read_header
-from maxlm.model.family import Family, FamilyError, family_of, read_model
+from maxlm.model.family import Family, FamilyError, TextHalf, Whole, family_of, read_model, text_half
 
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -30,11 +32,16 @@ class Tensor(NamedTuple):
 
 
 class HuggingFaceFolder(NamedTuple):
-    """config: the content of config.json. tensors: by name, quantised ones already as bfloat16."""
+    """A folder, or the text half of one whose model also sees or hears.
+
+    config: the content of config.json. tensors: by name, quantised ones already as bfloat16. left_out: names of the
+    tensors of other halves.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
+    left_out: tuple[str, ...]
 
 
 def is_huggingface_folder(path: Path) -> bool:
@@ -47,7 +54,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
       ConversionError: it is missing, or no JSON object.
+      FamilyError: it should speak of a text half, and does not.
     """
+    return dict(_read_text_half(path).config)
+
+
+def _read_text_half(path: Path) -> TextHalf:
     try:
         content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
@@ -59,7 +71,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path / CONFIG} is no JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path / CONFIG} holds no JSON object")
-    return content
+    return text_half(content)
 
 
 def open_folder(path: Path) -> HuggingFaceFolder:
@@ -68,7 +80,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     Raises:
       ConversionError: a file is missing, truncated or of a format that is not read; it is named.
     """
-    config = read_config(path)
+    half = _read_text_half(path)
     stored: dict[str, StoredTensor] = {}
     for file, expected in _shards(path).items():
         header = read_header(path / file)
@@ -77,8 +89,24 @@ def open_folder(path: Path) -> HuggingFaceFolder:
         if twice := [name for name in header if name in stored]:
             raise ConversionError(f"{path / file} repeats tensors of another file: {', '.join(twice)}")
         stored |= header
-    tensors = {name: Tensor(tensor.info, tensor.read) for name, tensor in stored.items()}
-    return HuggingFaceFolder(path, config, unquantised(tensors, config))
+    tensors, left_out = _of_text_half(stored, half.whole)
+    config = dict(half.config)
+    return HuggingFaceFolder(path, config, unquantised(tensors, config), left_out)
+
+
+def _of_text_half(stored: Mapping[str, StoredTensor], whole: Whole | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors by the names that they have in a model without other halves, and the names of those that it lacks."""
+    tensors: dict[str, Tensor] = {}
+    left_out: list[str] = []
+    for name, tensor in stored.items():
+        if whole and any(re.fullmatch(pattern, name) for pattern in whole.others):
+            left_out.append(name)
+            continue
+        prefixes = whole.prefixes if whole else {}
+        outer = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        plain = prefixes[outer] + name.removeprefix(outer) if outer else name
+        tensors[plain] = Tensor(tensor.info, tensor.read)
+    return tensors, tuple(left_out)
 
 
 def described_by(path: Path, config: Mapping[str, Any], names: Collection[str] | None) -> tuple[Family, ModelConfig]:
@@ -143,6 +171,14 @@ def _shards(path: Path) -> dict[str, list[str]]:
             f"M.from_pretrained('{path}', dtype='auto').save_pretrained('{path}-safetensors')\""
         )
     raise ConversionError(f"{path} has no *.safetensors file")
+
+
+def tell_left_out(folder: HuggingFaceFolder, log: Callable[[str], None]) -> None:
+    """Says how many tensors of which other halves are not read."""
+    parts = Counter(next(part for part in name.split(".") if part != "model") for name in folder.left_out)
+    if parts:
+        listed = ", ".join(f"{part} ({count})" for part, count in sorted(parts.items()))
+        log(f"{folder.path}: the text half alone is read; left out are the tensors of {listed}")
 
 
 def carry(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from maxlm.checkpoint.reader import CheckpointReader
 from maxlm.config import ModelConfig
 from maxlm.convert.engine import FamilyModel, open_model
 from maxlm.convert.errors import ConversionError
-from maxlm.convert.folder import HuggingFaceFolder, is_huggingface_folder
+from maxlm.convert.folder import HuggingFaceFolder, is_huggingface_folder, tell_left_out
 from maxlm.convert.stored import CHECKPOINTS, open_stored
 from maxlm.convert.tiles import Region, Tile, tiles
 from maxlm.data.workers import Progress
@@ -45,6 +45,7 @@ def open_weights(path: str | Path, model: ModelConfig, *, log: Log) -> Place:
     source = Path(path).expanduser()
     if is_huggingface_folder(source):
         folder, described = open_model(source, further=bool(model.mtp_layers))
+        tell_left_out(folder, log)
         longer = max(model.vocab_size, described.model.vocab_size)
         _check(source, model, dataclasses.replace(described.model, vocab_size=longer))
         return lambda shardings: _from_folder(folder, described, model, shardings)

@@ -14,7 +14,7 @@ import json
 import math
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from maxlm.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from maxlm.errors import UserError
@@ -31,6 +31,12 @@ TRAINING_ONLY = (
     "moe.capacity_factor",
 )
 """Settings that say how parameters are drawn or trained, not what the model computes with them."""
+
+_SHARED = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"),
+    *("quantization_config", "transformers_version"),
+)
+"""What a config.json says of all halves of a model."""
 
 _STRETCH = {
     "linear": ("factor",),
@@ -50,6 +56,23 @@ class FamilyError(UserError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole:
+    """Published models that also see or hear, and have a family's model as their text half.
+
+    architectures, model_types: what their config.json says, as of a `Family`.
+    config: the word of it under which the text half's settings are.
+    prefixes: beginnings of the text half's tensor names -> what they are without the other halves.
+    others: patterns of the names of the other halves' tensors, which are left out.
+    """
+
+    architectures: tuple[str, ...]
+    model_types: tuple[str, ...]
+    config: str
+    prefixes: Mapping[str, str]
+    others: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """What has to be known of a family.
 
@@ -60,6 +83,7 @@ class Family:
     to_hf: the inverse, with `architectures` and `model_type`. Call it through `hf_config`, which finds what the family
       cannot express by reading the result back.
     table: the correspondence of the parameters.
+    whole: models of which only the text half is read; they are exported as the family's own.
     """
 
     name: str
@@ -69,6 +93,7 @@ class Family:
     from_hf: Callable[[HFConfig], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     table: Callable[[ModelConfig], Table]
+    whole: Whole | None = None
 
 
 @functools.cache
@@ -83,8 +108,9 @@ def families() -> dict[str, Family]:
     claimed: dict[str, str] = {}
     for module in pkgutil.iter_modules(package.__path__):
         family: Family = importlib.import_module(f"{package.__name__}.{module.name}").FAMILY
-        claims = {f"architecture {name}" for name in family.architectures}
-        claims |= {f"model_type {name}" for name in family.model_types}
+        names = (family, family.whole) if family.whole else (family,)
+        claims = {f"architecture {name}" for each in names for name in each.architectures}
+        claims |= {f"model_type {name}" for each in names for name in each.model_types}
         claims |= {f"preset {name}" for name in family.presets} | {f"family {family.name}"}
         for claim in sorted(claims):
             if claim in claimed:
@@ -92,6 +118,35 @@ def families() -> dict[str, Family]:
             claimed[claim] = module.name
         found[family.name] = family
     return found
+
+
+class TextHalf(NamedTuple):
+    """The settings of a text model, and the models of more halves that they were found in."""
+
+    config: HFConfig
+    whole: Whole | None
+
+
+def text_half(hf: HFConfig) -> TextHalf:
+    """What a config.json's content says of the text half, for a model that also sees or hears; else as it is.
+
+    Raises:
+      FamilyError: it says nothing of a text half.
+    """
+    named = list(hf.get("architectures") or ())
+    for family in families().values():
+        whole = family.whole
+        if whole is None or not (
+            any(name in whole.architectures for name in named)
+            or (not named and hf.get("model_type") in whole.model_types)
+        ):
+            continue
+        text = hf.get(whole.config)
+        if not isinstance(text, Mapping):
+            raise FamilyError(f"config.json of {', '.join(named) or hf['model_type']} has no {whole.config!r}")
+        shared = {word: hf[word] for word in _SHARED if word in hf}
+        return TextHalf(shared | {**text, "architectures": [family.architectures[0]]}, whole)
+    return TextHalf(hf, None)
 
 
 def family_of(hf: HFConfig) -> Family:

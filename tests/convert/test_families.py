@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import tempfile
 from typing import Any, NamedTuple
 
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 
 from maxlm.config import ModelConfig
-from maxlm.convert.engine import from_hf, to_hf
+from maxlm.convert.engine import from_hf, open_model, to_hf
 from maxlm.convert.folder import open_folder
 from maxlm.convert.safetensors import ShardWriter, TensorInfo
 from maxlm.infer.generate import RunnableModel, generate
 from maxlm.infer.sampling import Sampling
 from maxlm.model.decoder import merge, split_model
-from maxlm.model.family import Family, family_of, hf_config
+from maxlm.model.family import Family, FamilyError, family_of, hf_config
 from maxlm.model.flops import count_matmul_flops, ledger
 from maxlm.model.runtime import Runtime
 from maxlm.model.table import bind, to_ours, to_theirs
@@ -138,6 +139,71 @@ def test_the_files_of_gpt2_as_published_are_read(tmp_path):
     assert back.keys() == {f"transformer.{name}" for name in tensors}
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[f"transformer.{key}"].read(slice(None)), value.numpy())
+
+
+def test_the_text_half_of_a_model_that_sees_is_read_and_written_by_itself(tmp_path):
+    """Gemma 3 as it is published from 4B on, with what its config.json leaves out, under either kind of names."""
+    text = {key: value for key, value in (SHARED | CASES["gemma3"].settings).items() if "num_" not in key}
+    text |= {"num_hidden_layers": 3, "head_dim": 4}
+    sight = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sight |= {"image_size": 8, "patch_size": 4}
+    config = transformers.Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval().float()
+    with torch.no_grad():
+        for name, weight in whole.named_parameters():
+            if "language_model" in name:
+                weight.normal_(0, 1 / math.sqrt(weight.shape[-1])) if weight.ndim > 1 else weight.normal_(0, 0.1)
+    whole.save_pretrained(tmp_path / "hf")
+    file, lines = tmp_path / "hf/config.json", []
+    content = json.loads(file.read_text())
+    for word in ("num_attention_heads", "num_key_value_heads"):  # 8 and 4, as the 4B model has them
+        del content["text_config"][word]
+    file.write_text(json.dumps(content))
+    from_hf(tmp_path / "hf", tmp_path / "ours", log=lines.append)
+    assert any("left out are the tensors of multi_modal_projector (2), vision_tower (" in line for line in lines)
+    to_hf(tmp_path / "ours", tmp_path / "back", log=lines.append)
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", output_loading_info=True, attn_implementation="eager", dtype="float32"
+    )
+    assert type(back).__name__ == "Gemma3ForCausalLM"
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    folder, described = open_model(tmp_path / "hf")
+    tensors = {name: np.array(tensor.read(slice(None))) for name, tensor in folder.tensors.items()}
+    params = to_ours(described.rows, {name: tensors[name] for row in described.rows for name, _ in row.tensors()})
+    decoder = merge(split_model(described.model).graphdef, params)
+    prompt = PROMPTS[-1]
+    with torch.no_grad():
+        expected, got = (m(torch.tensor([prompt])).logits.numpy() for m in (whole, back))
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+
+    @jax.jit
+    def forward(decoder, tokens):
+        positions = jnp.arange(tokens.shape[1])[None]
+        out = decoder.hidden(tokens, positions_BS=positions, segments_BS=None, runtime=Runtime())
+        return decoder.logits(out.hidden_BSD)
+
+    np.testing.assert_allclose(np.asarray(forward(decoder, jnp.asarray([prompt]))), expected, atol=1e-4, rtol=0)
+    # The other kind of names, which depends on who wrote the file, gives the same tensors.
+    saved = safetensors_torch.load_file(tmp_path / "hf/model.safetensors")
+    kinds = ("language_model.model.", "model.language_model.")
+    was = next(kind for kind in kinds if any(name.startswith(kind) for name in saved))
+    became = kinds[1 - kinds.index(was)]
+    renamed = {name.replace(was, became, 1) if name.startswith(was) else name: x for name, x in saved.items()}
+    renamed = {
+        f"model.{name}" if became == kinds[1] and name.startswith(("vision_tower", "multi_modal")) else name: x
+        for name, x in renamed.items()
+    }
+    safetensors_torch.save_file(renamed, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    other, _ = open_model(tmp_path / "hf")
+    assert len(other.left_out) == len(folder.left_out) and other.tensors.keys() == tensors.keys()
+    for name, tensor in other.tensors.items():
+        np.testing.assert_array_equal(tensor.read(slice(None)), tensors[name])
+    file.write_text(json.dumps({"architectures": ["Gemma3ForConditionalGeneration"]}))
+    with pytest.raises(FamilyError, match="Gemma3ForConditionalGeneration has no 'text_config'"):
+        open_model(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("name", NATIVE)

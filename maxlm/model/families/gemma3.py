@@ -1,5 +1,7 @@
 """Gemma 3 (Gemma Team 2025), text: norms of queries and keys, five windows to a layer without, and a base of their own
 for the rotary positions of the windows.
+
+From 4B on it is published with a half that sees, whose tensors are left out.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from maxlm.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
-from maxlm.model.family import Family, HFConfig, only
+from maxlm.model.family import Family, HFConfig, Whole, only
 from maxlm.model.hf import (
     SANDWICH_NORMS,
     attention_rows,
@@ -25,8 +27,12 @@ from maxlm.model.hf import (
 )
 from maxlm.model.table import Table
 
+_USUAL = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
+"""What the published config.json of the 4B model leaves out."""
+
 
 def _from_hf(hf: HFConfig) -> ModelConfig:
+    hf = {**_USUAL, **hf}
     only(hf, attention_bias=(False,), use_bidirectional_attention=(None, False))
     only(hf, hidden_activation=("gelu_pytorch_tanh",))
     pattern = hf.get("sliding_window_pattern") or 6
@@ -136,4 +142,15 @@ FAMILY = Family(
     from_hf=_from_hf,
     to_hf=_to_hf,
     table=_table,
+    whole=Whole(
+        architectures=("Gemma3ForConditionalGeneration",),
+        model_types=("gemma3",),
+        config="text_config",
+        prefixes={
+            "language_model.model.": "model.",
+            "model.language_model.": "model.",
+            "language_model.lm_head.": "lm_head.",
+        },
+        others=(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..*",),
+    ),
 )
