@@ -124,8 +124,10 @@ class Head(nnx.Module):
         kernel = self.kernel[...]
         if not self.normed:
             return kernel
-        lengths = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=0, keepdims=True))
-        return kernel / jnp.maximum(lengths, 1e-12)
+        squares = jnp.sum(jnp.square(kernel), axis=0, keepdims=True)
+        # A column of zeros, as a lengthened vocabulary has them, has no direction and stays as it is; it can learn one.
+        # The root's slope there is infinite, and is kept out of the gradient too.
+        return kernel / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxlm import tree
 from maxlm.config import MoeConfig
 from maxlm.model.attention import GroupedQueryAttention, Sight
-from maxlm.model.decoder import Block, Decoder, init_cache, init_params, split_model
+from maxlm.model.decoder import Block, Decoder, init_cache, init_params, merge, split_model
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.mlp import FeedForwardOut, Mlp
 from maxlm.model.runtime import Runtime
@@ -307,6 +307,27 @@ def test_a_block_of_another_family_is_composed(tiny):
     config = tiny.config()
     model = Decoder(config, rngs=nnx.Rngs(params=jax.random.key(0)), make_block=make)
     assert tiny.hidden(model, tiny.tokens(2, 6)).hidden_BSD.shape == (2, 6, 24)
+
+
+def test_a_normed_head_has_a_gradient_where_a_column_is_zero(tiny):
+    """As a lengthened vocabulary has them. Of the other columns only what turns them counts."""
+    built = tiny.build(tiny.config(normed_head=True))
+    kernel = np.array(built.params["head"]["kernel"])
+    kernel[:, 5] = 0
+    weights = np.random.default_rng(0).standard_normal(kernel.shape, np.float32)
+
+    def matrix(kernel):
+        return merge(built.graphdef, built.params | {"head": {"kernel": kernel}}).head_matrix()
+
+    found, pullback = jax.vjp(matrix, jnp.asarray(kernel))
+    (gradient,) = pullback(jnp.asarray(weights))
+    others = np.arange(kernel.shape[1]) != 5
+    lengths = np.linalg.norm(kernel[:, others], axis=0)
+    unit = kernel[:, others] / lengths
+    np.testing.assert_allclose(found[:, others], unit, rtol=1e-6)
+    assert not np.any(found[:, 5]) and np.all(np.isfinite(gradient[:, 5])) and np.any(gradient[:, 5])
+    turning = (weights[:, others] - unit * np.sum(unit * weights[:, others], axis=0)) / lengths
+    np.testing.assert_allclose(gradient[:, others], turning, atol=1e-5)
 
 
 def test_errors_say_what_to_type(tiny):
