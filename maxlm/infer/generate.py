@@ -85,6 +85,7 @@ def generate(
         capacity=_rounded(width + max_new_tokens),
         dtype=model.runtime.dtype,
         padding=jnp.asarray(width - lengths),
+        longest=int(lengths.max()) + max_new_tokens - 1,  # the last token that is drawn is not read
     )
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(prompts)))
     advance = functools.partial(

@@ -66,6 +66,7 @@ class Cache(NamedTuple):
     slots: jax.Array  # (C,) int32: 0, 1, ...
     padding: jax.Array  # (B,) int32
     used: jax.Array  # () int32: slots filled, padding included
+    longest: jax.Array  # () int32: positions that a row may come to have, at most C
 
 
 class DecodeOut(NamedTuple):
@@ -167,6 +168,7 @@ class Decoder(nnx.Module):
         segments_BS: jax.Array | None,
         runtime: Runtime,
         real_BS: jax.Array | None = None,
+        longest: jax.Array | None = None,
     ) -> HiddenOut:
         """Runs the model over whole rows.
 
@@ -174,8 +176,9 @@ class Decoder(nnx.Module):
           tokens_BS, positions_BS: int32.
           segments_BS: int32 document numbers; a token sees its own document only. None: a row is one document.
           real_BS: bool, False at padding, which then takes no part in a router's counts. None: all hold tokens.
+          longest: () int32, as of `longest_row`, where these rows are a part of a batch. None: of these rows.
         """
-        sight = _whole_rows(positions_BS, segments_BS, real_BS)
+        sight = _whole_rows(positions_BS, segments_BS, real_BS, longest)
         out = self._run(tokens_BS, sight=sight, runtime=runtime, memory=None)
         return HiddenOut(out.x, {"residual": out.rms}, out.aux)
 
@@ -188,6 +191,7 @@ class Decoder(nnx.Module):
         segments_BS: jax.Array | None,
         runtime: Runtime,
         real_BS: jax.Array | None = None,
+        longest: jax.Array | None = None,
     ) -> FurtherOut:
         """What `config.mtp_layers` layers predict further tokens from; arguments besides as of `hidden`.
 
@@ -203,7 +207,7 @@ class Decoder(nnx.Module):
                 self.mtp,
                 hidden_BSD,
                 [self.embed(tokens, positions_BS, runtime=runtime) for tokens in tokens_BS],
-                sight=_whole_rows(positions_BS, segments_BS, real_BS),
+                sight=_whole_rows(positions_BS, segments_BS, real_BS, longest),
                 windows=tuple(windows[(first + k) % len(windows)] for k in range(self.config.mtp_layers)),
                 runtime=runtime,
             )
@@ -224,7 +228,7 @@ class Decoder(nnx.Module):
             segments_k=(cache.slots >= padding).astype(jnp.int32),
             offset=cache.used,
             real=real,
-            longest=jnp.asarray(cache.slots.size, jnp.int32),
+            longest=cache.longest,
         )
         out = self._run(tokens_Bt, sight=sight, runtime=runtime, memory=cache.memory)
         return DecodeOut(out.x, cache._replace(memory=out.memory, used=cache.used + tokens_Bt.shape[1]))
@@ -270,8 +274,19 @@ class Decoder(nnx.Module):
         return [self.layers] if self.prefix is None else [self.prefix, self.layers]
 
 
-def _whole_rows(positions: jax.Array, segments: jax.Array | None, real: jax.Array | None) -> Sight:
-    return Sight(positions, segments, segments, real=real, longest=jnp.max(positions) + 1)
+def longest_row(positions_BS: jax.Array) -> jax.Array:
+    """() int32: how many positions the longest document of a batch has, by which longrope and dynamic go.
+
+    To be asked of the whole batch, so that neither microbatches nor stages change what is computed.
+    """
+    return jnp.max(positions_BS) + 1
+
+
+def _whole_rows(
+    positions: jax.Array, segments: jax.Array | None, real: jax.Array | None, longest: jax.Array | None
+) -> Sight:
+    longest = longest_row(positions) if longest is None else longest
+    return Sight(positions, segments, segments, real=real, longest=longest)
 
 
 def stack_windows(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
@@ -283,9 +298,20 @@ def stack_windows(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
 
 
 def init_cache(
-    config: ModelConfig, batch: int, *, capacity: int, dtype: Any, padding: jax.Array | None = None
+    config: ModelConfig,
+    batch: int,
+    *,
+    capacity: int,
+    dtype: Any,
+    padding: jax.Array | None = None,
+    longest: int | None = None,
 ) -> Cache:
-    """An empty cache for `capacity` tokens a row; `padding` (B,) int32 as `Cache` says, None: no row is padded."""
+    """An empty cache for `capacity` tokens a row.
+
+    Args:
+      padding: (B,) int32 as `Cache` says. None: no row is padded.
+      longest: positions that a row will come to have, where that is less than the capacity. None: as many.
+    """
     counts = [config.moe.dense_layers, config.num_layers - config.moe.dense_layers]
     memory = tuple(
         tuple(
@@ -301,7 +327,8 @@ def init_cache(
         for count, cycle in zip(filter(None, counts), stack_windows(config), strict=True)
     )
     pads = jnp.zeros(batch, jnp.int32) if padding is None else jnp.asarray(padding, jnp.int32)
-    return Cache(memory, jnp.arange(capacity, dtype=jnp.int32), pads, jnp.zeros((), jnp.int32))
+    slots, most = jnp.arange(capacity, dtype=jnp.int32), jnp.asarray(longest or capacity, jnp.int32)
+    return Cache(memory, slots, pads, jnp.zeros((), jnp.int32), most)
 
 
 def split_model(config: ModelConfig) -> ModelParts:

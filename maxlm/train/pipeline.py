@@ -58,11 +58,11 @@ class Pipeline:
     plan: Plan
 
     def __call__(
-        self, params: dict, micros: Batch, denominator: jax.Array, scale: jax.Array
+        self, params: dict, micros: Batch, denominator: jax.Array, scale: jax.Array, longest: jax.Array
     ) -> tuple[Metrics, dict[str, Any]]:
         """Loss terms and gradients; arguments as of `run`."""
         rows = jax.tree.map(jnp.asarray, self.plan.slots.rows)
-        out = self.run(params, micros, denominator, scale, rows)
+        out = self.run(params, micros, rows, denominator=denominator, scale=scale, longest=longest)
         # (cycles, layers of a cycle, ...), summed over microbatches
         rms, aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out.watched)
         rows_of_all = micros.tokens.shape[0] * micros.tokens.shape[1]
@@ -72,13 +72,17 @@ class Pipeline:
         }
         return terms, out.outer | {"layers": out.layers}
 
-    def run(self, params: dict, micros: Batch, denominator: jax.Array, scale: jax.Array, rows: Row) -> PipelineOut:
+    def run(
+        self, params: dict, micros: Batch, rows: Row, *, denominator: jax.Array, scale: jax.Array, longest: jax.Array
+    ) -> PipelineOut:
         """All that the pipeline gives.
 
         Args:
           micros: (A, B, S) arrays.
-          denominator, scale: of the loss, () float32.
           rows: of the plan's slots.
+          denominator, scale: of the loss, () float32.
+          longest: `longest_row` of the whole batch, () int32. In a stage's branch a maximum over devices would wait for
+            stages that do something else.
         """
 
         def constrain(layers: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +92,7 @@ class Pipeline:
         run = pipelined(
             self.plan.schedule,
             self.plan.slots,
-            make_stages(self.config, self.parts, self.runtime, denominator=denominator, scale=scale),
+            make_stages(self.config, self.parts, self.runtime, denominator=denominator, scale=scale, longest=longest),
             mesh=self.mesh,
             cycle=len(self.config.model.attention.windows),
             constrain=constrain,
@@ -103,7 +107,13 @@ def make_pipeline(config: Config, parts: ModelParts, runtime: Runtime, mesh: Mes
 
 
 def make_stages(
-    config: Config, parts: ModelParts, runtime: Runtime, *, denominator: jax.Array, scale: jax.Array
+    config: Config,
+    parts: ModelParts,
+    runtime: Runtime,
+    *,
+    denominator: jax.Array,
+    scale: jax.Array,
+    longest: jax.Array,
 ) -> Stages:
     """The parts; arguments as of the step's loss."""
     separate = separates_documents(config.data)
@@ -119,7 +129,7 @@ def make_stages(
 
     def layer(params: dict, x: jax.Array, micro: Batch) -> LayerOut:
         segments = micro.segments if separate else None
-        sight = Sight(micro.positions, segments, segments, real=micro.segments > 0)
+        sight = Sight(micro.positions, segments, segments, real=micro.segments > 0, longest=longest)
         cycle = make_cycle(cycle_def, sight=sight, windows=config.model.attention.windows, runtime=runtime)
         x, (rms, _, aux) = cycle(x, (params, None))
         rows = micro.tokens.shape[0] * config.train.accumulation

@@ -16,7 +16,7 @@ from maxlm.checkpoint.digest import digest_array
 from maxlm.config import Config, DataConfig
 from maxlm.data.batch import Batch
 from maxlm.model import moe
-from maxlm.model.decoder import STACKS, Decoder, ModelParts, merge
+from maxlm.model.decoder import STACKS, Decoder, ModelParts, longest_row, merge
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.runtime import Runtime
 from maxlm.optim import average, guard, scaling
@@ -26,8 +26,8 @@ from maxlm.train.state import TrainState
 
 Metrics = dict[str, Any]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-PipelineFn = Callable[[dict, Batch, jax.Array, jax.Array], tuple[Metrics, dict]]
-"""(params, batch (A, B/A, S), denominator, scale) -> what `gradients` gives."""
+PipelineFn = Callable[[dict, Batch, jax.Array, jax.Array, jax.Array], tuple[Metrics, dict]]
+"""(params, batch (A, B/A, S), denominator, scale, longest row) -> what `gradients` gives."""
 
 
 def make_train_step(
@@ -46,15 +46,16 @@ def make_train_step(
     shifts = jnp.array([phase.from_step for phase in config.data.phases.values()], jnp.int32)
 
     def loss(
-        params: dict, batches: tuple[Batch, ...], denominators: jax.Array, scale: jax.Array
+        params: dict, batches: tuple[Batch, ...], denominators: jax.Array, scale: jax.Array, longest: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """A microbatch's share of the loss, times the loss scale."""
+        """A microbatch's share of the loss, times the loss scale; all but `batches` is of the whole batch."""
         model, (batch, *more) = merge(parts.graphdef, params), batches
         rows: Any = {
             "positions_BS": batch.positions,
             "segments_BS": batch.segments if separate else None,
             "real_BS": batch.segments > 0,
             "runtime": runtime,
+            "longest": longest,
         }
         out = model.hidden(batch.tokens, **rows)
         total, terms = head_loss(config, model, out.hidden_BSD, batch, denominator=denominators[0], runtime=runtime)
@@ -73,13 +74,13 @@ def make_train_step(
         return (total + aux.total) * scale, terms | {"experts": aux.terms, "activations": out.norms}
 
     def gradients(
-        params: dict, batches: tuple[Batch, ...], denominators: jax.Array, scale: jax.Array
+        params: dict, batches: tuple[Batch, ...], denominators: jax.Array, scale: jax.Array, longest: jax.Array
     ) -> tuple[Metrics, dict]:
         """Loss terms and float32 gradients of the whole batch, a microbatch at a time."""
         count = config.train.accumulation
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         if count == 1 and pipeline is None:
-            (_, terms), grads = value_and_grad(params, batches, denominators, scale)
+            (_, terms), grads = value_and_grad(params, batches, denominators, scale, longest)
             return terms, grads
 
         def split(x: jax.Array) -> jax.Array:
@@ -88,14 +89,14 @@ def make_train_step(
             return runtime.constrain(x, (None, "batch", "seq"))
 
         def add(total: tuple, micro: tuple[Batch, ...]) -> tuple[tuple, None]:
-            (_, terms), grads = value_and_grad(params, micro, denominators, scale)
+            (_, terms), grads = value_and_grad(params, micro, denominators, scale, longest)
             return jax.tree.map(jnp.add, total, (terms, grads)), None
 
         micros = jax.tree.map(split, batches)
         if pipeline is not None:
-            return pipeline(params, micros[0], denominators[0], scale)
+            return pipeline(params, micros[0], denominators[0], scale, longest)
         shapes = jax.eval_shape(
-            lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), denominators, scale)
+            lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), denominators, scale, longest)
         )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
         (terms, grads), _ = jax.lax.scan(add, zeros, micros)
@@ -106,9 +107,8 @@ def make_train_step(
         batches = with_further(batch, config.model.mtp_layers)
         counted = jnp.stack([one.weights.sum() for one in batches])
         with jax.named_scope("loss_and_gradients"):
-            terms, grads = gradients(
-                state.params, runtime.arrange(batches), jnp.maximum(counted, 1.0), state.scale.scale
-            )
+            denominators, longest = jnp.maximum(counted, 1.0), longest_row(batch.positions)
+            terms, grads = gradients(state.params, runtime.arrange(batches), denominators, state.scale.scale, longest)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / state.scale.scale, grads)
 
         with jax.named_scope("optimizer"):
@@ -146,7 +146,7 @@ def make_train_step(
                 "updates": lambda: layer_rms(updates),
                 "activations": lambda: terms["activations"],
             }
-            experts = terms.get("experts", {})  # of a pipeline there are none
+            experts = terms["experts"]
             if experts:
                 norms["experts"] = lambda: moe.layer_loads(experts)
             metrics = {

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.config import AttentionConfig, MlpConfig, ModelConfig
+from maxlm.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
 from maxlm.errors import UserError
 from maxlm.infer.generate import (
     RunnableModel,
@@ -78,6 +78,33 @@ def test_greedy_is_the_argmax_of_whole_forward_passes(model, naive_logits):
             ids.append(int(naive_logits(ids).argmax()))
         assert new == ids[len(prompt) :]
         assert len(set(new)) > 3  # a constant would be no proof
+
+
+def test_longrope_goes_by_what_a_row_comes_to_have_and_not_by_the_room_that_is_made(model):
+    """19 tokens and 6 more read 24 positions, as many as the original length: short factors, as in transformers."""
+    rope = RopeConfig(
+        scaling="longrope", factor=4.0, original_length=24, short_factors=(1.0,) * 4, long_factors=(2.0, 8.0, 8.0, 8.0)
+    )
+    config = dataclasses.replace(model.config, rope=rope)
+    stretched = model._replace(config=config, graphdef=split_model(config).graphdef)
+
+    @jax.jit
+    def logits(tokens, longest):
+        decoder, positions = merge(stretched.graphdef, model.params), jnp.arange(32, dtype=jnp.int32)[None]
+        given = {"positions_BS": positions, "segments_BS": None, "runtime": model.runtime, "longest": longest}
+        return decoder.logits(decoder.hidden(tokens, **given).hidden_BSD)[0]
+
+    def naive(longest):
+        ids = list(PROMPTS[2])
+        for _ in range(6):
+            row = np.zeros((1, 32), np.int32)
+            row[0, : len(ids)] = ids
+            ids.append(int(logits(row, longest)[len(ids) - 1].argmax()))
+        return ids[len(PROMPTS[2]) :]
+
+    assert naive(24) != naive(25)
+    assert run(stretched, PROMPTS[2:], count=6)[0] == naive(24)
+    assert run(stretched, PROMPTS[2:], count=7)[0][:6] == naive(25)
 
 
 def test_a_prompt_does_not_feel_the_others(model):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from maxlm import tree
-from maxlm.config import Config, MoeConfig, ParallelConfig
+from maxlm.config import Config, MoeConfig, ParallelConfig, RopeConfig
 from maxlm.data.batch import Batch
 from maxlm.model import moe
-from maxlm.model.decoder import init_params, merge, split_model
+from maxlm.model.decoder import init_params, longest_row, merge, split_model
 from maxlm.model.flops import count_matmul_flops
 from maxlm.model.runtime import Runtime
 from maxlm.parallel.mesh import make_mesh
@@ -28,6 +28,10 @@ from tests.tiny import tiny_config
 
 MICROBATCHES, ROWS, POSITIONS, LAYERS = 4, 2, 32, 4
 SCALE = 8.0  # a loss scale, which has to reach every gradient once
+# Rows of some microbatches are no longer than the original length; those of the batch are.
+LONGROPE = RopeConfig(
+    scaling="longrope", factor=4.0, original_length=24, short_factors=(1.0,) * 8, long_factors=(1.5,) * 4 + (4.0,) * 4
+)
 
 
 def config_of(parallel: ParallelConfig, **leaves) -> Config:
@@ -56,11 +60,12 @@ def micros_of(count: int = MICROBATCHES) -> Batch:
 def plain(config: Config, params: dict, micros: Batch):
     """The sum over microbatches with nothing but `jax.value_and_grad`, on one device."""
     runtime, graphdef = Runtime(remat=config.train.remat), split_model(config.model).graphdef
-    denominator = micros.weights.sum()
+    denominator, longest = micros.weights.sum(), longest_row(micros.positions)
 
     def loss(params, micro):
         model = merge(graphdef, params)
-        out = model.hidden(micro.tokens, positions_BS=micro.positions, segments_BS=micro.segments, runtime=runtime)
+        rows = {"positions_BS": micro.positions, "segments_BS": micro.segments, "longest": longest}
+        out = model.hidden(micro.tokens, **rows, runtime=runtime)
         total, terms = head_loss(config, model, out.hidden_BSD, micro, denominator=denominator, runtime=runtime)
         aux = moe.auxiliary_losses(config.model.moe, out.aux, rows=micros.tokens.shape[0] * micros.tokens.shape[1])
         return (total + aux.total) * SCALE, terms | {"experts": aux.terms, "activations": out.norms}
@@ -103,7 +108,10 @@ class Piped:
             # As the step does with the whole batch: the order of positions that the context axis asks for.
             flat = jax.tree.map(lambda x: x.reshape(-1, POSITIONS), micros)
             micros = jax.tree.map(lambda x, y: y.reshape(x.shape), micros, runtime.arrange(flat))
-            return pipeline.run(params, micros, micros.weights.sum(), jnp.float32(SCALE), rows)
+            longest = longest_row(micros.positions)
+            return pipeline.run(
+                params, micros, rows, denominator=micros.weights.sum(), scale=jnp.float32(SCALE), longest=longest
+            )
 
         self.run = run
         self.specs = parts.specs
@@ -150,7 +158,7 @@ CASES = {
     "gpipe": (dict(pipeline=4, fsdp=2, pipeline_schedule="gpipe"), {}),
     "1f1b": (
         dict(pipeline=2, fsdp=2, tensor=2, pipeline_schedule="1f1b"),
-        {"model__tie_embeddings": True, "model__attention__windows": (7, 0)},
+        {"model__tie_embeddings": True, "model__attention__windows": (7, 0), "model__rope": LONGROPE},
     ),
     "interleaved": (
         dict(pipeline=2, fsdp=2, tensor=2, pipeline_schedule="interleaved", virtual_stages=2),
@@ -205,6 +213,11 @@ def test_what_was_executed_is_what_the_table_says(name):
     ran = executed[..., 0] != Unit.IDLE
     assert np.array_equal(executed[ran], table[ran])
     assert ((~ran).sum(axis=0) == [column.count(None) for column in zip(*schedule.ticks, strict=True)]).all()
+
+
+def test_some_microbatches_alone_would_have_taken_the_short_factors():
+    longest = [int(longest_row(jnp.asarray(rows))) for rows in micros_of().positions]
+    assert min(longest) <= LONGROPE.original_length < max(longest)
 
 
 def test_planted_bugs_are_caught():

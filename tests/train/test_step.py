@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from maxlm import tree
-from maxlm.config import ParallelConfig
+from maxlm.config import ParallelConfig, RopeConfig
 from maxlm.data.batch import Batch
+from maxlm.model.decoder import split_model
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
+from maxlm.train.compare import drawn_params, loss_and_gradients, too_far
 from maxlm.train.setup import make_setup, place_batch
 from maxlm.train.state import TrainState, make_state
 from tests.tiny import random_batch, tiny_config
@@ -76,6 +78,27 @@ def test_mesh_and_accumulation_do_not_change_the_losses(alone, sizes, accumulati
         assert value.tobytes() == first[path].tobytes(), path
     found = [other.step(random_batch(i))["loss"] for i in range(20)]
     np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+def test_accumulation_does_not_change_the_factors_of_longrope():
+    """The longest row of the batch chooses them for all; alone, the other microbatches would take the short ones."""
+    rope = RopeConfig(
+        scaling="longrope", factor=4.0, original_length=32, short_factors=(1.0,) * 8, long_factors=(4.0,) * 8
+    )
+    batch, length = random_batch(0, 4), 64
+    halves = np.arange(length) % 32
+    batch = batch._replace(
+        segments=np.full((4, length), 1, np.int32) + (np.arange(length) >= 32), positions=np.tile(halves, (4, 1))
+    )
+    batch.segments[2], batch.positions[2] = 1, np.arange(length)
+    settings = {"model__rope": rope, "model__num_layers": 1, "model__mtp_layers": 1, "data__batch_size": 4}
+
+    def computed(accumulation):
+        config = resolve(tiny_config("unused", train__accumulation=accumulation, **settings), devices=1)
+        params = drawn_params(split_model(config.model).specs, 0)
+        return loss_and_gradients(config, batch, params=params, devices=jax.devices()[:1])
+
+    assert too_far(computed(4), computed(1)) == set()
 
 
 def test_parameters_and_moments_are_really_sharded():
