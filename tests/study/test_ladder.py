@@ -10,6 +10,7 @@ from maxlm.config import AttentionConfig, LatentConfig, MlpConfig, MoeConfig, Ph
 from maxlm.errors import UserError
 from maxlm.model.decoder import split_model
 from maxlm.optim.optimizers import assign
+from maxlm.study import coordinates
 from maxlm.study.coordinates import check_coordinates
 from maxlm.study.identity import run_name
 from maxlm.study.ladder import Rules, Shape, configure, shape_by_depth, shape_by_flops, shape_by_params, size_of
@@ -58,6 +59,14 @@ def test_the_transfer_rule_sets_rates_decays_and_init_by_path():
     assert config.model.head_init == 0 and config.optim.peak_lr == RULES.base_rate
     same = configure(BASE, Shape(2, 32), RULES, flops=1e13)
     assert {item.lr for item in assign(same.optim, split_model(same.model).specs).values()} == {1.0}
+
+
+def test_the_coordinate_check_is_of_one_device_wherever_the_study_runs():
+    spread = dataclasses.replace(BASE.parallel, pipeline=2, pipeline_schedule="interleaved", virtual_stages=2)
+    base = dataclasses.replace(BASE, parallel=spread, train=dataclasses.replace(BASE.train, accumulation=6))
+    config = coordinates._config(base, RULES, Shape(2, 32), steps=1, rate=0.1)  # 6 does not divide its 8 rows
+    assert set(config.parallel.sizes.values()) == {1}
+    assert config.parallel.virtual_stages == config.train.accumulation == 1
 
 
 ATTENTION = {f"attention/{name}" for name in ("query", "key", "value", "output")}
