@@ -1,6 +1,7 @@
 """Schedules as tables: their makespans, what they hold, and that a broken table is refused."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,14 @@ def test_the_drawing_and_its_tool():
         [sys.executable, tool, "--schedule=1f1b", "--stages=2", "--microbatches=2"], capture_output=True, text=True
     )
     assert out.stdout.strip() == drawn
+
+
+def test_a_schedule_that_does_not_suit_hides_no_other():
+    tool = Path(__file__).parents[2] / "tools" / "pipeline_schedule.py"
+    command = [sys.executable, tool, "--stages=4", "--microbatches=6"]
+    everything = subprocess.run(command, capture_output=True, text=True)
+    assert everything.returncode == 0
+    for name in NAMES:
+        assert re.search(rf"^{'error: interleaved' if name == 'interleaved' else name + ':'}", everything.stdout, re.M)
+    one = subprocess.run([*command, "--schedule=interleaved"], capture_output=True, text=True)
+    assert one.returncode == 1 and one.stderr.startswith("error: interleaved")

@@ -92,11 +92,6 @@ class Schedule:
         """Which part of the model, in its order, a virtual stage is."""
         return virtual * self.stages + stage
 
-    @property
-    def splits(self) -> bool:
-        """Whether backward passes are cut into INPUT and WEIGHT."""
-        return any(cell.unit is Unit.WEIGHT for _, _, cell in self.cells())
-
     def finish(self) -> dict[tuple[Unit, int, int], int]:
         """The tick of each (unit, microbatch, chunk); BACKWARD counts as INPUT and as WEIGHT as well."""
         done: dict[tuple[Unit, int, int], int] = {}
