@@ -8,7 +8,8 @@ python tools/equivalence.py --docs --join A.json B.json    runs nothing: the tab
 Every case is one training step in float32 of a tiny model, from the same parameters and batch, with an optimizer that
 records gradients. The reference is a single device with plain attention, all experts computed where they are, no
 rematerialisation and no accumulation. On every mesh of 8 devices a pairwise covering array of the features is run: each
-pair of values of two features occurs in some case. Meshes of four and more axes are run with all of them on.
+pair of values of two features occurs in some case. Meshes of four and more axes are run with all of them on. Models
+with other features are run on a few meshes of 8 devices each.
 """
 
 from __future__ import annotations
@@ -21,148 +22,19 @@ import itertools
 import json
 import math
 import os
-import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for the other half of this program
+
+from tools.equivalence_cases import AXES, LARGE, MODELS, POSITIONS, ROWS, Case, cases, config_of
+
 ROOT = Path(__file__).resolve().parent.parent
-AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
-ROWS, POSITIONS = 32, 32
-EXPERTS = 8
-# What production runs use: hybrid sharding with tensor and context, experts across nodes, pipelines of all of it.
-LARGE: dict[int, tuple[dict[str, int], ...]] = {
-    16: (
-        {"data": 2, "fsdp": 2, "context": 2, "tensor": 2},
-        {"data": 2, "fsdp": 2, "expert": 2, "tensor": 2},
-        {"data": 2, "fsdp": 2, "pipeline": 2, "tensor": 2},
-        {"fsdp": 2, "pipeline": 2, "expert": 2, "tensor": 2},
-        {"fsdp": 2, "pipeline": 2, "context": 2, "tensor": 2},
-    ),
-    32: (
-        {"data": 2, "fsdp": 2, "pipeline": 2, "context": 2, "tensor": 2},
-        {"data": 2, "fsdp": 2, "pipeline": 2, "expert": 2, "tensor": 2},
-        {"data": 2, "fsdp": 2, "context": 2, "expert": 2, "tensor": 2},
-    ),
-    64: ({axis: 2 for axis in AXES},),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One mesh and one value of each feature."""
-
-    mesh: tuple[tuple[str, int], ...]
-    moe: bool
-    packed: bool
-    remat: str
-    accumulation: int
-    schedule: str = ""  # empty: no pipeline
-
-    @property
-    def name(self) -> str:
-        """For people and for --case."""
-        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh) or "one device"
-        parts = [
-            mesh,
-            "moe" if self.moe else "dense",
-            "packed" if self.packed else "unpacked",
-            f"remat {self.remat}",
-            f"accumulation {self.accumulation}",
-            self.schedule,
-        ]
-        return ", ".join(part for part in parts if part)
-
-
-def meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Every way to spread a power of two of devices over the axes; sizes of one are left out."""
-    twos = devices.bit_length() - 1
-    for powers in itertools.product(range(twos + 1), repeat=len(AXES)):
-        if sum(powers) == twos:
-            yield {axis: 2**power for axis, power in zip(AXES, powers, strict=True) if power}
-
-
-def covering_array(features: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Rows in which every pair of values of two features occurs, few of them (greedily; the same every time)."""
-    names = list(features)
-    rows = [dict(zip(names, values, strict=True)) for values in itertools.product(*features.values())]
-
-    def pairs(row: dict[str, Any]) -> set[tuple]:
-        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
-
-    missing = set().union(*(pairs(row) for row in rows))
-    chosen = []
-    while missing:
-        best = max(rows, key=lambda row: len(pairs(row) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
-
-
-def cases(devices: int) -> Iterator[Case]:
-    """All cases of a number of devices."""
-    for sizes in meshes(devices) if devices == 8 else LARGE[devices]:
-        stages = sizes.get("pipeline", 1)
-        features: dict[str, Sequence[Any]] = {
-            # A dense model has nothing to spread over `expert`: the config is refused.
-            "moe": (True,) if sizes.get("expert", 1) > 1 else (False, True),
-            "packed": (True, False),
-            "remat": ("none", "full"),
-            "accumulation": (1, 2) if stages == 1 else (stages, 2 * stages),
-            "schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble") if stages > 1 else ("",),
-        }
-        rows = covering_array(features) if devices < 64 else covering_array(features)[:2]
-        for row in rows:
-            yield Case(tuple(sizes.items()), **row)
-
-
-def layers(case: Case) -> int:
-    """As few as the stages allow: a stage, or a part of one, holds whole cycles of two windows."""
-    stages = dict(case.mesh).get("pipeline", 1)
-    return max(4, 2 * stages * (2 if case.schedule == "interleaved" else 1))
-
-
-def config_of(case: Case | None, *, moe: bool, packed: bool, layers: int) -> Any:
-    """The config of a case, or of its reference."""
-    from maxlm import config as c
-
-    parallel: dict[str, Any] = {"data": 1}
-    train: dict[str, Any] = {}
-    if case is not None:
-        parallel |= dict(case.mesh)
-        if case.schedule:
-            parallel["pipeline_schedule"] = case.schedule
-            parallel["virtual_stages"] = 2 if case.schedule == "interleaved" else 1
-        train = {"remat": case.remat, "accumulation": case.accumulation}
-    experts = c.MoeConfig(experts=EXPERTS, active=2, dim=16, shared_dim=16, balance_loss=0.02, router_z_loss=0.001)
-    return c.Config(
-        name="equivalence",
-        model=c.ModelConfig(
-            vocab_size=264,
-            embed_dim=32,
-            num_layers=layers,
-            attention=c.AttentionConfig(
-                q_heads=16, kv_heads=8, head_dim=8, qk_norm="head", softcap=20.0, windows=(12, 0)
-            ),
-            mlp=c.MlpConfig(dim=64),
-            moe=experts if moe else c.MoeConfig(),
-        ),
-        data=c.DataConfig(
-            stores={"none": c.StoreConfig(source="text:none")},
-            tokenizer=c.TokenizerConfig(kind="bytes"),
-            sequence_length=POSITIONS,
-            batch_size=ROWS,
-            mask_documents=packed,
-        ),
-        train=c.TrainConfig(
-            steps=10, precision="float32", norms_every=0, loss_chunk=256, compilation_cache="", z_loss=1e-3, **train
-        ),
-        eval=c.EvalConfig(batch_size=ROWS),
-        parallel=c.ParallelConfig(**parallel),
-    )
 
 
 def batch_of(*, packed: bool) -> Any:
@@ -175,34 +47,37 @@ def batch_of(*, packed: bool) -> Any:
 
 
 @functools.cache
-def start(moe: bool, packed: bool, layers: int) -> Any:
+def start(kind: str, packed: bool, layers: int) -> Any:
     """Parameters to start from.
 
     With experts, those of the first seed whose router decides clearly for every token: the last expert that it chooses
     has a logit more than 1e-4 above that of the best one left out, far above what another order of sums changes, so
-    that every mesh has to choose the same. Routers are drawn eight times as large, which spreads the logits out.
+    that every mesh has to choose the same; so it is of groups, and of scores where these and not logits are compared.
+    Routers are drawn larger, which spreads the logits out, sigmoids less so, which would all be ones.
     """
     from maxlm import tree
     from maxlm.model.decoder import split_model
     from maxlm.resolve import resolve
     from maxlm.train.compare import drawn_params
 
-    specs = split_model(resolve(config_of(None, moe=moe, packed=packed, layers=layers), devices=1).model).specs
-    if not moe:
+    model = resolve(config_of(None, kind=kind, packed=packed, layers=layers), devices=1).model
+    specs = split_model(model).specs
+    if not model.moe.experts:
         return drawn_params(specs, seed=2)
-    least = make_margin(packed, layers)
-    for seed in range(2, 50):
-        params = tree.map_paths(lambda path, x: 8 * x if path.endswith("router") else x, drawn_params(specs, seed=seed))
+    least, larger = make_margin(kind, packed, layers), 8 if model.moe.router == "softmax" else 3
+    for seed in range(2, 100):
+        drawn = drawn_params(specs, seed=seed)
+        params = tree.map_paths(lambda path, x: larger * x if path.endswith("router") else x, drawn)
         found = least(params)
         if found > 1e-4:
-            kind = "packed" if packed else "unpacked"
-            print(f"experts of {layers} layers, {kind}: chosen by {found:.2e} at least (seed {seed})", flush=True)
+            rows = "packed" if packed else "unpacked"
+            print(f"{kind}, {layers} layers, {rows}: experts chosen by {found:.2e} at least (seed {seed})", flush=True)
             return params
     raise SystemExit("no seed has a router that decides clearly; draw larger routers")
 
 
-def make_margin(packed: bool, layers: int) -> Callable[[Any], float]:
-    """A function of parameters: by how much each token's last expert beats the best one left out, at least."""
+def make_margin(kind: str, packed: bool, layers: int) -> Callable[[Any], float]:
+    """A function of parameters: by how much each token's last expert or group beats the best one left out."""
     from unittest import mock
 
     import jax
@@ -213,13 +88,26 @@ def make_margin(packed: bool, layers: int) -> Callable[[Any], float]:
     from maxlm.model.runtime import Runtime
     from maxlm.resolve import resolve
 
-    config = resolve(config_of(None, moe=True, packed=packed, layers=layers), devices=1)
+    config = resolve(config_of(None, kind=kind, packed=packed, layers=layers), devices=1)
     graphdef, batch, route, seen = split_model(config.model).graphdef, batch_of(packed=packed), moe.route, []
 
+    def gap(values: Any, count: int) -> Any:
+        best = jax.lax.top_k(values, count + 1)[0]
+        return best[..., -2] - best[..., -1]
+
+    def margin(logits: Any, bias: Any, settings: Any) -> Any:
+        if bias is None and settings.groups == 1:
+            return gap(logits, settings.active)  # scores are in the order of logits
+        scores = jax.nn.softmax(logits) if settings.router == "softmax" else jax.nn.sigmoid(logits)
+        grouped = (scores + (0 if bias is None else bias)).reshape(*scores.shape[:-1], settings.groups, -1)
+        of_groups = jax.lax.top_k(grouped, 1 if settings.router == "softmax" else 2)[0].sum(axis=-1)
+        last = jax.lax.top_k(of_groups, settings.top_groups)[0][..., -1:]
+        allowed = jnp.where((of_groups >= last)[..., None], grouped, -jnp.inf).reshape(scores.shape)
+        return jnp.minimum(gap(of_groups, settings.top_groups), gap(allowed, settings.active))
+
     def watched(logits: Any, bias: Any, settings: Any) -> Any:
-        best = jax.lax.top_k(logits, settings.active + 1)[0]
-        gap = jnp.where(batch.segments > 0, best[..., -2] - best[..., -1], jnp.inf).min()
-        jax.debug.callback(lambda x: seen.append(float(x)), gap)
+        least = jnp.where(batch.segments > 0, margin(logits, bias, settings), jnp.inf).min()
+        jax.debug.callback(lambda x: seen.append(float(x)), least)
         return route(logits, bias, settings)
 
     @jax.jit
@@ -235,14 +123,14 @@ def make_margin(packed: bool, layers: int) -> Callable[[Any], float]:
         with mock.patch("maxlm.model.moe.route", watched):
             jax.block_until_ready(hidden(params))
         jax.effects_barrier()
-        assert len(seen) == layers
+        assert len(seen) == layers - config.model.moe.dense_layers
         return min(seen)
 
     return least
 
 
 @functools.cache
-def reference(moe: bool, packed: bool, layers: int) -> Any:
+def reference(kind: str, packed: bool, layers: int) -> Any:
     """What one device computes from there."""
     import jax
 
@@ -250,43 +138,9 @@ def reference(moe: bool, packed: bool, layers: int) -> Any:
     from maxlm.resolve import resolve
     from maxlm.train.compare import loss_and_gradients
 
-    config = resolve(config_of(None, moe=moe, packed=packed, layers=layers), devices=1)
-    params, batch = start(moe, packed, layers), batch_of(packed=packed)
+    config = resolve(config_of(None, kind=kind, packed=packed, layers=layers), devices=1)
+    params, batch = start(kind, packed, layers), batch_of(packed=packed)
     return loss_and_gradients(config, batch, params=params, devices=jax.devices()[:1], runtime=Runtime())
-
-
-def refuse_permutes_in_branches(program: str) -> None:
-    """Stops before a program is run that would hang: stages take different branches, and a permute waits for all.
-
-    Raises:
-      RuntimeError: a branch of a conditional has a collective-permute, which XLA's CPU back end runs as a rendezvous of
-        every device.
-    """
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in program.splitlines():
-        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            lines = computations.setdefault(start[1], [])
-        lines.append(line)
-
-    def called(line: str) -> Iterator[str]:
-        single = r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
-        yield from re.findall(single, line)
-        for names in re.findall(r"branch_computations=\{([^}]*)\}", line):
-            yield from (name.strip().lstrip("%") for name in names.split(","))
-
-    conditionals = [line for lines in computations.values() for line in lines if " conditional(" in line]
-    waiting, seen = [name for line in conditionals for name in called(line)], set()
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for line in computations.get(name, ()):
-            if " collective-permute(" in line or " collective-permute-start(" in line:
-                where = re.search(r'op_name="([^"]*)"', line)
-                raise RuntimeError(f"a branch of the program permutes: {where[1] if where else line.strip()}")
-            waiting += called(line)
 
 
 def run(case: Case) -> list[Any]:
@@ -294,31 +148,27 @@ def run(case: Case) -> list[Any]:
     import jax
 
     from maxlm.resolve import resolve
-    from maxlm.train.compare import Distance, distances, loss_and_gradients
+    from maxlm.train.compare import distances, loss_and_gradients
 
-    depth = layers(case)
-    config = resolve(config_of(case, moe=case.moe, packed=case.packed, layers=depth), devices=jax.device_count())
-    expected = reference(case.moe, case.packed, depth)
-    params, batch = start(case.moe, case.packed, depth), batch_of(packed=case.packed)
-    got = loss_and_gradients(config, batch, params=params, inspect=refuse_permutes_in_branches)
-    found = distances(got, expected)
-    # One token that goes elsewhere moves a layer's load by at least 8 / (2 * 1024), its mean over 16 layers by 2e-4.
-    load = got.metrics["load_max_over_mean"] / expected.metrics["load_max_over_mean"] if case.moe else 1
-    if abs(load - 1) > 1e-5:
-        found.insert(0, Distance(float("inf"), "which experts the tokens went to"))
-    return found
+    of = case.kind, case.packed, case.layers
+    config = config_of(case, kind=case.kind, packed=case.packed, layers=case.layers)
+    config = resolve(config, devices=jax.device_count())
+    got = loss_and_gradients(config, batch_of(packed=case.packed), params=start(*of))
+    return distances(got, reference(*of))
 
 
 def main() -> int:
     """Runs the cases asked for; 1 if any is too far from its reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, choices=(8, *LARGE), help="only the cases of so many devices")
-    parser.add_argument("--part", default="0/1", help="I/N: every N-th case from the I-th on")
+    parser.add_argument("--part", type=part, metavar="I/N", help="of those of --devices every N-th from the I-th on")
     parser.add_argument("--case", default="", help="only cases whose name has this in it")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--docs", action="store_true", help="write the table into docs/parallelism.md")
     parser.add_argument("--join", type=Path, nargs="+", help="run nothing, and take the results of these files")
     given = parser.parse_args()
+    if given.part and not given.devices:
+        parser.error("--part is a part of the cases of one number of devices; type --devices=8 with it")
     if given.join:
         results = [result for path in given.join for result in json.loads(path.read_text())]
     else:
@@ -331,8 +181,36 @@ def main() -> int:
         print(f"worst: {worst['share']:.3f} of what is allowed, {worst['what']}, in: {worst['case']}")
     print(f"{len(results)} cases, {len(wrong)} too far from one device")
     if given.docs and not wrong:
+        if lacking := incomplete(results):
+            print(lacking, file=sys.stderr)
+            return 1
         write_table(results)
     return 1 if wrong or not results else 0
+
+
+def part(text: str) -> tuple[int, int]:
+    """'1/2' as (1, 2)."""
+    first, _, step = text.partition("/")
+    if not (first.isdigit() and step.isdigit() and int(first) < int(step)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; the two halves are 0/2 and 1/2")
+    return int(first), int(step)
+
+
+def incomplete(results: list[dict[str, Any]]) -> str:
+    """What keeps results from being those of every case once, in words; empty: nothing."""
+    there = collections.Counter(result["case"] for result in results)
+    wanted = {devices: [case.name for case in cases(devices)] for devices in (8, *LARGE)}
+    lacking = {devices: sum(name not in there for name in names) for devices, names in wanted.items()}
+    known = {name for names in wanted.values() for name in names}
+    problems = []
+    if any(lacking.values()):
+        counts = ", ".join(f"{count} on {devices} devices" for devices, count in lacking.items() if count)
+        problems.append(f"{sum(lacking.values())} of {len(known)} cases are missing ({counts}); run them, and --join")
+    if unknown := sorted(there.keys() - known):
+        problems.append(f"{len(unknown)} results are of cases that there are none of (any more), e.g. {unknown[0]!r}")
+    if twice := [name for name, count in there.items() if count > 1]:
+        problems.append(f"{len(twice)} cases are there more than once, e.g. {twice[0]!r}")
+    return f"no table is written: {'; '.join(problems)}" if problems else ""
 
 
 def run_here(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -346,7 +224,7 @@ def run_here(given: argparse.Namespace) -> list[dict[str, Any]]:
     from maxlm.compilation import settle_cpu_devices
 
     settle_cpu_devices()
-    first, step = (int(number) for number in given.part.split("/"))
+    first, step = given.part or (0, 1)
     chosen = [case for case in itertools.islice(cases(given.devices), first, None, step) if given.case in case.name]
     results, began = [], time.monotonic()
     for number, case in enumerate(chosen, 1):
@@ -365,27 +243,34 @@ def run_here(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
     """All numbers of devices, two processes at a time: a process has one number of devices for its whole life."""
-    results: list[dict[str, Any]] = []
     rounds = [[(8, "0/2"), (8, "1/2")], [(16, "0/1"), (32, "0/1")], [(64, "0/1")]]
-    for together in rounds:
-        started = []
-        for devices, part in together:
-            path = ROOT / f".equivalence-{devices}-{part.replace('/', '-')}.json"
-            command = [sys.executable, __file__, f"--devices={devices}", f"--part={part}", f"--json={path}"]
-            started.append((path, subprocess.Popen([*command, f"--case={given.case}"], cwd=ROOT)))
-        for path, process in started:
-            process.wait()
-            if path.exists():
-                results += json.loads(path.read_text())
-                path.unlink()
-            elif not given.case:
-                raise SystemExit(f"{path.name} was not written: the program before ended with {process.returncode}")
-    return results
+    with tempfile.TemporaryDirectory() as folder:
+        return [result for together in rounds for result in run_together(together, Path(folder), case=given.case)]
+
+
+def run_together(parts: list[tuple[int, str]], folder: Path, *, case: str) -> list[dict[str, Any]]:
+    """Numbers of devices and parts of their cases, each in a process of its own.
+
+    Raises:
+      SystemExit: one of them has not come to its end. (It says 1 also where `case` chooses none of its cases.)
+    """
+    started = []
+    for devices, share in parts:
+        path = folder / f"{devices}-{share.replace('/', '-')}.json"
+        command = [sys.executable, __file__, f"--devices={devices}", f"--part={share}", f"--json={path}"]
+        started.append((path, subprocess.Popen([*command, f"--case={case}"], cwd=ROOT)))
+    codes = [process.wait() for _, process in started]
+    for (path, _), code in zip(started, codes, strict=True):
+        if code not in (0, 1) or not path.exists():
+            raise SystemExit(
+                f"the program of {path.stem.replace('-', ' devices, part ', 1)} ended with {code}, unfinished"
+            )
+    return [result for path, _ in started for result in json.loads(path.read_text())]
 
 
 def write_table(results: list[dict[str, Any]]) -> None:
-    """The pairs of axes and features that were proved, between the marks in docs/parallelism.md."""
-    rows = [
+    """The pairs of axes and features or models that were proved, between the marks in docs/parallelism.md."""
+    features = [
         *AXES,
         "experts",
         "packed documents",
@@ -404,13 +289,15 @@ def write_table(results: list[dict[str, Any]]) -> None:
             "remat": result["remat"] != "none",
             "accumulation": result["accumulation"] > 1,
         }
-        return flags[row] if row in flags else row in result["mesh"] or result["schedule"] == row
+        return flags[row] if row in flags else row in (*result["mesh"], result["schedule"], result.get("model", ""))
 
     def cell(row: str, column: str) -> str:
         return str(sum(has(result, row) and has(result, column) for result in results) or "")
 
-    lines = ["| | " + " | ".join(AXES) + " |", "|---" * (len(AXES) + 1) + "|"]
-    lines += [f"| {row} | " + " | ".join(cell(row, axis) for axis in AXES) + " |" for row in rows]
+    def table(rows: Iterable[str]) -> list[str]:
+        lines = ["| | " + " | ".join(AXES) + " |", "|---" * (len(AXES) + 1) + "|"]
+        return lines + [f"| {row} | " + " | ".join(cell(row, axis) for axis in AXES) + " |" for row in rows]
+
     worst = max(results, key=lambda result: result["share"])
     sizes = collections.Counter(math.prod(result["mesh"].values()) for result in results)
     counts = [f"{count} on {devices} devices" for devices, count in sorted(sizes.items())]
@@ -422,7 +309,11 @@ def write_table(results: list[dict[str, Any]]) -> None:
             "Each number says in how many cases the two occurred together; where there is none, the combination is",
             "refused when the config is resolved.",
             "",
-            *lines,
+            *table(features),
+            "",
+            "Further models, each with all of its features and on some meshes:",
+            "",
+            *table(MODELS),
         ]
     )
     page = ROOT / "docs" / "parallelism.md"

@@ -20,6 +20,7 @@ CHECKS: tuple[tuple[str, list[str]], ...] = (
     # Installs and starts daemons: for a machine of its own.
     ("slurm", ["bash", "tests/slurm/run.sh", ".venv/bin/python"]),
     ("torture", [".venv/bin/python", "tools/torture.py", "--minutes=30", "--seed=1"]),
+    ("every mesh against one device", [".venv/bin/python", "tools/equivalence.py"]),
     ("coverage of the scaling fit's intervals", [".venv/bin/python", "tools/study_coverage.py"]),
     ("quickstart resolves", [".venv/bin/maxlm", "check", "--config=configs/quickstart.py"]),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,12 +46,22 @@ class GradientRecorder:
 
 
 class Computed(NamedTuple):
-    """What a step on a batch computes: scalars, gradients by path, the parameters after it, and the program's text."""
+    """What a step on a batch computes.
+
+    metrics: scalars, and with experts `load` as of `expert_loads`.
+    gradients, params: by path, the parameters being those after the step.
+    program: its text.
+    """
 
     metrics: dict[str, Any]
     gradients: dict[str, np.ndarray]
     params: dict[str, np.ndarray]
     program: str
+
+
+def expert_loads(terms: dict[str, Any]) -> dict[str, jax.Array]:
+    """`load`: how many tokens each expert of each layer was given, (L, E) float32; {} without experts."""
+    return {"load": terms["experts"]["load"]} if terms["experts"] else {}
 
 
 def loss_and_gradients(
@@ -61,7 +71,6 @@ def loss_and_gradients(
     params: Any,
     devices: Sequence[jax.Device] | None = None,
     runtime: Runtime | None = None,
-    inspect: Callable[[str], None] | None = None,
 ) -> Computed:
     """One step of a resolved config's program on its mesh.
 
@@ -70,16 +79,15 @@ def loss_and_gradients(
       params: nested dict of arrays to start from.
       devices: of the mesh; None: all.
       runtime: how the model is run; None: as in a run on this mesh. `Runtime()` is the plain reference.
-      inspect: is given the compiled program's text before it is run.
     """
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=0.0))
     mesh = make_mesh(config.parallel, devices)
-    setup = make_setup(config, mesh, make_optimizer=lambda _, specs: GradientRecorder(specs), runtime=runtime)
+    setup = make_setup(
+        config, mesh, make_optimizer=lambda _, specs: GradientRecorder(specs), runtime=runtime, watch=expert_loads
+    )
     state = jax.device_put(initial_state(config, setup.optimizer, params=params), setup.shardings)
     placed = place_batch(mesh, batch.tokens.shape, lambda rows: jax.tree.map(lambda x: x[rows], batch))
     program = setup.compile(*batch.tokens.shape)
-    if inspect:
-        inspect(program.as_text() or "")
     state, metrics = program(state, placed)
     gradients, after = (tree.paths(jax.device_get(x)) for x in (state.opt_state, state.params))
     return Computed(jax.device_get(metrics), gradients, after, program.as_text() or "")
@@ -93,10 +101,11 @@ class Distance(NamedTuple):
 
 
 def distances(got: Computed, expected: Computed) -> list[Distance]:
-    """The losses and every gradient leaf, the farthest first.
+    """The losses, every gradient leaf and which experts the tokens went to, the farthest first.
 
-    Allowed is what float32 sums in another order account for: 1e-5 of a loss, and of a gradient leaf 1e-4 of its norm
-    and 1e-7 of the norm of all, since some are truly zero.
+    The counts of every expert of every layer have to be equal. Otherwise allowed is what float32 sums in another order
+    account for: 1e-5 of a loss, and of a gradient leaf 1e-4 of its norm and 1e-7 of the norm of all, since some are
+    truly zero.
     """
     found = []
     for name in ("loss", "z_loss", "mtp_loss", "balance_loss", "router_z_loss"):
@@ -107,6 +116,8 @@ def distances(got: Computed, expected: Computed) -> list[Distance]:
     for path, g in expected.gradients.items():
         apart, norm = float(np.linalg.norm(got.gradients[path] - g)), float(np.linalg.norm(g))
         found.append(Distance(_share(apart, 1e-4 * norm + 1e-7 * everything), path))
+    if "load" in expected.metrics and not np.array_equal(got.metrics["load"], expected.metrics["load"]):
+        found.append(Distance(math.inf, "which experts the tokens went to"))
     return sorted(found, reverse=True)
 
 

@@ -26,10 +26,11 @@ from maxlm.parallel.context import arrange, choose_method, context_attention
 from maxlm.parallel.experts import sharded_experts
 from maxlm.parallel.islands import sharded_attention, sharded_lookup
 from maxlm.parallel.loss import sharded_loss
+from maxlm.parallel.pipeline.branches import refuse_permutes_in_branches
 from maxlm.parallel.sharding import constrainer, named_sharding
 from maxlm.train.pipeline import make_pipeline
 from maxlm.train.state import TrainState, abstract_state, state_shardings
-from maxlm.train.step import TrainStep, make_train_step, separates_documents
+from maxlm.train.step import TrainStep, WatchFn, make_train_step, separates_documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,18 @@ class Setup:
         return jitted.lower(self.abstract_state(), abstract_batch(self.mesh, rows, positions))
 
     def compile(self, rows: int, positions: int) -> jax.stages.Compiled:
-        """The compiled step, with the options that do its chip good."""
-        chip = chip_of_kind(self.mesh.devices.flat[0].device_kind)
+        """The compiled step, with the options that do its chip good.
+
+        Raises:
+          RuntimeError: on CPU devices, if the program would hang (`refuse_permutes_in_branches`).
+        """
+        first = self.mesh.devices.flat[0]
+        chip = chip_of_kind(first.device_kind)
         options: dict[str, str | bool] = {**compiler_options(chip.name)} if chip else {}
-        return self.lower(rows, positions).compile(options or None)
+        compiled = self.lower(rows, positions).compile(options or None)
+        if self.mesh.shape["pipeline"] > 1 and first.platform == "cpu":
+            refuse_permutes_in_branches(compiled.as_text() or "")
+        return compiled
 
 
 def make_runtime(config: Config, mesh: Mesh, *, segments: bool, experts_limited: bool = False) -> tuple[Runtime, str]:
@@ -132,8 +141,13 @@ def make_setup(
     *,
     make_optimizer: Callable[[OptimConfig, dict[str, Any]], Any] = make_optimizer,
     runtime: Runtime | None = None,
+    watch: WatchFn | None = None,
 ) -> Setup:
-    """The setup of a resolved config on a mesh; another optimizer or training runtime may take the config's place."""
+    """The setup of a resolved config on a mesh; another optimizer or training runtime may take the config's place.
+
+    Args:
+      watch: as of `make_train_step`.
+    """
     parts = split_model(config.model)
     optimizer = make_optimizer(config.optim, parts.specs)
     own_runtime, backend = make_runtime(
@@ -151,7 +165,7 @@ def make_setup(
         attention=backend,
         shardings=state_shardings(config, parts, optimizer, mesh),
         train_step=make_train_step(
-            config, parts, optimizer, runtime, pipeline=make_pipeline(config, parts, runtime, mesh)
+            config, parts, optimizer, runtime, pipeline=make_pipeline(config, parts, runtime, mesh), watch=watch
         ),
     )
 

@@ -30,8 +30,17 @@ PipelineFn = Callable[[dict, Batch, jax.Array, jax.Array, jax.Array], tuple[Metr
 """(params, batch (A, B/A, S), denominator, scale, longest row) -> what `gradients` gives."""
 
 
+WatchFn = Callable[[Metrics], Metrics]
+
+
 def make_train_step(
-    config: Config, parts: ModelParts, optimizer: Optimizer, runtime: Runtime, *, pipeline: PipelineFn | None = None
+    config: Config,
+    parts: ModelParts,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    *,
+    pipeline: PipelineFn | None = None,
+    watch: WatchFn | None = None,
 ) -> TrainStep:
     """The function `(state, batch) -> (state, metrics)`; jit it with the state donated.
 
@@ -39,7 +48,8 @@ def make_train_step(
     loss-bearing positions of the global batch, so that neither accumulation nor the mesh changes it; so is that of
     each layer that predicts further tokens, over the positions that have such a token. Metrics are
     scalars (of the experts' load the mean over layers), and `norms`, a dict of per-layer float32 arrays that is filled
-    every `norms_every` steps. `pipeline` takes the place of accumulation where layers are spread over stages.
+    every `norms_every` steps. `pipeline` takes the place of accumulation where layers are spread over stages. What
+    `watch` makes of the terms of the loss is among the metrics too.
     """
     schedule = make_schedule(config.optim, config.train.steps)
     separate = separates_documents(config.data)
@@ -163,6 +173,7 @@ def make_train_step(
                 "updates": new.updates,
                 "loss_scale": state.scale.scale,
                 "norms": every(config.train.norms_every, state.step, norms),
+                **(watch(terms) if watch else {}),
             }
         return new, metrics
 

@@ -141,6 +141,18 @@ def test_choices_are_clear_and_alike():
             np.testing.assert_array_equal(chosen[real], other[real])
 
 
+def test_a_token_that_goes_elsewhere_is_noticed():
+    """Also where the busiest expert, which the metrics tell of, is as busy as before."""
+    expected = reference(LIMITED)
+    load = expected.metrics["load"].copy()
+    assert load.shape == (2, LIMITED.experts)
+    np.testing.assert_array_equal(load.sum(axis=1), 2 * (BATCH.segments > 0).sum())
+    idle, next_idle = np.argsort(load[1])[:2]
+    load[1, [idle, next_idle]] += -1, 1
+    got = expected._replace(metrics={**expected.metrics, "load": load})
+    assert too_far(got, expected) == {"which experts the tokens went to"}
+
+
 def test_experts_are_really_sharded():
     settings, parallel = DROPLESS, dict(data=1, fsdp=2, expert=2, tensor=2)
     config = resolve(config_of(settings, parallel), devices=8)

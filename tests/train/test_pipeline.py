@@ -17,6 +17,7 @@ from maxlm.model.decoder import init_params, longest_row, merge, split_model
 from maxlm.model.flops import count_matmul_flops
 from maxlm.model.runtime import Runtime
 from maxlm.parallel.mesh import make_mesh
+from maxlm.parallel.pipeline.branches import refuse_permutes_in_branches
 from maxlm.parallel.pipeline.executor import PipelineOut
 from maxlm.parallel.pipeline.schedule import Unit
 from maxlm.parallel.sharding import named_sharding
@@ -295,25 +296,6 @@ def instructions(text: str) -> int:
 @pytest.mark.parametrize("name", RUN)
 def test_no_permute_stands_in_a_branch(name):
     """A permute waits for every device, and in a tick stages do different things."""
-    assert not permutes_in_branches(piped(name).compiled.as_text())
-
-
-def permutes_in_branches(text: str) -> list[str]:
-    """The collective-permutes of all computations that a conditional may or may not run."""
-    bodies = {m[1]: m[2] for m in re.finditer(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)}
-    called = r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-    todo, seen, found = [], set(), []
-    for body in bodies.values():
-        for line in body.splitlines():
-            if " conditional(" in line:
-                todo += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
-                todo += re.findall(r"[\w.\-]+", "".join(re.findall(r"branch_computations=\{([^}]*)\}", line)))
-    assert todo, "the program has no conditional"
-    while todo:
-        name = todo.pop()
-        if name in bodies and name not in seen:
-            seen.add(name)
-            found += [line for line in bodies[name].splitlines() if " collective-permute" in line]
-            todo += re.findall(called, bodies[name])
-            todo += re.findall(r"[\w.\-]+", "".join(re.findall(r"branch_computations=\{([^}]*)\}", bodies[name])))
-    return found
+    text = piped(name).compiled.as_text()
+    assert " conditional(" in text and " collective-permute" in text
+    refuse_permutes_in_branches(text)
