@@ -111,6 +111,13 @@ def _parse(
 
 
 def _train(args: list[str]) -> int:
+    from maxlm.train.signals import leaving
+
+    with leaving():  # from the first moment on: importing JAX and finding the others takes its time
+        return _train_now(args)
+
+
+def _train_now(args: list[str]) -> int:
     values = _flags(args, config=True)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0, for a run of several", flag_values=values)

@@ -6,9 +6,11 @@ With each step goes a flag of every device, and a process leaves when the sum th
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -47,18 +49,20 @@ class Cluster(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """Being one of several: what was found and why, in a line, and the watch over the others.
+    """Being one of several: what was found and why, in a line, the watch over them, and the call that connects JAX.
 
-    For a lone process the line is empty and the watch has nobody to watch.
+    For a lone process the line is empty, the watch has nobody to watch and nothing is connected.
     """
 
     why: str
     heartbeat: Heartbeat
+    connect: Callable[[], None] = lambda: None
 
     def run(self, work: Callable[[], int]) -> int:
         """Does this process's part and gives its exit code; if one fails or is lost, all leave (see `Heartbeat`)."""
 
         def whole() -> int:
+            self.connect()  # watched: JAX waits for one that dies meanwhile, and then ends this process from C++
             code = work()
             if self.why:
                 jax.distributed.shutdown()  # waits for the others, whom the heartbeat still watches
@@ -147,7 +151,7 @@ def join(
     timeout: float = JOIN_SECONDS,
     silence: float = SILENCE_SECONDS,
 ) -> Joined:
-    """Connects this process to the others, if there are any.
+    """Finds the others, if there are any, and compares what all are about to run; JAX is connected by `Joined.run`.
 
     Call it before anything asks JAX for its devices. JAX_COORDINATOR_BIND_ADDRESS says where process 0 listens.
 
@@ -171,11 +175,13 @@ def join(
         )
     if where is None or size is None or number is None:
         raise UserError(
-            f"{found.why}, but JAX does not find its place in it; give --coordinator, --processes, --process"
+            f"{found.why}, but JAX does not find its place in it (of Open MPI it knows versions up to 4); give "
+            "--coordinator, --processes, --process"
         )
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
     lines = roll_call(Place(where, size, number, bind), facts, timeout=timeout)
-    jax.distributed.initialize(
+    connect = functools.partial(
+        jax.distributed.initialize,
         where,
         size,
         number,
@@ -187,6 +193,7 @@ def join(
     return Joined(
         f"{found.why}; this is process {number} of {size}, process 0 is at {where}",
         Heartbeat(lines, process=number, limit=silence),
+        connect,
     )
 
 
@@ -200,6 +207,11 @@ def meet(where: str) -> None:
         client = distributed.global_state.client
         assert client is not None  # there are several processes
         client.wait_at_barrier(f"maxlm: {where} {_meetings[where]}", timeout_in_ms=_PATIENCE * 1000)
+
+
+def say_here(line: str) -> None:
+    """Says on the standard error, with number and host, what concerns this process alone: process 0 has the log."""
+    print(f"maxlm: process {jax.process_index()} on {socket.gethostname()}: {line}", file=sys.stderr, flush=True)
 
 
 def agree_on(what: str, mine: str | UserError) -> None:

@@ -41,13 +41,14 @@ from maxlm.checkpoint.reader import CheckpointReader
 from maxlm.configfile import source
 from maxlm.heartbeat import EXIT_LOST
 from maxlm.train.goodput import FILE_NAME as LEDGER
-from maxlm.train.goodput import WORK, Summary, summarise
+from maxlm.train.goodput import Summary, summarise
 from maxlm.train.metrics import read_metrics
 from maxlm.train.signals import EXIT_PREEMPTED
 from tools.torture_run import Company, Lost, digests, joined, last_step, newest, tiny
 
 ABORTED = -signal.SIGABRT  # JAX ends a process so when its coordinator dies, if it is quicker than the heartbeat
 DISK = "64m"
+USEFUL = ("step", "evaluation")  # what the time was for; neither waits for data nor for checkpoints
 FAULTS_A_ROUND = 6
 LOSSES = 1e-4  # relative distance of losses that the last bits of other meshes may add up to over a run
 SECONDS_APART = 2.0  # between the beginning of an account and the start of a process as it was seen from outside
@@ -355,7 +356,7 @@ def figures(torture: Torture, seconds: float) -> dict[str, Any]:
         },
         "seconds": {name: round(value, 1) for name, value in total.items()},
         "down_seconds": round(down, 1),
-        "effective_share": round(sum(total[name] for name in WORK) / (wall + down), 4),
+        "effective_share": round(sum(total[name] for name in USEFUL) / (wall + down), 4),
         "all_seconds": round(seconds, 1),
     }
 

@@ -6,14 +6,37 @@ profiler window.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import types
+from collections.abc import Iterator
 from typing import Any
 
 # EX_TEMPFAIL of sysexits.h: not a failure, the same command again continues. A launcher restarts on this code alone.
 EXIT_PREEMPTED = 75
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Inside, SIGTERM ends the process at once with EXIT_PREEMPTED: nothing is there yet to be saved.
+
+    As the first process of a container it would otherwise not even hear the signal. `Signals` takes over from here.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+def _leave(number: int, frame: types.FrameType | None) -> None:
+    os.write(2, b"\nSIGTERM: leaving before the training has begun, or after its end\n")
+    os._exit(EXIT_PREEMPTED)
 
 
 class Signals:

@@ -1,12 +1,18 @@
 """Signals become flags, and handlers are put back."""
 
+import contextlib
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
-from maxlm.train.signals import EXIT_PREEMPTED, Signals
+from maxlm.train.signals import EXIT_PREEMPTED, Signals, leaving
+from tests.runs import ROOT
 
 
 def send(number: signal.Signals) -> None:
@@ -48,6 +54,32 @@ def test_handlers_are_put_back_even_after_an_error():
         assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
         raise RuntimeError("boom")
     assert before == {number: signal.getsignal(number) for number in before}
+
+
+def test_before_there_is_anything_to_save_a_signal_leaves_with_the_code_that_continues(tmp_path):
+    """While the processes find each other; the default would be 143, which counts as a failure."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "maxlm.cli", "train", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
+    command += [f"--coordinator=localhost:{port}", "--processes=2", "--process=0", "--join_seconds=100"]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
+            break  # it waits for the other
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == EXIT_PREEMPTED and "before the training has begun" in said
+
+
+def test_the_early_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with leaving(), Signals() as signals:
+        send(signal.SIGTERM)
+        assert signals.stop == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_other_threads_are_refused_in_words():
