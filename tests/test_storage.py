@@ -3,8 +3,10 @@
 import datetime
 import hashlib
 import json
+import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -164,6 +166,20 @@ def test_a_copy_is_of_the_save_that_counts_now(bucket):
     (run / "checkpoints" / "commits").remove("1500-abc-3")  # the run went back: what was copied of step 1500 is past
     later = copied(run.url, log=print)
     assert [path.name for path in (later / "checkpoints").iterdir()] == ["1000"] and later.name.endswith("1000-abd-1")
+
+
+def test_copies_that_nobody_asks_for_any_more_are_removed(bucket):
+    run, other = Folder(f"{bucket}/run"), Folder(f"{bucket}/other")
+    commit(run, "1500-abc-1")
+    commit(other, "7-abc-1")
+    first, lines = copied(run.url, log=print), []
+    month = time.time() - 31 * 86400
+    os.utime(first, (month, month))
+    assert copied(run.url, log=lines.append) == first  # asked for again, late
+    os.utime(first, (month, month))
+    assert held(copied(other.url, log=lines.append), 7) == ["7-abc-1"] * 6
+    assert not first.exists() and f"removed {first}: nobody has asked for it in 30 days" in lines
+    assert not list(first.parent.glob("*unused*"))
 
 
 def test_a_checkpoint_that_is_retired_while_it_is_copied_gives_way_to_the_next(bucket, server):

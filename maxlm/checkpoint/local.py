@@ -43,7 +43,7 @@ from maxlm.checkpoint.reader import (
     record_from_json,
     record_to_json,
 )
-from maxlm.cluster import told
+from maxlm.cluster import say_here, told
 from maxlm.errors import UserError
 from maxlm.storage import is_bucket, local_name
 
@@ -79,6 +79,9 @@ class LocalCopies:
             raise UserError(f"checkpoint.local_dir={folder} is no folder on a disk of this machine; type one")
         self.folder = Path(folder).expanduser() / local_name(str(run)) / f"process-{jax.process_index():05d}"
         self._log = log
+        self._own_log = say_here if jax.process_index() else log
+        for left in sorted(self.folder.glob("*.partial")):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self._writer = ThreadPoolExecutor(1, "local copy")
         self._job: Future[None] | None = None
 
@@ -100,7 +103,7 @@ class LocalCopies:
         job, self._job = self._job, None
         error = job.exception() if job else None
         if error:  # copies are for speed: without them the checkpoints are still there
-            self._log(f"a local copy was not written: {describe(error)}; see that {self.folder} has room")
+            self._own_log(f"a local copy was not written: {describe(error)}; see that {self.folder} has room")
 
     def restore(
         self, abstract_state: Any, *, after: int, usable: Callable[[Mapping[str, Any]], bool]
@@ -153,7 +156,7 @@ class LocalCopies:
         flags = np.asarray([saved is not None])
         everyone = np.ravel(multihost_utils.process_allgather(flags)) if jax.process_count() > 1 else flags
         if saved is None:
-            self._log(f"the local copy of step {step} in {self.folder} is of no use: {problem}")
+            self._own_log(f"the local copy of step {step} in {self.folder} is of no use: {problem}")
         holders = {int(process) for process in np.flatnonzero(everyone)}
         if not covered(wanted, lambda device: device.process_index in holders):
             return None

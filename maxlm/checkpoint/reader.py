@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from maxlm.checkpoint.digest import array_paths, digest_array
-from maxlm.cluster import decided, meet
+from maxlm.cluster import decided, meet, say_here
 from maxlm.errors import UserError
 from maxlm.storage import StorageError, is_bucket
 from maxlm.tree import from_paths, paths
@@ -416,12 +416,14 @@ def altered(loaded: Loaded) -> str | None:
 
 
 def agree(problem: str | None) -> str | None:
-    """One answer for all processes: a problem of one is a problem of all."""
+    """One answer for all processes: a problem of one is a problem of all. What it is, that one says by itself."""
     if jax.process_count() == 1:
         return problem
     meet("agree")  # one whose read or write fails comes long before those that wait for it
     with jax.transfer_guard("allow"):  # meant, whatever the training loop guards against
         flags = np.ravel(multihost_utils.process_allgather(np.asarray(problem is not None)))
+    if problem is not None and jax.process_index() and not flags.all():
+        say_here(problem)
     if problem is None and flags.any():
         return f"process {int(np.argmax(flags))} has trouble with it"
     return problem

@@ -11,10 +11,12 @@ import contextlib
 import datetime
 import functools
 import json
+import os
 import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,7 @@ CHECKPOINTS, CONFIG = "checkpoints", "config.json"
 PREPARED = "data/prepared.json"
 RUN = "run.json"
 PUSH_SECONDS = 60.0
+UNUSED_DAYS = 30  # after which a copy of a bucket's checkpoint is removed from this machine
 
 Log = Callable[[str], None]
 
@@ -209,6 +212,7 @@ def copied(place: str | Path, *, log: Log) -> Path:
         return home.folder
     copies, name = cache_folder() / "copies", local_name(str(place))
     with locked(copies / f".{name}.lock"):
+        _forget_unused(copies, log=log)
         for left in copies.glob(f"{name}-*.partial-*"):  # by whoever held the lock before, and was killed
             log(f"removed {left}: it was not copied to its end")
             shutil.rmtree(left)
@@ -216,12 +220,24 @@ def copied(place: str | Path, *, log: Log) -> Path:
         while source := reader.newest():
             folder = copies / f"{name}-{source.name}"
             if folder.is_dir() or _copy_checkpoint(source, folder, log=log):
+                os.utime(folder)  # in use
                 home = Home(place, log=log, folder=folder)
                 break
         home.pull()
         if not any(home.folder.iterdir()):
             raise UserError(f"{place} holds nothing: give the place of a run or of a converted model")
     return home.folder
+
+
+def _forget_unused(copies: Path, *, log: Log) -> None:
+    """Removes the copies that nobody has asked for in UNUSED_DAYS days."""
+    for folder in sorted(each for each in copies.iterdir() if each.is_dir() and ".partial-" not in each.name):
+        with contextlib.suppress(FileNotFoundError):  # somebody else has just removed it
+            if time.time() - folder.stat().st_mtime < UNUSED_DAYS * 86400:
+                continue
+            aside = folder.rename(f"{folder}.partial-unused")  # whole or not there at all
+            shutil.rmtree(aside, ignore_errors=True)
+            log(f"removed {folder}: nobody has asked for it in {UNUSED_DAYS} days")
 
 
 def _copy_checkpoint(source: Folder, folder: Path, *, log: Log) -> bool:

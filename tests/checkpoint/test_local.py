@@ -37,6 +37,14 @@ def save(copies, *steps):
     copies.wait()
 
 
+def test_what_a_killed_process_was_writing_is_removed_at_the_next_start(copies, tmp_path):
+    save(copies, 3)
+    (copies.folder / "4.partial").mkdir()
+    (copies.folder / "4.partial" / "data").write_bytes(b"x" * 1000)
+    LocalCopies(tmp_path, "s3://bucket/run", log=print).close()
+    assert [path.name for path in copies.folder.iterdir()] == ["3"]
+
+
 def test_the_newest_copy_comes_back_and_few_are_kept(copies):
     assert restore(copies) is None
     save(copies, 3, 6, 9)

@@ -295,8 +295,8 @@ def test_killed_at_any_instant_a_save_costs_at_most_itself(tmp_path):
     assert known >= 6
 
 
-def together(program: str, place: str) -> None:
-    """Runs a program in two processes, both of which have to reach its end."""
+def together(program: str, place: str) -> list[str]:
+    """Runs a program in two processes, both of which have to reach its end; what each has printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -307,14 +307,19 @@ def together(program: str, place: str) -> None:
         for process in processes:
             process.kill()
     assert all("AGREED" in output for output in outputs), "\n".join(outputs)
+    return outputs
 
 
 def test_two_processes_agree_that_a_checkpoint_is_damaged(tmp_path):
-    together(AGREE, str(tmp_path))
+    outputs = together(AGREE, str(tmp_path))
+    said = f"maxlm: process 1 on {socket.gethostname()}: no such luck"  # its log goes nowhere
+    assert [said in output for output in outputs] == [False, True]
 
 
 def test_a_process_that_lost_its_disk_gets_its_part_from_the_other(tmp_path):
-    together(PEERS, str(tmp_path))
+    outputs = together(PEERS, str(tmp_path))
+    said = f"maxlm: process 1 on {socket.gethostname()}: the local copy of step 3 in "
+    assert [said in output for output in outputs] == [False, True]
 
 
 def test_two_processes_write_one_checkpoint_into_a_bucket_or_none(bucket):
