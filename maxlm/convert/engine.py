@@ -22,9 +22,9 @@ from maxlm.config import Config, ModelConfig
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.folder import CONFIG, HuggingFaceFolder, carry, described_by, open_folder, tell_left_out
 from maxlm.convert.safetensors import ShardWriter, TensorInfo
-from maxlm.convert.stored import CARRIED, CHECKPOINTS, StoredModel, open_stored
+from maxlm.convert.stored import CARRIED, CHECKPOINTS, VOCABULARY, StoredModel, open_stored
 from maxlm.convert.tiles import Region, Tile, chunks, tiles
-from maxlm.convert.tokenizer import TOKENIZERS, write_tokenizer
+from maxlm.convert.tokenizer import TOKENIZERS, holds_tokenizer, remove_tokenizer, write_tokenizer
 from maxlm.data.prepare import prepare_data
 from maxlm.data.tokenizers import TokenizerError
 from maxlm.data.workers import Progress
@@ -110,7 +110,7 @@ def from_hf(source: Path, out: Path, *, dtype: str | None = None, pad_vocab: int
         metadata = {
             "config": {"model": as_config_dict(Config(model=padded)).to_dict()["model"]},
             "family": described.family.name,
-            "vocab_size": described.model.vocab_size,
+            VOCABULARY: described.model.vocab_size,
             "version": maxlm.__version__,
         }
         writer.finish(0, metadata)
@@ -311,16 +311,20 @@ def _with_tokenizer(
     content: dict[str, Any], stored: StoredModel, source: Path, place: Path, *, log: Log
 ) -> dict[str, Any]:
     """The content with the begin and end tokens of the tokenizer that a run was trained with, whose files are written
-    where none came along."""
-    if any((place / name).is_file() for name in TOKENIZERS) or "tokenizer" not in stored.record.metadata:
+    where those that came along, if any did, are another's."""
+    wanted = stored.record.metadata.get("tokenizer")
+    if wanted is None or holds_tokenizer(place, wanted):
         return content
     try:
         tokenizer = prepare_data(resolve(stored.record.metadata["config"]), source, build=False).tokenizer
-        if tokenizer.fingerprint != stored.record.metadata["tokenizer"]:
+        if tokenizer.fingerprint != wanted:
             raise TokenizerError(f"the stores of {source} have another tokenizer than the checkpoint")
     except UserError as error:
-        log(f"no tokenizer is written: {error}")
+        other = any((place / name).is_file() for name in TOKENIZERS)
+        what = "the tokenizer that came along, not the run's own, is written" if other else "no tokenizer is written"
+        log(f"{what}: {error}")
         return content
+    remove_tokenizer(place, tokenizer)
     write_tokenizer(tokenizer, place)
     return content | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 

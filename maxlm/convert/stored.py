@@ -12,11 +12,12 @@ from maxlm.config import ModelConfig
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.folder import CONFIG, folder_model, is_huggingface_folder, read_config
 from maxlm.model.decoder import split_model
-from maxlm.model.family import family_of, read_model
 from maxlm.model.param import ParamSpec
 from maxlm.resolve import resolve_model
 
 CHECKPOINTS, CARRIED = "checkpoints", "hf"
+VOCABULARY = "vocab_size"
+"""In a checkpoint's metadata: rows of the vocabulary without padding."""
 _AVERAGE = "average"
 
 
@@ -67,10 +68,17 @@ def open_stored(path: Path, *, step: int | None = None, log: Callable[[str], Non
         raise ConversionError(f"checkpoint {step} of {path} does not hold the arrays of its config")
     carried = path / CARRIED if (path / CARRIED / CONFIG).is_file() else None
     hf = read_config(carried) if carried else None
-    vocab_size = record.metadata.get("vocab_size") or (
-        read_model(family_of(hf), hf).vocab_size if hf else model.vocab_size
-    )
+    vocab_size = record.metadata.get(VOCABULARY, model.vocab_size)
     return StoredModel(reader.path(step), record, part, model, specs, vocab_size, carried, hf)
+
+
+def vocabulary(path: Path) -> int:
+    """Rows of a model's vocabulary, without padding.
+
+    Raises:
+      ConversionError, FamilyError: as of `model_config`.
+    """
+    return folder_model(path).vocab_size if is_huggingface_folder(path) else open_stored(path, log=_silent).vocab_size
 
 
 def model_config(path: str | Path) -> ModelConfig:
@@ -82,7 +90,7 @@ def model_config(path: str | Path) -> ModelConfig:
     folder = Path(path).expanduser()
     if is_huggingface_folder(folder):
         return folder_model(folder)
-    return open_stored(folder, log=lambda _: None).model
+    return open_stored(folder, log=_silent).model
 
 
 def carried_files(path: Path) -> Path | None:
@@ -90,3 +98,7 @@ def carried_files(path: Path) -> Path | None:
     if is_huggingface_folder(path):
         return path
     return path / CARRIED if (path / CARRIED / CONFIG).is_file() else None
+
+
+def _silent(_line: str) -> None:
+    """What is only asked for its size says nothing."""

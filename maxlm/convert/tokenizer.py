@@ -7,6 +7,8 @@ A sentencepiece model is also kept as it is.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +16,13 @@ import sentencepiece
 from tokenizers import Tokenizer as Pipeline
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from maxlm.data.tokenizers import PROBE, WORD_MARK, Tokenizer
+from maxlm.data.tokenizers import KINDS, PROBE, WORD_MARK, Tokenizer, TokenizerError, fingerprint
 
 TOKENIZER, PIECES, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 TOKENIZERS = (TOKENIZER, PIECES)
+_FILES = {"huggingface": TOKENIZER, "sentencepiece": PIECES}  # by kind
+_BESIDES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt")
+_TEMPLATE, _GENERATION = "chat_template.jinja", "generation_config.json"
 _BEGIN = "<s>"  # of the bytes tokenizer, which has no names
 
 
@@ -26,6 +31,44 @@ class _Read(NamedTuple):
 
     pipeline: Pipeline | None
     names: dict[str, str]
+
+
+def holds_tokenizer(folder: Path, wanted: str) -> bool:
+    """Whether a file in the folder is the tokenizer of this fingerprint."""
+    files = ((kind, folder / name) for kind, name in _FILES.items())
+    return any(file.is_file() and fingerprint(kind, file.read_bytes()) == wanted for kind, file in files)
+
+
+def remove_tokenizer(folder: Path, follower: Tokenizer) -> None:
+    """Removes the files of a folder's tokenizer, which another follows.
+
+    Where that one only adds tokens, what speaks of tokens by name or id stays: templates, names, generation's ends.
+    """
+    files = {kind: folder / name for kind, name in _FILES.items() if (folder / name).is_file()}
+    if not files:
+        return
+    grown = any(_grown(kind, file, follower) for kind, file in files.items())
+    for name in (*TOKENIZERS, *_BESIDES, *(() if grown else (SETTINGS, _TEMPLATE))):
+        (folder / name).unlink(missing_ok=True)
+    if grown:
+        _change(folder / SETTINGS, lambda said: {k: v for k, v in said.items() if k != "added_tokens_decoder"})
+        return
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    _change(folder / _GENERATION, lambda said: {k: v for k, v in said.items() if not k.endswith("_token_id")})
+
+
+def _grown(kind: str, file: Path, follower: Tokenizer) -> bool:
+    try:
+        before = KINDS[kind](file.read_bytes())
+    except TokenizerError:  # it does not give texts back as they were, as ours do
+        return False
+    return before.vocab_size <= follower.vocab_size and before.encode(PROBE) == follower.encode(PROBE)
+
+
+def _change(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    if file.is_file():
+        content = change(json.loads(file.read_text(encoding="utf-8")))
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

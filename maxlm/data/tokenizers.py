@@ -113,6 +113,11 @@ class ByteTokenizer:
         raise TokenizerError("the bytes tokenizer has no model file")
 
 
+def fingerprint(kind: str, data: bytes) -> str:
+    """The fingerprint of a tokenizer of this kind with these bytes as its model file."""
+    return hashlib.sha256(kind.encode() + b"\0" + data).hexdigest()
+
+
 class _FileTokenizer:
     """What the tokenizers that live in one file share."""
 
@@ -120,7 +125,7 @@ class _FileTokenizer:
 
     def __init__(self, data: bytes):
         self._data = data
-        self.fingerprint = hashlib.sha256(self.kind.encode() + b"\0" + data).hexdigest()
+        self.fingerprint = fingerprint(self.kind, data)
 
     def save(self, path: Path) -> None:
         write_atomically(path, self._data)

@@ -23,6 +23,7 @@ from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import Restored
 from maxlm.cluster import Agreement, meet
 from maxlm.config import Config
+from maxlm.convert.stored import VOCABULARY
 from maxlm.data.loader import Loader, Skip
 from maxlm.data.prefetch import Prefetcher
 from maxlm.data.prepare import Prepared
@@ -69,6 +70,7 @@ class Run:
     signals: Signals
     sentries: Sentries
     rollbacks: list[rollback.Rollback]  # so far
+    vocab_size: int  # without rows that are neither a token's nor the first weights'
     log: Log
     watermark: Watermark | None = None  # since the last program was compiled
     device_bytes: float | None = None  # the most that steps held on a device, before the first save or evaluation
@@ -287,6 +289,7 @@ class Run:
             "config": as_config_dict(self.config).to_dict(),
             "data": self.loader.records(),
             "tokenizer": self.data.tokenizer.fingerprint,
+            VOCABULARY: self.vocab_size,
             "run": self.home.run,
             "version": maxlm.__version__,
             rollback.REFUSED: self.sentries.refusals.steps,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,7 +21,7 @@ from maxlm.cluster import agree_on, decided
 from maxlm.compilation import settle_cpu_devices, use_compilation_cache
 from maxlm.config import Config
 from maxlm.convert.folder import carry
-from maxlm.convert.stored import CARRIED, carried_files
+from maxlm.convert.stored import CARRIED, VOCABULARY, carried_files, vocabulary
 from maxlm.convert.weights import open_weights
 from maxlm.data.loader import Loader, check_records
 from maxlm.data.prepare import Prepared, prepare_data
@@ -110,11 +110,12 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
                     check_records(restored.metadata["data"], loader.records(), step=restored.step)
                     start, metadata = restored.step, restored.metadata
                     state = as_configured(restored.state, config, metadata)
+                    vocab_size = metadata.get(VOCABULARY, config.model.vocab_size)
                     if copies:
                         copies.forget_after(start)
                     log(f"continuing from the checkpoint of step {start}")
                 else:
-                    params = first_weights(config, setup, workdir, log=log)
+                    params, vocab_size = first_weights(config, setup, workdir, data, log=log)
                     state, start, metadata = make_state(config, setup.optimizer, setup.shardings, params), 0, {}
                 goodput.restored(start)
 
@@ -135,6 +136,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
                     signals,
                     sentries,
                     rollbacks,
+                    vocab_size,
                     log,
                 )
                 state, stopped_by = run.to_the_end(state, start)
@@ -166,16 +168,24 @@ def restore(
     return checkpointer.restore(setup.abstract_state())
 
 
-def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> dict[str, Any] | None:
-    """The parameters that the run begins with, on its mesh; None: they are drawn.
+class First(NamedTuple):
+    """params: what the run begins with, on its mesh; None: they are drawn. vocab_size: rows that are not padding."""
 
-    The config.json, tokenizer and templates that belong to them are copied into the workdir, for generation and export.
+    params: dict[str, Any] | None
+    vocab_size: int
+
+
+def first_weights(config: Config, setup: Setup, workdir: Path, data: Prepared, *, log: Log) -> First:
+    """The parameters that the run begins with.
+
+    Of a vocabulary that was made longer, the rows that no token of the tokenizer has are padding. The config.json,
+    tokenizer and templates that belong to the weights are copied into the workdir, for generation and export.
 
     Raises:
       UserError: on every process, if one of them does not find them there.
     """
     if not config.train.init_from:
-        return None
+        return First(None, config.model.vocab_size)
     found: str | UserError
     try:
         source = copied(config.train.init_from, log=log)
@@ -189,7 +199,8 @@ def first_weights(config: Config, setup: Setup, workdir: Path, *, log: Log) -> d
     if belonging and jax.process_index() == 0:
         carry(belonging, workdir / CARRIED)
     log(f"beginning with the weights of {source}")
-    return params
+    used = max(vocabulary(source), data.tokenizer.vocab_size)
+    return First(params, min(used, config.model.vocab_size))
 
 
 def prepare_together(config: Config, home: Home) -> Prepared:

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer as Pipeline
 
-from maxlm.convert.tokenizer import write_tokenizer
+from maxlm.convert.tokenizer import holds_tokenizer, remove_tokenizer, write_tokenizer
 from maxlm.data.tokenizers import KINDS, PROBE, ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from maxlm.infer.pretrained import PretrainedText
 from tests.data.test_tokenizers import CODE, byte_level
@@ -43,6 +44,40 @@ def test_the_files_give_the_same_ids(kind, tmp_path):
     if kind != "huggingface":  # whose file says by itself what it begins texts with
         assert theirs(TEXTS[0])["input_ids"] == [ours.bos_id, *ours.encode(TEXTS[0])]
         assert PretrainedText(tmp_path).encode(TEXTS[0]) == [ours.bos_id, *ours.encode(TEXTS[0])]
+
+
+def test_a_tokenizer_takes_the_place_of_another_and_of_its_own_it_keeps_what_is_said(tmp_path):
+    first = made("huggingface")
+    for name, text in {
+        "tokenizer_config.json": '{"chat_template": "T", "added_tokens_decoder": {}, "pad_token": "p"}',
+        "generation_config.json": '{"eos_token_id": [2, 3], "top_p": 0.5}',
+        "chat_template.jinja": "T",
+        "added_tokens.json": "{}",
+    }.items():
+        (tmp_path / name).write_text(text)
+    first.save(tmp_path / "tokenizer.json")
+    assert holds_tokenizer(tmp_path, first.fingerprint)
+    assert not holds_tokenizer(tmp_path, made("sentencepiece").fingerprint)
+
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    more = Pipeline.from_str(json.dumps(content))
+    more.add_tokens(["<turn>"])
+    grown = KINDS["huggingface"](more.to_str().encode())
+    assert grown.vocab_size == first.vocab_size + 1
+    remove_tokenizer(tmp_path, grown)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer_config.json",
+    ]
+    write_tokenizer(grown, tmp_path)
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert said["pad_token"] == "p" and "added_tokens_decoder" not in said
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [2, 3]
+
+    remove_tokenizer(tmp_path, ByteTokenizer())
+    assert [file.name for file in tmp_path.iterdir()] == ["generation_config.json"]
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"top_p": 0.5}
 
 
 def test_a_model_that_the_file_cannot_express_is_kept_as_it_is(tmp_path):

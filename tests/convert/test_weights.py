@@ -17,12 +17,14 @@ from maxlm.convert.errors import ConversionError
 from maxlm.convert.folder import open_folder
 from maxlm.convert.stored import CARRIED
 from maxlm.convert.weights import open_weights
+from maxlm.infer.pretrained import PretrainedText
 from maxlm.model.family import family_of
 from maxlm.model.table import to_ours
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import named_sharding
 from maxlm.train.run import train
 from tests.convert.folders import CONFIG, write_folder
+from tests.infer.test_load import tokenizer_json
 from tests.runs import Runs
 from tests.tiny import tiny_config, write_corpus
 
@@ -84,10 +86,14 @@ def test_another_model_is_refused_by_what_differs(place, source):
 
 
 def test_a_run_begins_with_them_and_hands_them_back(place, tmp_path):
+    """With a longer vocabulary: some of the new rows are tokens of the run's tokenizer, and the rest are padding."""
+    few = tmp_path / "hf"
+    write_folder(few, config=HF | {"vocab_size": 250})
+    (few / "tokenizer.json").write_text(tokenizer_json())  # of other tokens than the run's
     config = tiny_config(
         write_corpus(tmp_path / "corpus"),
-        model=model_config(place / "hf"),
-        train__init_from=str(place / "hf"),
+        model=dataclasses.replace(model_config(few), vocab_size=264),
+        train__init_from=str(few),
         train__steps=3,
         parallel__fsdp=2,
         optim__peak_lr=0.0,  # the weights stay what they are
@@ -97,19 +103,25 @@ def test_a_run_begins_with_them_and_hands_them_back(place, tmp_path):
     )
     assert train(config, tmp_path / "run", log=quiet) == 0
     to_hf(tmp_path / "run", tmp_path / "back", dtype="bfloat16", log=quiet)
-    given, back = open_folder(place / "hf").tensors, open_folder(tmp_path / "back").tensors
+    given, back = open_folder(few).tensors, open_folder(tmp_path / "back").tensors
     assert given.keys() == back.keys()
     for name, tensor in given.items():
-        assert tensor.read(slice(None)).tobytes() == back[name].read(slice(None)).tobytes(), name
-    for file in ("generation_config.json", "tokenizer_config.json"):  # the folder has no tokenizer, but a template
-        was, became = (json.loads((path / file).read_text()) for path in (place / "hf", tmp_path / "back"))
-        assert was == {name: became[name] for name in was}
+        rows = back[name].read(slice(None))
+        assert rows.shape[0] == (257 if tensor.info.shape[0] == 250 else tensor.info.shape[0]), name
+        assert tensor.read(slice(None)).tobytes() == rows[: tensor.info.shape[0]].tobytes(), name
+    content = json.loads((tmp_path / "back/config.json").read_text())
+    assert content == HF | {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": None} | {
+        name: value for name, value in content.items() if name not in HF
+    }
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == {}
+    assert PretrainedText(tmp_path / "back").encode("a\n") == [256, *b"a\n"]
     # The run's own checkpoint is a beginning, too.
     model = model_config(tmp_path / "run")
     wanted = shardings(model, make_mesh(ParallelConfig(data=8)))
     found = tree.paths(open_weights(tmp_path / "run", model, log=quiet)(wanted))
-    for path, value in expected_params(place / "hf").items():
-        np.testing.assert_array_equal(jax.device_get(found[path]), value.astype(np.float32))
+    for path, value in expected_params(few).items():
+        region = tuple(slice(size) for size in value.shape)
+        np.testing.assert_array_equal(jax.device_get(found[path])[region], value.astype(np.float32))
     # As if it had been trained from nothing: what is written says all that `transformers` needs.
     shutil.rmtree(tmp_path / "run" / CARRIED)
     lines = []
