@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from maxlm.plan.hlo import ITEM_BYTES, Instruction, Module, arrays, bytes_of
+from maxlm.plan.hlo import Instruction, Module, bytes_of, elements
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _EMITTED = (
@@ -137,9 +137,11 @@ def _shapes_around(module: Module, outer: Instruction, inner: Instruction) -> di
 def _payload(instruction: Instruction, asked: str, shapes: Mapping[str, str]) -> float:
     if asked == "reduce-scatter":
         return sum(bytes_of(shapes[name]) for name in instruction.operands)
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-        sizes = [size * ITEM_BYTES[kind] for kind, size in arrays(instruction.shape)]
-        return max(sizes)  # the operand, the result, and on some platforms a context
+    parts = elements(instruction.shape)
+    # A start has operands, results and on some platforms a context, each a tuple where several arrays go together;
+    # that of an all-reduce has results alone, unless it is written as one of the general kind.
+    if instruction.opcode.endswith("-start") and len(parts) > 1 and (asked != "all-reduce" or parts[0].startswith("(")):
+        return bytes_of(parts[1])
     return bytes_of(instruction.shape)
 
 

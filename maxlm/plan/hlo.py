@@ -79,14 +79,18 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program. `computations` holds instructions in their order; `entry` is the name of the first to run."""
+    """A program. `computations` holds instructions in their order; `entry` is the name of the first to run.
+
+    shares: in what part of its turns each branch of a conditional runs; one that is not there is taken to run in all.
+    """
 
     computations: Mapping[str, list[Instruction]]
     entry: str
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def runs(self) -> Mapping[str, float]:
-        """How often a computation runs in a step: a loop's body as often as the loop turns, branches once each.
+        """How often a computation runs in a step: a loop's body as often as the loop turns, branches by their shares.
 
         Computations within a fusion, a reduction or a kernel are not there: the instruction that holds them stands for
         them.
@@ -103,7 +107,7 @@ class Module:
                     instruction.opcode == "async-start" and instruction.called
                 ):
                     for called in instruction.called:
-                        walk(called, times)
+                        walk(called, times * self.shares.get(called, 1.0))
 
         walk(self.entry, 1.0)
         return counts
@@ -154,6 +158,20 @@ def arrays(shape: str) -> list[tuple[str, int]]:
 def bytes_of(shape: str) -> float:
     """Of all arrays of a type."""
     return sum(size * ITEM_BYTES[kind] for kind, size in arrays(shape))
+
+
+def elements(shape: str) -> list[str]:
+    """The types that a tuple's type holds, tuples within it whole; [] for an array's."""
+    if not shape.startswith("("):
+        return []
+    found, depth = [""], 0
+    for letter in shape[1 : _closing(shape, 0)]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [part.strip() for part in found]
 
 
 def dims(shape: str) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from maxlm.config import Config
 from maxlm.model.flops import ledger
-from maxlm.plan import collectives, hlo, memory, predict
+from maxlm.plan import collectives, hlo, memory, predict, stages
 from maxlm.plan.compile import Step
 from maxlm.plan.topology import Topology
 from maxlm.train.outlook import run_tokens
@@ -79,7 +79,7 @@ def make_plan(config: Config, topology: Topology, step: Step, *, price: float | 
     Args:
       price: dollars an hour of a device; None: the table's.
     """
-    module = hlo.parse(step.program)
+    module = stages.weighted(hlo.parse(step.program), config)
     sent = collectives.find(module, step.mesh)
     notes = []
     if not step.whole:

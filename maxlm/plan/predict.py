@@ -5,7 +5,8 @@ where there is none (GPUs, CPUs, programs that were not compiled to the end) it 
 `PRODUCTS` of the peak and its bytes at the memory's bandwidth. Kernels that the compiler cannot look into are priced by
 `KERNELS`, collectives by `network.seconds`: a synchronous one stops the device, an asynchronous one only where it is
 not done when its result is asked for. Collectives queue for the links. A loop takes its body's time as often as it
-turns; of a conditional's branches the dearest counts.
+turns; of a conditional's branches the dearest counts. In a pipeline a tick lasts as long as its slowest stage
+(`plan/stages.py`): seconds are of the stages that the others wait for, FLOPs and runs of an average stage.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from maxlm.plan.hlo import Instruction, Module, bytes_of, dims, fused_flops, tri
 from maxlm.plan.memory import readable
 from maxlm.plan.network import seconds as network_seconds
 from maxlm.plan.network import span
+from maxlm.plan.stages import Choice, Part, Place, choices, parts, table_of
 from maxlm.plan.topology import Topology
 
 PRODUCTS = 0.8
@@ -33,7 +35,15 @@ PRODUCTS = 0.8
 products of an 8B step on v5p reach 0.79."""
 KERNELS = {"attention": 0.5, "grouped product": 0.7, "other": 0.5}
 """Share of the peak that kernels are taken to reach."""
-_ATTENTION = (("dkv", 4), ("dq", 3), ("mha_backward", 5), ("mha_forward", 2), ("fwd", 2))
+_ATTENTION = (
+    ("SoftmaxBackward", 5),
+    ("fmha", 2),
+    ("dkv", 4),
+    ("dq", 3),
+    ("mha_backward", 5),
+    ("mha_forward", 2),
+    ("fwd", 2),
+)
 """Products of an attention kernel: scores and values forward; backward it computes the scores again, and splash in both
 of its kernels."""
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "iota")
@@ -91,7 +101,7 @@ def forecast(config: Config, topology: Topology, step: Step, module: Module, sen
       sent: the step's collectives.
     """
     walk = _Walk(config, topology, step, module, sent)
-    walk.run(module.entry, 1.0)
+    walk.run(module.entry, _ONCE)
     total = sum(walk.parts.values())
     counts = ledger(config.model, sequence_length=config.data.sequence_length)
     tokens = config.data.batch_size * config.data.sequence_length
@@ -115,6 +125,20 @@ def forecast(config: Config, topology: Topology, step: Step, module: Module, sen
     )
 
 
+class _Times(NamedTuple):
+    """How often something is run in a step: as it is waited for, which counts for seconds; and by an average device."""
+
+    waited: float
+    run: float
+
+    def by(self, waited: float, run: float | None = None) -> _Times:
+        """So many times as often."""
+        return _Times(self.waited * waited, self.run * (waited if run is None else run))
+
+
+_ONCE, _NEVER = _Times(1.0, 1.0), _Times(0.0, 0.0)
+
+
 class _Walk:
     """One pass over the schedule."""
 
@@ -125,6 +149,8 @@ class _Walk:
         self.kernels: dict[str, tuple[float, float, float, str]] = {}
         self.hidden, self.flops = 0.0, 0.0
         self.by_cycles = any(i.cycles for i, _, _ in module.scheduled())
+        self.place: Place | None = None
+        self.ticks: dict[Place, Part] = {}
         self.sent = {
             c.name: (
                 "waiting for " + "+".join(c.axes),
@@ -134,8 +160,19 @@ class _Walk:
             )
             for c in sent
         }
+        table = table_of(config)
+        self.choices = choices(module) if table else {}
+        if table:
+            self.ticks = parts(table, self._unit_seconds)
 
-    def run(self, computation: str, times: float) -> float:
+    def _unit_seconds(self, place: Place) -> float:
+        return sum(
+            self._at(place, choice, _NEVER)
+            for choice in self.choices.values()
+            if not choice.chunk and place.does(choice)
+        )
+
+    def run(self, computation: str, times: _Times) -> float:
         """Seconds of one run of a computation; adds `times` of it to the sums."""
         instructions = self.module.computations[computation]
         shapes = {i.name: i.shape for i in instructions}
@@ -148,31 +185,49 @@ class _Walk:
             elif waited is not None and instruction.opcode.endswith("-done"):
                 done, name = due.pop(waited)
                 wait = max(0.0, done - clock)
-                self.parts[name] += wait * times
-                self.hidden -= wait * times
+                self.parts[name] += wait * times.waited
+                self.hidden -= wait * times.waited
                 clock += wait
             elif instruction.name in self.sent:
                 name, cost = self.sent[instruction.name]
                 links_free = max(clock, links_free) + cost
                 if instruction.opcode.endswith("-start"):
                     due[instruction.name] = links_free, name
-                    self.hidden += cost * times
+                    self.hidden += cost * times.waited
                 else:
-                    self.parts[name] += (links_free - clock) * times
+                    self.parts[name] += (links_free - clock) * times.waited
                     clock = links_free
                     clock += self._work(instruction, shapes, computation, times, fused=True)
             elif instruction.opcode == "while":
                 turns = trips(self.module, instruction)
-                clock += turns * self.run(instruction.attribute("body").lstrip("%"), times * turns)
+                clock += turns * self.run(instruction.attribute("body").lstrip("%"), times.by(turns))
             elif instruction.opcode == "conditional":
-                clock += self._dearest(instruction, times)
+                choice = self.choices.get(instruction.name)
+                clock += self._chosen(choice, times) if choice else self._dearest(instruction, times)
             elif instruction.opcode == "call":
                 clock += self.run(instruction.called[0], times)
             else:
                 clock += self._work(instruction, shapes, computation, times)
         return clock
 
-    def _dearest(self, instruction: Instruction, times: float) -> float:
+    def _chosen(self, choice: Choice, times: _Times) -> float:
+        """Of a conditional of the pipeline's executor; seconds of a tick, over all ticks."""
+        if choice.chunk and self.place is not None:
+            return self.run(choice.taken if self.place.does(choice) else choice.left, times)
+        seconds, left = 0.0, Part(1.0, 1.0)
+        for place, part in self.ticks.items():
+            if place.does(choice):
+                seconds += part.slowest * self._at(place, choice, times.by(*part))
+                left = Part(left.slowest - part.slowest, left.average - part.average)
+        return seconds + left.slowest * self.run(choice.left, times.by(*left))
+
+    def _at(self, place: Place, choice: Choice, times: _Times) -> float:
+        self.place = place
+        seconds = self.run(choice.taken, times)
+        self.place = None
+        return seconds
+
+    def _dearest(self, instruction: Instruction, times: _Times) -> float:
         before = (self.parts, self.busy, self.kernels, self.hidden, self.flops)
         results = []
         for branch in instruction.called:
@@ -189,7 +244,7 @@ class _Walk:
         instruction: Instruction,
         shapes: Mapping[str, str],
         computation: str,
-        times: float,
+        times: _Times,
         *,
         fused: bool = False,
     ) -> float:
@@ -199,7 +254,12 @@ class _Walk:
         if instruction.opcode == "custom-call" and (kernel := self._kernel(instruction, shapes)):
             name, flops, cost, rule = kernel
             runs, all_flops, all_seconds, _ = self.kernels.get(name, (0.0, 0.0, 0.0, ""))
-            self.kernels[name] = (runs + times, all_flops + flops * times, all_seconds + cost * times, rule)
+            self.kernels[name] = (
+                runs + times.run,
+                all_flops + flops * times.run,
+                all_seconds + cost * times.waited,
+                rule,
+            )
             kind = "kernels"
         else:
             flops = fused_flops(self.module, computation, instruction)
@@ -212,18 +272,21 @@ class _Walk:
                     flops / (PRODUCTS * self.chip.peak(self.config.train.precision) or float("inf")),
                     moved / (self.chip.hbm_bandwidth or float("inf")),
                 )
-        self.flops += flops * times
+        self.flops += flops * times.run
         if cost:
-            self.parts[kind] += cost * times
-            self.busy[readable(instruction.op_name) or instruction.opcode, kind] += cost * times
+            self.parts[kind] += cost * times.waited
+            self.busy[readable(instruction.op_name) or instruction.opcode, kind] += cost * times.waited
         return cost
 
     def _kernel(self, instruction: Instruction, shapes: Mapping[str, str]) -> tuple[str, float, float, str] | None:
         """(name, FLOPs, seconds, rule) of a hand-written kernel; None for another call."""
         target = instruction.attribute("custom_call_target").strip('"')
-        if target not in ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"):
+        if target.startswith("__cudnn$fmha"):
+            name = target.removeprefix("__")
+        elif target in ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"):
+            name = re.sub(r"[.\d]+$", "", instruction.name)
+        else:
             return None
-        name = re.sub(r"[.\d]+$", "", instruction.name)
         kind, flops = _kernel_flops(name, instruction, shapes, self.config)
         peak = self.chip.peak(self.config.train.precision)
         moved = bytes_of(instruction.shape) + sum(bytes_of(shapes.get(operand, "")) for operand in instruction.operands)

@@ -93,6 +93,25 @@ def test_attention_kernels_cost_the_positions_that_causality_leaves(name, shape,
     assert (kind, flops) == ("attention", products * 2 * rows * heads * dim * length * (length + 1) / 2)
 
 
+@pytest.mark.parametrize(("target", "products"), [("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaSoftmaxBackward", 5)])
+def test_cudnns_attention_is_a_kernel_of_its_own(target, products):
+    """As XLA calls it: it has no name, and statistics and workspace beside its result."""
+    shape = "bf16[2,128,8,64]{3,2,1,0}"
+    line = (
+        f"  %custom-call.7 = ({shape}, f32[2,8,128]{{2,1,0}}, u8[4096]{{0}}) custom-call(%q, %k, %v), "
+        f'custom_call_target="{target}", metadata={{op_name="jit(train_step)/attention/custom"}}'
+    )
+    topology, config = parse_topology("h100x8"), tiny(data=8)
+    program = "HloModule m\n\nENTRY %main (q: bf16[1]) -> bf16[1] {\n"
+    program += "".join(f"  %{name} = {shape} parameter({i})\n" for i, name in enumerate("qkv"))
+    program += line.replace("  %", "  ROOT %", 1) + "\n}\n"
+    step = dataclasses.replace(fake_step(mesh={"data": 8}), program=program)
+    ahead = predict.forecast(config, topology, step, hlo.parse(step.program), [])
+    flops = products * 2 * 2 * 8 * 64 * 128 * (128 + 1) / 2
+    assert [(kernel.runs, kernel.flops) for kernel in ahead.kernels] == [(1, flops)]
+    assert ahead.compiled_flops == flops and ahead.parts["kernels"] > 0
+
+
 def test_a_grouped_product_costs_the_rows_of_an_even_load():
     config = tiny(data=2, fsdp=4)
     config = dataclasses.replace(

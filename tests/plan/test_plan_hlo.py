@@ -81,6 +81,26 @@ def test_collectives_are_what_the_compiler_emits_over_the_axes_that_their_groups
 
 
 @pytest.mark.parametrize(
+    ("line", "payload"),
+    [
+        # As the GPU compiler writes them: what is sent and what arrives stand side by side in the start's type.
+        ("((f32[4]{0}, f32[2]{0}), (f32[32]{0}, f32[16]{0})) all-gather-start(%a, %b), dimensions={0}", 4 * 48),
+        ("(f32[4]{0}, f32[32]{0}) all-gather-start(%a), dimensions={0}", 4 * 32),
+        ("((f32[8,4]{1,0}), f32[8,4]{1,0}) all-to-all-start(%c), dimensions={0}", 4 * 32),
+        ("((f32[4]{0}, f32[4]{0}), (f32[4]{0}, f32[4]{0}), u32[]) all-to-all-start(%a, %a)", 4 * 8),
+        ("(f32[4]{0}, f32[2]{0}) all-reduce-start(%a, %b), to_apply=%add", 4 * 6),
+        ("f32[4]{0} all-reduce-start(%a), to_apply=%add", 4 * 4),
+        ("((f32[32]{0}), f32[4]{0}) reduce-scatter-start(%c), dimensions={0}, to_apply=%add", 4 * 32),
+        ("(f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%a)", 4 * 4),
+    ],
+)
+def test_a_start_counts_what_arrives_once(line, payload):
+    instruction = hlo._instruction(f"  %x = {line}")
+    shapes = {"a": "f32[4]{0}", "b": "f32[2]{0}", "c": "f32[8,4]{1,0}"}
+    assert collectives._payload(instruction, instruction.opcode.removesuffix("-start"), shapes) == payload
+
+
+@pytest.mark.parametrize(
     ("text", "group"),
     [
         ("replica_groups={{0,1},{2,3}}, x", (0, 1)),

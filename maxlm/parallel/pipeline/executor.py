@@ -28,6 +28,14 @@ from maxlm.parallel.pipeline.slots import Row, Slots
 from maxlm.parallel.pipeline.split import LayerFn, SplitLayer, split_layer
 
 AXIS = "pipeline"
+SCOPES: Mapping[Unit, str] = {
+    Unit.FORWARD: "forward",
+    Unit.INPUT: "input_backward",
+    Unit.WEIGHT: "weight_backward",
+    Unit.BACKWARD: "backward",
+}
+"""What the compiled program calls each unit: `plan/stages.py` reads from it which branch runs when."""
+FIRST, LAST = "first_chunk", "last_chunk"  # and what only these chunks do
 
 
 class Stages(NamedTuple):
@@ -222,10 +230,10 @@ class _Stage:
     def forward(self, carry: _Carry, row: Row) -> _Carry:
         """Embeds on the first chunk, and runs the chunk's layers."""
         micro = self.micro(row)
-        with jax.named_scope("forward"):
+        with jax.named_scope(SCOPES[Unit.FORWARD]):
             x = jax.lax.cond(
                 self.is_first(row),
-                lambda: self.stages.pin(self.stages.embed(self.outer, micro)),
+                jax.named_scope(FIRST)(lambda: self.stages.pin(self.stages.embed(self.outer, micro))),
                 lambda: self.stages.pin(_at(carry.inputs, row.input)),
             )
 
@@ -241,7 +249,7 @@ class _Stage:
 
     def input(self, carry: _Carry, row: Row) -> _Carry:
         """The gradient of the chunk's input, and pairs for `weight`."""
-        with jax.named_scope("input_backward"):
+        with jax.named_scope(SCOPES[Unit.INPUT]):
             micro, (carry, dy) = self.micro(row), self._seed(carry, row)
 
             def step(state: tuple, i: jax.Array) -> tuple[tuple, None]:
@@ -258,7 +266,7 @@ class _Stage:
 
     def weight(self, carry: _Carry, row: Row) -> _Carry:
         """The gradients of the chunk's matrices."""
-        with jax.named_scope("weight_backward"):
+        with jax.named_scope(SCOPES[Unit.WEIGHT]):
             micro = self.micro(row)
 
             def step(grads: list[jax.Array], i: jax.Array) -> tuple[list[jax.Array], None]:
@@ -271,7 +279,7 @@ class _Stage:
 
     def backward(self, carry: _Carry, row: Row) -> _Carry:
         """Both parts of the backward pass, a layer at a time."""
-        with jax.named_scope("backward"):
+        with jax.named_scope(SCOPES[Unit.BACKWARD]):
             micro, (carry, dy) = self.micro(row), self._seed(carry, row)
 
             def step(state: tuple, i: jax.Array) -> tuple[tuple, None]:
@@ -294,6 +302,7 @@ class _Stage:
         """The gradient of the chunk's output; on the last chunk head and loss make it out of the output itself."""
         seed, micro = self.stages.pin(_at(carry.seeds, row.seed)), self.micro(row)
 
+        @jax.named_scope(LAST)
         def head(outer_grads: Any, terms: Any) -> tuple[jax.Array, Any, Any]:
             loss, pullback, new = jax.vjp(
                 lambda outer, x: self.stages.head(outer, x, micro), self.outer, seed, has_aux=True
@@ -314,6 +323,7 @@ class _Stage:
         """Adds the embedding's gradient on the first chunk."""
         micro = self.micro(row)
 
+        @jax.named_scope(FIRST)
         def embed(outer_grads: Any) -> Any:
             _, pullback = jax.vjp(lambda outer: self.stages.embed(outer, micro), self.outer)
             return jax.tree.map(jnp.add, outer_grads, pullback(carry.back)[0])
