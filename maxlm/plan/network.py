@@ -4,6 +4,9 @@ A group of devices on a torus sends along every side of it that the group spans:
 along an open one as fast as its end can, which is one. Between slices and nodes every device sends its own part, so a
 group with g members in each of m slices has g network interfaces to a slice. Behind a switch a device has one link.
 All sides are kept busy at once, and each step from device to device costs a fixed time besides.
+
+An exchange of all with all is different: what a device has for a distant one goes over every link between them, so it
+takes as long as the busiest link, the middle of the longest side. A permute hands all of it over one link.
 """
 
 from __future__ import annotations
@@ -22,12 +25,36 @@ class Span(NamedTuple):
 
     devices: in the group.
     slices: slices or nodes that it is spread over.
-    lanes: links that a device of it can send on at once, counting both directions of a side as two.
+    sides: those of a slice's torus that it spans, each as (devices along it, whether it is closed to a ring); () for
+      devices behind a switch or on one chip.
     """
 
     devices: int
     slices: int
-    lanes: float
+    sides: tuple[tuple[int, bool], ...] = ()
+
+    @property
+    def lanes(self) -> float:
+        """Links that a device of it can send on at once, counting both directions of a side as two."""
+        return sum(2.0 if closed else 1.0 for _, closed in self.sides) or 1.0
+
+    @property
+    def steps(self) -> int:
+        """Steps of its rings, of those that turn at once the longest ones after each other: slices after sides."""
+        within = [size // 2 if closed else size - 1 for size, closed in self.sides]
+        return sum(within or [self.devices // self.slices - 1]) + self.slices - 1
+
+    @property
+    def crowding(self) -> float:
+        """Of an exchange of all with all, what the busiest link carries of what a device holds.
+
+        In the middle of an open side meets what half of the devices has for the other half; a closed one has two
+        middles. Behind a switch, what a device does not keep.
+        """
+        if not self.sides:
+            inner = self.devices // self.slices
+            return (inner - 1) / inner
+        return max((size // 2) * ((size + 1) // 2) / size / (2 if closed else 1) for size, closed in self.sides)
 
 
 def span(topology: Topology, places: Sequence[tuple[int, ...]]) -> Span:
@@ -38,13 +65,13 @@ def span(topology: Topology, places: Sequence[tuple[int, ...]]) -> Span:
     """
     slices = len({place[0] for place in places})
     if not topology.chip.torus_dims:
-        return Span(len(places), slices, 1.0)
-    lanes = 0.0
+        return Span(len(places), slices)
+    sides = []
     for side, closed in enumerate(topology.wrapped):
-        met = {place[1 + side] for place in places}
-        if len(met) > 1:
-            lanes += 2.0 if closed and len(met) == topology.shape[side] else 1.0
-    return Span(len(places), slices, lanes or 1.0)  # the devices of one chip talk within it
+        met = len({place[1 + side] for place in places})
+        if met > 1:
+            sides.append((met, closed and met == topology.shape[side]))
+    return Span(len(places), slices, tuple(sides))
 
 
 def seconds(kind: str, payload: float, where: Span, topology: Topology) -> float:
@@ -52,21 +79,23 @@ def seconds(kind: str, payload: float, where: Span, topology: Topology) -> float
 
     Args:
       kind: one of `collectives.KINDS`.
-      payload: bytes of the whole array that is gathered, summed or exchanged.
+      payload: bytes of the whole array that is gathered or summed; of an exchange or a permute, those of a device.
     """
     chip = topology.chip
     if where.devices < 2 or not chip.link_bandwidth:
         return 0.0
-    rounds = 2.0 if kind == "all-reduce" else 1.0
-    inner = where.devices // where.slices
-    time = 0.0
+    inner, hop = where.devices // where.slices, HOP_SECONDS[chip.platform]
+    if kind == "collective-permute":
+        return payload / (chip.link_bandwidth if where.slices == 1 else chip.network_bandwidth) + hop
+    time, across = 0.0, (where.slices - 1) / where.slices
+    if "all-to-all" in kind:
+        if inner > 1:
+            time += payload / where.slices * where.crowding / chip.link_bandwidth
+        if where.slices > 1:
+            time += payload * across / chip.network_bandwidth
+        return time + hop * (where.steps if where.sides else 1)
     if inner > 1:
-        moved = payload if kind == "collective-permute" else payload * (inner - 1) / inner
-        if "all-to-all" in kind and chip.torus_dims:
-            moved /= 2 if where.lanes > 1 else 1  # parts go the shorter way round, a quarter of the ring on average
-            moved *= max(inner ** (1 / max(where.lanes / 2, 1)) / 4, 1.0)
-        time += rounds * moved / (chip.link_bandwidth * where.lanes)
+        time += payload * (inner - 1) / inner / (chip.link_bandwidth * where.lanes)
     if where.slices > 1:
-        across = payload if kind == "collective-permute" else payload * (where.slices - 1) / where.slices
-        time += rounds * across / (chip.network_bandwidth * inner)
-    return time + rounds * (where.devices - 1) ** 0.5 * HOP_SECONDS[chip.platform]
+        time += payload * across / (chip.network_bandwidth * inner)
+    return (time + where.steps * hop) * (2.0 if kind == "all-reduce" else 1.0)

@@ -1,6 +1,7 @@
 """From a compiled step to a forecast, and to the pages that say it."""
 
 import dataclasses
+import itertools
 import json
 import runpy
 
@@ -61,7 +62,7 @@ def test_a_step_takes_its_cycles_and_what_it_waits_for():
 def test_collectives_take_what_the_links_of_their_group_allow():
     torus, mesh, nodes = parse_topology("v5p:4x4x4"), parse_topology("v5p:2x2x2"), parse_topology("h100x8x2")
     ring = network.span(torus, [(0, x, 0, 0) for x in range(4)])
-    assert ring == network.Span(devices=4, slices=1, lanes=2.0)  # both ways round
+    assert ring == network.Span(devices=4, slices=1, sides=((4, True),)) and ring.lanes == 2.0  # both ways round
     plane = network.span(torus, [(0, x, y, 0) for x in range(4) for y in range(4)])
     assert plane.lanes == 4.0
     assert network.span(mesh, [(0, x, 0, 0) for x in range(2)]).lanes == 1.0  # an open side ends
@@ -70,10 +71,43 @@ def test_collectives_take_what_the_links_of_their_group_allow():
     assert once == pytest.approx(size * 3 / 4 / 200e9, rel=1e-3)
     assert network.seconds("all-reduce", size, ring, torus) == pytest.approx(2 * once)
     both = network.span(nodes, [(node,) for node in (0, 1) for _ in range(8)])
-    assert both == network.Span(devices=16, slices=2, lanes=1.0)
+    assert both == network.Span(devices=16, slices=2) and both.lanes == 1.0
     # Within the node behind the switch, then half of it between the nodes over eight interfaces.
     expected = size * 7 / 8 / 450e9 + size / 2 / (8 * 50e9)
     assert network.seconds("all-gather", size, both, nodes) == pytest.approx(expected, rel=1e-2)
+
+
+def test_an_exchange_of_all_with_all_takes_what_its_busiest_link_does():
+    torus, size = parse_topology("v5p:4x4x4"), 4e9
+    sides = [range(4)] * 3
+
+    def took(kind, topology, *spanned):
+        """Over these sides of the first slice, in units of what a device holds over one link."""
+        places = [(0, *(p[: len(spanned)]), *[0] * (3 - len(spanned))) for p in itertools.product(*spanned)]
+        where = network.span(topology, places)
+        return network.seconds(kind, size, where, topology) * topology.chip.link_bandwidth / size
+
+    # A ring of four: parts go one hop on average, over two links. Every further side carries its own, beside it.
+    for count in (1, 2, 3):
+        assert took("all-to-all", torus, *sides[:count]) == pytest.approx(0.5, rel=1e-3)
+    line = parse_topology("v5p:8x2x2")  # open: half of the eight sends half of what it has over the middle
+    assert took("all-to-all", line, range(8)) == pytest.approx(2.0, rel=1e-3)
+    assert took("ragged-all-to-all", line, range(2)) == pytest.approx(0.5, rel=1e-3)
+    assert took("collective-permute", torus, *sides) == pytest.approx(1.0, rel=1e-3)  # to one neighbour, by one link
+    nodes = parse_topology("h100x8x2")
+    both = network.span(nodes, [(node,) for node in (0, 1) for _ in range(8)])
+    # Half of it leaves the node through the device's own adapter; of the rest, an eighth stays where it is.
+    expected = size / 2 / 50e9 + size / 2 * 7 / 8 / 450e9
+    assert network.seconds("all-to-all", size, both, nodes) == pytest.approx(expected, rel=1e-3)
+    assert network.seconds("collective-permute", size, both, nodes) == pytest.approx(size / 50e9, rel=1e-3)
+
+
+def test_a_small_collective_takes_the_steps_of_its_rings():
+    torus, nodes = parse_topology("v5p:4x4x4"), parse_topology("h100x8x2")
+    cube = network.span(torus, [(0, x, y, z) for x in range(4) for y in range(4) for z in range(4)])
+    assert network.seconds("all-gather", 0.0, cube, torus) == pytest.approx(6e-6)  # half way round each of three sides
+    both = network.span(nodes, [(node,) for node in (0, 1) for _ in range(8)])
+    assert network.seconds("all-reduce", 0.0, both, nodes) == pytest.approx(2 * (7 + 1) * 3e-6)
 
 
 @pytest.mark.parametrize(

@@ -204,18 +204,19 @@ def axis_spans(
         across = crossed[axis]
         inner = size // across
         if not sides or inner == 1:
-            spans[axis] = network.Span(size, across, 1.0)
+            spans[axis] = network.Span(size, across)
             continue
-        taken, lanes = _sides(left, inner)
+        taken = _sides(left, inner)
+        spanned = tuple((share, left[place][1] and left[place][0] == share) for place, share in taken.items())
+        spans[axis] = network.Span(size, across, spanned)
         for place, share in taken.items():
             whole, closed = left[place]
             left[place] = (whole // share, closed)
-        spans[axis] = network.Span(size, across, max(lanes, 1.0))
     return spans
 
 
-def _sides(left: list[tuple[int, bool]], size: int) -> tuple[dict[int, int], float]:
-    """Which sides a group of this size takes how much of, and on how many links its devices can send."""
+def _sides(left: list[tuple[int, bool]], size: int) -> dict[int, int]:
+    """Which sides a group of this size takes how much of: whole ones, on as many links as there are, or parts."""
     best: tuple[dict[int, int], float] = ({}, 0.0)
     places = [place for place, (whole, _) in enumerate(left) if whole > 1]
     for count in range(1, 2 ** len(places)):
@@ -225,12 +226,11 @@ def _sides(left: list[tuple[int, bool]], size: int) -> tuple[dict[int, int], flo
             if lanes > best[1]:
                 best = ({place: left[place][0] for place in chosen}, lanes)
     if best[0]:
-        return best
-    taken, lanes, rest = {}, 0.0, size
+        return best[0]
+    taken, rest = {}, size
     for place in sorted(places, key=lambda p: -left[p][0]):
         share = math.gcd(left[place][0], rest)
         if share > 1:
             taken[place] = share
-            lanes += 2.0 if share == left[place][0] and left[place][1] else 1.0
             rest //= share
-    return taken, lanes
+    return taken
