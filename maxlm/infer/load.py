@@ -64,7 +64,7 @@ def runnable(config: Config, params: Any) -> RunnableModel:
         runtime=Runtime(
             dtype=jnp.dtype(config.train.precision),
             attend=dispatch(device.platform),
-            experts=functools.partial(local_experts, backend=grouped.choose(device.platform)),
+            experts=functools.partial(local_experts, backend=grouped.choose(device.platform, config.train.precision)),
         ),
     )
 
@@ -91,7 +91,7 @@ def generation_runtime(mesh: Mesh, dtype: Any) -> Runtime:
         return place(x, tuple(None if name in ("batch", "seq", "residual") else name for name in logical))
 
     platform = mesh.devices.flat[0].platform
-    experts = sharded_experts(grouped.choose(platform), mesh, rows=None)
+    experts = sharded_experts(grouped.choose(platform, dtype), mesh, rows=None)
     return Runtime(dtype=dtype, constrain=constrain, attend=dispatch(platform), experts=experts)
 
 

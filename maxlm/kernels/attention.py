@@ -183,6 +183,7 @@ BACKENDS: tuple[Backend, ...] = (
         "splash",
         splash,
         platforms=("tpu",),
+        dtypes=("bfloat16", "float32"),
         length_multiple=128,
         features=_EVERYTHING - {"decode", "row_offsets", "alibi"},
     ),

@@ -3,7 +3,8 @@
 Shapes: N rows, D in, F out, E groups. Rows are sorted by group: the first sizes[0] belong to group 0, and so on; rows
 after the last group belong to none.
 
-None of the back ends but `plain` spends FLOPs or memory on the number of groups, beyond the matrices themselves.
+`megablox` and `blocked` spend neither FLOPs nor memory on the number of groups, beyond the matrices themselves. `plain`
+does, and so does `ragged`: its weight gradient becomes dense products of all rows for every group, on GPUs too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Backend:
     rows_transposed: (g (N, F), w (E, D, F), sizes) -> (N, D), likewise.
     outer: (x (N, D), g (N, F), sizes) -> (E, D, F), the sums over each group's rows; zero for an empty group.
     platforms: of jax.Device.platform; empty: any.
+    dtypes: of the operands; empty: any.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Backend:
     rows_transposed: RowsFn
     outer: RowsFn
     platforms: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
 
 
 def grouped_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, backend: Backend, dtype: Any) -> jax.Array:
@@ -221,6 +224,7 @@ def megablox(*, interpret: bool = False) -> Backend:
         rows_transposed=functools.partial(_megablox_rows, transposed=True, interpret=interpret),
         outer=functools.partial(_megablox_outer, interpret=interpret),
         platforms=("tpu",),
+        dtypes=("bfloat16", "float32"),
     )
 
 
@@ -232,7 +236,7 @@ PLAIN = Backend(
 )
 
 # In order of preference. `lax.ragged_dot` is right everywhere, but on CPU it computes every group's product of all
-# rows, and so does its weight gradient on TPU.
+# rows, and so does its weight gradient on TPU and GPU.
 BACKENDS: tuple[Backend, ...] = (
     megablox(),
     Backend(
@@ -251,6 +255,11 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
-def choose(platform: str) -> Backend:
-    """The first back end of the table for devices of this platform, e.g. "cpu", "gpu", "tpu"."""
-    return next(backend for backend in BACKENDS if not backend.platforms or platform in backend.platforms)
+def choose(platform: str, dtype: Any) -> Backend:
+    """The first back end of the table that multiplies operands of `dtype` on this platform: "cpu", "gpu", "tpu"."""
+    name = jnp.dtype(dtype).name
+    return next(
+        backend
+        for backend in BACKENDS
+        if (not backend.platforms or platform in backend.platforms) and (not backend.dtypes or name in backend.dtypes)
+    )

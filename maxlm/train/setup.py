@@ -87,7 +87,7 @@ def make_runtime(config: Config, mesh: Mesh, *, segments: bool, experts_limited:
         lookup=sharded_lookup(mesh),
         attend=attend,
         arrange=functools.partial(arrange, devices=devices),
-        experts=sharded_experts(grouped.choose(mesh.devices.flat[0].platform), mesh),
+        experts=sharded_experts(grouped.choose(mesh.devices.flat[0].platform, config.train.precision), mesh),
         spread_loss=sharded_loss(mesh),
         experts_limited=experts_limited,
         remat=config.train.remat,

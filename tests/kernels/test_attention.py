@@ -230,6 +230,7 @@ def test_choice_by_platform():
     assert name("gpu", "segments") == name("gpu", "segments", length=1 << 20) == "triton"
     assert name("gpu", "softcap") == name("gpu", "segments", "windows") == "plain"
     assert name("tpu", "segments", "windows", "softcap", "sinks", "value_dim", dtype="float32") == "splash"
+    assert name("tpu", dtype="float16") == "plain"
     assert name("tpu", length=500) == "plain" and name("tpu", length=5000) == "chunked"
     assert name("gpu", dtype="float32") == name("gpu", head_dim=100) == "plain"
     assert name("tpu", "segments", "windows", "softcap", "decode") == "plain"

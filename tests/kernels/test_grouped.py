@@ -79,7 +79,17 @@ def test_a_nan_row_stays_by_itself():
 
 
 def test_platforms_choose():
-    assert [grouped.choose(platform).name for platform in ("tpu", "cpu", "gpu")] == ["megablox", "blocked", "ragged"]
+    chosen = [grouped.choose(platform, jnp.bfloat16).name for platform in ("tpu", "cpu", "gpu")]
+    assert chosen == ["megablox", "blocked", "ragged"]
+
+
+def test_what_a_kernel_cannot_multiply_another_does():
+    """Megablox refuses float16 while it is traced."""
+    kernel = next(backend for backend in EVERY if backend.name == "megablox")
+    x, w, g, counts = case(SIZES["uneven"])
+    with pytest.raises(Exception, match="float16"):
+        value_and_gradients(x, w, g, counts, backend=kernel, dtype=jnp.float16)
+    assert grouped.choose("tpu", jnp.float16).name == "ragged"
 
 
 def _active_model(groups, rows=2048, width=48, hidden=64):
@@ -88,7 +98,9 @@ def _active_model(groups, rows=2048, width=48, hidden=64):
     sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
 
     def total(x, w, sizes):
-        return jnp.sum(jnp.square(grouped_product(x, w, sizes, backend=grouped.choose("cpu"), dtype=jnp.float32)))
+        return jnp.sum(
+            jnp.square(grouped_product(x, w, sizes, backend=grouped.choose("cpu", "float32"), dtype=jnp.float32))
+        )
 
     gradient = jax.grad(total, argnums=(0, 1))
     return gradient, jax.jit(gradient).lower(x, w, sizes).compile(), jax.make_jaxpr(gradient)(x, w, sizes)

@@ -20,7 +20,7 @@ from maxlm.model.decoder import init_cache, split_model
 from maxlm.model.moe import MoeMlp, route, row_statistics, within_capacity
 from maxlm.model.runtime import Runtime
 
-PLAIN, BLOCKED = Runtime(), Runtime(experts=functools.partial(local_experts, backend=choose("cpu")))
+PLAIN, BLOCKED = Runtime(), Runtime(experts=functools.partial(local_experts, backend=choose("cpu", "float32")))
 
 ROUTERS = {
     "softmax, normalised": {"experts": 8},
