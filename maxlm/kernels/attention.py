@@ -67,20 +67,22 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    """cuDNN's fused attention on NVIDIA GPUs; arguments and result as of `plain`, features as the table says."""
+    """cuDNN's fused attention on NVIDIA GPUs; arguments and result as of `plain`, features as the table says.
+
+    Remat runs it again: its normalisers have no name to be saved by, so that its result has none either.
+    """
     # jax counts the positions to the left of the query, without the query's own.
     window = (mask.window - 1, 0) if mask.window else None
-    out = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         q, k, v, scale=mask.scale, is_causal=mask.causal, local_window_size=window, implementation="cudnn"
     )
-    return checkpoint_name(out, ATTENTION_NAME)
 
 
 def triton(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """`kernels/triton.py`, imported where it is used: Pallas takes a while to load."""
     from maxlm.kernels import triton
 
-    return checkpoint_name(triton.triton(q, k, v, mask), ATTENTION_NAME)
+    return triton.triton(q, k, v, mask)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:

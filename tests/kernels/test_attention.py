@@ -143,9 +143,11 @@ def kernel(name):
     return next(backend.kernel for backend in attention.BACKENDS if backend.name == name)
 
 
-@pytest.mark.parametrize("name", ["heads_loop", "chunked_loop"])
-def test_under_remat_the_forward_pass_runs_once(name):
-    q, k, v, g = operands(batch=1, length=8, kv_heads=2, groups=1)
+@pytest.mark.parametrize("name", ["heads_loop", "chunked_loop", "triton"])
+def test_under_remat_the_forward_pass_runs_once(name, monkeypatch):
+    q, k, v, g = operands(batch=1, length=64 if name == "triton" else 8, kv_heads=2, groups=1)
+    interpreted = functools.partial(triton_module.triton, interpret=True)
+    monkeypatch.setattr(triton_module, "triton", interpreted)
     policy = jax.checkpoint_policies.save_only_these_names(ATTENTION_NAME)
 
     def loops(remat):

@@ -17,7 +17,7 @@ from maxlm.plan.analytic.timing import Time, step_time
 from maxlm.plan.topology import Topology
 from maxlm.train.setup import attention_needs
 
-UNNAMED = ("cudnn", "triton", "plain")
+UNNAMED = ("cudnn", "plain")
 """Attention back ends whose results a remat policy cannot save by name."""
 
 
