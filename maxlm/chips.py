@@ -23,6 +23,9 @@ GIGA = 1e9
 GIB = 2**30
 MIB = 2**20
 
+GPU_SHARE = 0.95
+"""Of a GPU's memory, what runs take (`cli` tells JAX, which takes 0.75 unless told) and plans count with."""
+
 _CLOUD = "cloud.google.com/tpu/docs, page of the generation, read 2026-11"
 _LIBTPU = "what libtpu 0.0.42 says is available when a program needs too much"
 _PALLAS = "jax 0.10.2, jax/_src/pallas/mosaic/tpu_info.py"
@@ -50,6 +53,7 @@ class Chip:
     vmem_bytes: on-chip vector memory of a core, out of which kernels work.
     clock: cycles a second that the compiler's estimates are in.
     price: dollars an hour.
+    like: of a chip that a user's file adds: the chip of the table that it is compiled for as.
     sources: figure -> where it is from.
     """
 
@@ -69,7 +73,13 @@ class Chip:
     vmem_bytes: float = 0.0
     clock: float = 0.0
     price: float = 0.0
+    like: str = ""
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The chip of the table that compilers are asked for."""
+        return self.like or self.name
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of products of operands of `dtype`; those of float16 are bfloat16's."""
@@ -98,7 +108,7 @@ def _gpu(
     sources = {
         "flops, hbm_bandwidth, link_bandwidth": _NVIDIA,
         "hbm_bytes": "nvidia-smi, memory.total",
-        "usable_bytes": "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 of the total (JAX takes 0.75 unless told)",
+        "usable_bytes": f"{GPU_SHARE} of the total, which the command line has JAX take (0.75 unless told)",
         "network_bandwidth": "one adapter a GPU in the vendor's reference nodes: 200 Gb/s (A100), 400 Gb/s (later)",
         "price": _AWS_PRICE,
     }
@@ -106,7 +116,7 @@ def _gpu(
     total = mib * MIB
     figures = {"devices_per_host": 8, "torus_dims": 0, "sources": sources, **figures}
     return Chip(
-        name=name, platform="gpu", kinds=kinds, flops=rates, hbm_bytes=total, usable_bytes=0.95 * total, **figures
+        name=name, platform="gpu", kinds=kinds, flops=rates, hbm_bytes=total, usable_bytes=GPU_SHARE * total, **figures
     )
 
 
@@ -226,7 +236,7 @@ CHIPS: Mapping[str, Chip] = {
             "a100-40gb",
             "NVIDIA A100-SXM4-40GB",
             hbm_bytes=40_960 * MIB,
-            usable_bytes=0.95 * 40_960 * MIB,
+            usable_bytes=GPU_SHARE * 40_960 * MIB,
             hbm_bandwidth=1555 * GIGA,
             price=2.74,
         ),
@@ -236,7 +246,7 @@ CHIPS: Mapping[str, Chip] = {
             "a100-pcie-40gb",
             "NVIDIA A100-PCIE-40GB",
             hbm_bytes=40_960 * MIB,
-            usable_bytes=0.95 * 40_960 * MIB,
+            usable_bytes=GPU_SHARE * 40_960 * MIB,
             hbm_bandwidth=1555 * GIGA,
             **_PCIE,
         ),
@@ -255,7 +265,7 @@ CHIPS: Mapping[str, Chip] = {
             "h200",
             "NVIDIA H200",
             hbm_bytes=143_771 * MIB,
-            usable_bytes=0.95 * 143_771 * MIB,
+            usable_bytes=GPU_SHARE * 143_771 * MIB,
             hbm_bandwidth=4800 * GIGA,
             price=7.91,
         ),
@@ -331,7 +341,7 @@ def load_chips(path: str | Path) -> dict[str, Chip]:
             raise UserError(
                 f'{path}: {name} is like {like!r}, which is not in the table; use "like": one of {_names()}'
             )
-        known = {field.name for field in dataclasses.fields(Chip)} - {"name", "platform"}
+        known = {field.name for field in dataclasses.fields(Chip)} - {"name", "platform", "like"}
         if unknown := set(figures) - known:
             raise UserError(
                 f"{path}: {name} has {', '.join(sorted(unknown))}; known figures: {', '.join(sorted(known))}"
@@ -341,7 +351,9 @@ def load_chips(path: str | Path) -> dict[str, Chip]:
             figures["flops"] = {**base.flops, **figures["flops"]}
         figures["kinds"] = tuple(figures.get("kinds", ()))
         figures["sources"] = {**base.sources, **{figure: str(path) for figure in figures if figure != "kinds"}}
-        table[name.lower()] = dataclasses.replace(base, name=name.lower(), **figures)
+        if "hbm_bytes" in figures and base.hbm_bytes:  # as large a part of it is left to programs, unless it is said
+            figures.setdefault("usable_bytes", figures["hbm_bytes"] * base.usable_bytes / base.hbm_bytes)
+        table[name.lower()] = dataclasses.replace(base, name=name.lower(), like=base.kind, **figures)
     return table
 
 

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
+from maxlm.chips import GPU_SHARE
 from maxlm.config import Config
 from maxlm.errors import UserError
 from maxlm.files import asked_file, check_asked, write_asked
@@ -35,6 +36,9 @@ USAGE = """usage: maxlm <command> [flags]
 `maxlm <command> --help` lists the command's flags."""
 
 
+_ON_DEVICES = ("train", "generate", "replay")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code of the process."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -45,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         print(f"maxlm: {args[0]!r} is not a command; known: {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
+    if args[0] in _ON_DEVICES:
+        _take_gpu_memory()
     if argv is None and args[0] == "train":
         _use_huge_pages()
         faulthandler.enable()  # a process that dies in C++ says where its threads were
@@ -173,6 +179,13 @@ def _replay(args: list[str]) -> int:
     print(f"{found.verdict}: {found.why}")
     write_asked(values.json, json.dumps(plain(found._asdict()), indent=1) + "\n")
     return 0
+
+
+def _take_gpu_memory() -> None:
+    """Has JAX take as much of a GPU's memory as plans count with, unless the environment says how much."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    if not any(os.environ.get(name) for name in names):
+        os.environ[names[-1]] = str(GPU_SHARE)
 
 
 def _use_huge_pages() -> None:

@@ -39,7 +39,18 @@ def test_chips_of_a_file_are_added_to_the_table(tmp_path):
     assert (mine.hbm_bandwidth, mine.peak("float16")) == (4e12, 1e15)
     assert mine.peak("float8") == CHIPS["h100"].peak("float8")
     assert mine.sources["hbm_bandwidth"] == str(path)
+    assert (mine.name, mine.kind, CHIPS["h100"].kind) == ("mine", "h100", "h100")
     assert chip_of_kind("NVIDIA H100 80GB HBM3") is CHIPS["h100"]  # a copy does not take its model's device kinds
+
+
+def test_memory_of_a_files_chip_is_used_as_far_as_its_models(tmp_path):
+    path = tmp_path / "chips.json"
+    path.write_text(json.dumps({"big": {"like": "v5p", "hbm_bytes": 2 * CHIPS["v5p"].hbm_bytes}, "v5p": {"price": 1}}))
+    table = load_chips(path)
+    assert table["big"].usable_bytes == pytest.approx(2 * CHIPS["v5p"].usable_bytes)
+    assert table["v5p"].usable_bytes == CHIPS["v5p"].usable_bytes and table["v5p"].kind == "v5p"
+    path.write_text(json.dumps({"big": {"like": "v5p", "hbm_bytes": 1e12, "usable_bytes": 9e11}}))
+    assert load_chips(path)["big"].usable_bytes == 9e11
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from maxlm import cli
+from maxlm.chips import CHIPS
 from maxlm.cli import main
 from maxlm.config import StoreConfig, TokenizerConfig
 from maxlm.configfile import source
@@ -31,6 +33,31 @@ def test_check_prints_what_differs_and_what_follows(capsys, tmp_path):
     )
     assert found["bytes of state"]["parameters"] == 4 * found["parameters"]["total"]
     assert found["training FLOPs"]["a token, causal-exact"] > found["training FLOPs"]["a token, 6N"]
+
+
+def test_a_run_takes_the_memory_that_plans_count_with(monkeypatch):
+    """JAX takes three quarters of a GPU unless the environment says otherwise, before its devices start."""
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    seen = []
+
+    def note(args):
+        seen.append([os.environ.get(name) for name in names])
+        return 0
+
+    for command in ("check", "train", "generate", "replay"):
+        monkeypatch.setitem(cli._COMMANDS, command, note)
+    assert main(["check"]) == main(["train"]) == 0
+    assert seen[0] == [None, None]
+    chip = CHIPS["h100"]
+    assert float(seen[1][0]) == pytest.approx(chip.usable_bytes / chip.hbm_bytes) and seen[1][1] is None
+    monkeypatch.setenv(names[0], "0.5")
+    main(["generate"])
+    monkeypatch.delenv(names[0])
+    monkeypatch.setenv(names[1], "0.6")  # JAX refuses both at once
+    main(["replay"])
+    assert seen[2:] == [["0.5", None], [None, "0.6"]]
 
 
 def test_check_touches_no_device():

@@ -46,12 +46,7 @@ def arrange(parallel: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarr
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     axis = parallel.across_slices
-    if not spreads(parallel.sizes, axis, slices=slices):
-        size = parallel.sizes[axis]
-        raise MeshError(
-            f"the {len(devices)} devices are in {slices} slices or nodes, and parallel.{axis}, the axis that crosses "
-            f"them, is {size}; use a multiple of {slices}, or type parallel.across_slices=any to let every axis cross"
-        )
+    check_spreads(parallel, devices=len(devices), slices=slices)
     outer = tuple(crossing(parallel.sizes, axis, slices=slices).values())
     inner = tuple(whole // across for whole, across in zip(shape, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
@@ -60,6 +55,21 @@ def arrange(parallel: ParallelConfig, devices: Sequence[jax.Device]) -> np.ndarr
 def spreads(sizes: Mapping[str, int], across_slices: str, *, slices: int) -> bool:
     """Whether such a mesh can be laid over so many slices or nodes: the axis that crosses divides into them."""
     return slices == 1 or across_slices == "any" or sizes[across_slices] % slices == 0
+
+
+def check_spreads(parallel: ParallelConfig, *, devices: int, slices: int) -> None:
+    """Whether the mesh of a resolved config can be laid over so many slices or nodes.
+
+    Raises:
+      MeshError: it cannot; with what to type.
+    """
+    axis = parallel.across_slices
+    if not spreads(parallel.sizes, axis, slices=slices):
+        raise MeshError(
+            f"the {devices} devices are in {slices} slices or nodes, and parallel.{axis}, the axis that crosses them, "
+            f"is {parallel.sizes[axis]}; use a multiple of {slices}, or type parallel.across_slices=any to let every "
+            "axis cross"
+        )
 
 
 def crossing(sizes: Mapping[str, int], across_slices: str, *, slices: int) -> dict[str, int]:

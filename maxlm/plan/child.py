@@ -5,16 +5,21 @@ Reads FOLDER/request.json; leaves FOLDER/step.hlo, FOLDER/facts.json and XLA's d
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from maxlm.compilation import settle_cpu_devices
-from maxlm.parallel.mesh import make_mesh
+from maxlm.config import MESH_AXES, ParallelConfig
+from maxlm.parallel.mesh import arrange, make_mesh
 from maxlm.plan.compile import request_from_json
 from maxlm.plan.topology import Topology
 from maxlm.train.setup import make_setup
@@ -32,16 +37,41 @@ def devices_of(topology: Topology) -> list[Any]:
     if topology.chip.platform == "gpu":
         from maxlm.plan.cuda import target_config
 
-        name = f"1x{topology.slices}x{topology.shape[0]}"
+        name = f"{topology.slices}x1x{topology.shape[0]}"  # slices, as which JAX knows nodes; hosts of one; GPUs
         return topologies.get_topology_desc(
             topology_name=name, platform="cuda", topology=name, target_config=target_config(topology.chip)
         ).devices
     more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.chips < topology.chip.devices_per_host // topology.chip.devices_per_chip:
         more["chips_per_host_bounds"] = (*topology.shape, 1, 1)[:3]
-    if topology.chip.name == "v4":
+    if topology.chip.kind == "v4":
         more |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
-    return topologies.get_topology_desc(topology_name=f"{topology.chip.name}:{shape}", platform="tpu", **more).devices
+    return topologies.get_topology_desc(topology_name=f"{topology.chip.kind}:{shape}", platform="tpu", **more).devices
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gpu:
+    """A device of a description, which does not say what node it is in, as those of a run do."""
+
+    device: Any
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str
+    device_kind: str
+
+
+def mesh_of(parallel: ParallelConfig, topology: Topology, devices: Sequence[Any]) -> Mesh:
+    """The mesh that a run on this hardware makes (`parallel.mesh.make_mesh`), over devices of its description."""
+    if topology.chip.platform != "gpu":
+        return make_mesh(parallel, devices)
+    nodes = [device.id // topology.devices_per_slice for device in devices]
+    known = [
+        _Gpu(device, device.id, node, node, device.platform, device.device_kind)
+        for device, node in zip(devices, nodes, strict=True)
+    ]
+    placed = np.vectorize(lambda gpu: gpu.device, otypes=[object])(arrange(parallel, known))
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def place_of(device: Any, topology: Topology) -> list[int]:
@@ -56,7 +86,7 @@ def run(work: Path) -> None:
     settle_cpu_devices()
     request = request_from_json((work / "request.json").read_text())
     config = request.config
-    mesh = make_mesh(config.parallel, devices_of(request.topology))
+    mesh = mesh_of(config.parallel, request.topology, devices_of(request.topology))
     setup = make_setup(config, mesh)
     facts: dict[str, Any] = {
         "mesh": dict(mesh.shape),

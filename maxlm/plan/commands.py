@@ -12,6 +12,7 @@ from maxlm.chips import CHIPS, load_chips
 from maxlm.config import Config
 from maxlm.errors import UserError
 from maxlm.files import write_asked
+from maxlm.parallel.mesh import check_spreads
 from maxlm.plan import searching
 from maxlm.plan.topology import Topology, parse_topology
 from maxlm.resolve import resolve
@@ -19,6 +20,8 @@ from maxlm.resolve import resolve
 Log = Callable[[str], None]
 OF_ONE_PLAN = ("html", "price", "memory_only", "mtbf", "stall_seconds", "write_seconds")
 """Flags that say something of one plan, and nothing of a search."""
+OF_A_SEARCH = ("winner", "budget_minutes")
+"""And the other way round."""
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -50,18 +53,24 @@ def define_hardware(values: flags.FlagValues) -> None:
 
 def plan(values: flags.FlagValues, *, log: Log) -> int:
     """Compiles the step and prints the page; returns the exit code: 1 where the step does not fit."""
-    if values.search:
-        _check_search(values)
+    _check_search(values)
     config, topology = planned(values)
+    if not values.search:
+        check_spreads(config.parallel, devices=topology.devices, slices=topology.slices)
     options = _options(values.options)
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
     if values.search:
         return searching.run_search(values, config, topology, options=options, log=log)
-    from maxlm.plan.compile import compile_step
+    from maxlm.plan.compile import NotHere, check_installed, compile_step
     from maxlm.plan.html import render
     from maxlm.plan.page import print_plan
     from maxlm.plan.plan import as_json, make_plan
 
+    try:
+        check_installed(config, topology)
+    except NotHere as error:
+        log(f"{error}")
+        return _uncompiled(values, config, topology, log=log)
     step = compile_step(
         config,
         topology,
@@ -78,12 +87,29 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
         made = on_this_machine(made, config)
     print_plan(made, Console())
     if not made.fits:
-        searching.print_changes(made, config, topology, log=log)
+        searching.print_changes(float(made.memory.total), config, topology, log=log)
     if values.mtbf:
         searching.print_failures(values, config, topology, log=log)
     write_asked(values.json, as_json(made))
     write_asked(values.html, render(made))
     return 0 if made.fits else 1
+
+
+def _uncompiled(values: flags.FlagValues, config: Config, topology: Topology, *, log: Log) -> int:
+    """The plan of the analytical model alone; the exit code."""
+    from maxlm.plan.analytic import estimate
+    from maxlm.plan.uncompiled import as_json, figures, print_figures
+
+    found = figures(config, topology, estimate(config, topology), price=values.price)
+    print_figures(found, topology, Console())
+    if not found["fits"]:
+        searching.print_changes(found["memory"]["total"], config, topology, log=log)
+    if values.html:
+        log(f"--html={values.html} is not written: its charts are of what the compiler says")
+    if values.mtbf:
+        searching.print_failures(values, config, topology, log=log)
+    write_asked(values.json, as_json(found))
+    return 0 if found["fits"] else 1
 
 
 def explain(values: flags.FlagValues, *, log: Log) -> int:
@@ -108,7 +134,13 @@ def planned(values: flags.FlagValues) -> tuple[Config, Topology]:
 
 
 def _check_search(values: flags.FlagValues) -> None:
-    given = [f"--{name}" for name in OF_ONE_PLAN if values[name].value != values[name].default]
+    names = OF_ONE_PLAN if values.search else OF_A_SEARCH
+    given = [f"--{name}" for name in names if values[name].value != values[name].default]
+    if given and not values.search:
+        raise UserError(
+            f"{' and '.join(given)} {'are' if len(given) > 1 else 'is'} of a search; type --search besides, or plan "
+            "without"
+        )
     if given:
         raise UserError(
             f"--search compares many plans, and {' and '.join(given)} {'are' if len(given) > 1 else 'is'} of one; "

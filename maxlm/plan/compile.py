@@ -8,11 +8,13 @@ its and JAX's settings in the environment, of the versions, and of the sources t
 
 from __future__ import annotations
 
+import ctypes.util
 import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,6 +31,7 @@ from maxlm.chips import Chip
 from maxlm.compilation import compiler_options
 from maxlm.config import Config
 from maxlm.errors import UserError
+from maxlm.plan.cuda import has_target
 from maxlm.plan.topology import Topology
 from maxlm.resolve import as_config_dict, resolve
 
@@ -39,13 +42,22 @@ CACHE = "~/.cache/maxlm/plans"
 ROOMS = ("config.py", "compilation.py", "tree.py", "data/batch.py", "model", "kernels", "parallel", "optim", "train")
 """Sources that decide, with those of `OWN`, what is compiled; how it is read may change without compiling again."""
 OWN = ("plan/compile.py", "plan/child.py", "plan/cuda.py", "plan/topology.py")
-PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda12-plugin", "flax", "optax")
+CUDA = ("jax-cuda12-pjrt", "jax-cuda13-pjrt")  # either compiles
+PACKAGES = ("jax", "jaxlib", "libtpu", *CUDA, "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax")
 _PLACES = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")  # variables that say where, not what
 Log = Callable[[str], None]
 
 
 class CompileError(UserError):
     """The step cannot be compiled for this hardware."""
+
+
+class NotHere(CompileError):
+    """It cannot be compiled in this environment; the analytical model can say something of it all the same."""
+
+
+class OutOfTime(CompileError):
+    """The compiler was ended when the time that it was given was over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +131,7 @@ def compile_step(
     cache: str | None = CACHE,
     limit: int = LIMIT,
     options: Mapping[str, str] | None = None,
+    seconds: float = math.inf,
     log: Log = lambda line: None,
 ) -> Step:
     """The step of a resolved config for the hardware.
@@ -129,14 +142,15 @@ def compile_step(
       cache: folder of what was compiled before; None: neither read nor written.
       limit: bytes of memory that the compiler may take.
       options: of the compiler; None: those of the chip (`maxlm.compilation`).
+      seconds: that it may take.
 
     Raises:
-      CompileError: the compiler is not installed, needs more than `limit`, failed or died. That the step does not fit
-        the device is no error: the result says so.
+      CompileError: the compiler is not installed, needs more than `limit` or `seconds`, failed or died. That the step
+        does not fit the device is no error: the result says so.
     """
-    chosen = compiler_options(topology.chip.name) if options is None else dict(options)
+    chosen = compiler_options(topology.chip.kind) if options is None else dict(options)
     request = Request(config, topology, chosen, whole or topology.chip.platform != "tpu")
-    check_installed(topology)
+    check_installed(config, topology)
     place = Path(cache).expanduser() / content_key(request) if cache else None
     if place is not None and (place / "step.json").exists():
         return dataclasses.replace(_read(place), cached=True)
@@ -144,28 +158,49 @@ def compile_step(
         work = Path(folder)
         (work / "request.json").write_text(request.as_json())
         begun = time.monotonic()
-        peak = _run_child(work, request, limit=limit, log=log)
+        peak = _run_child(work, request, limit=limit, seconds=seconds, log=log)
         step = _collect(work, peak, elapsed=time.monotonic() - begun)
     if place is not None:
         _write(step, place)
     return step
 
 
-def check_installed(topology: Topology) -> None:
-    """Whether the compiler of this platform is there.
+def check_installed(config: Config, topology: Topology) -> None:
+    """Whether the step can be compiled here: all of the compiler of this platform is there, and knows the chip.
 
     Raises:
-      CompileError: it is not, with what to type.
+      NotHere: it is not, with what to type.
     """
-    package, extra = {"tpu": ("libtpu", "plan"), "gpu": ("jax-cuda12-pjrt", "plan-cuda")}.get(
-        topology.chip.platform, ("jax", "")
+    packages, extra = {"tpu": (("libtpu",), "plan"), "gpu": (CUDA, "plan-cuda")}.get(
+        topology.chip.platform, (("jax",), "")
     )
+    if not any(map(_installed, packages)):
+        raise NotHere(
+            f"to compile for {topology.name}, {packages[0]} has to be installed; type: pip install 'maxlm[{extra}]'"
+        )
+    if topology.chip.platform != "gpu":
+        return
+    if not has_target(topology.chip):
+        raise NotHere(f"what the compiler has to know of {topology.chip.name} is not known (maxlm/plan/cuda.py)")
+    from maxlm.plan.analytic import attention_backends
+
+    if "cudnn" in attention_backends(config, "gpu") and not _has_cudnn():
+        raise NotHere(
+            f"attention of {config.name} is cuDNN's on {topology.name}, which is compiled only where its library is; "
+            f"type: pip install nvidia-cudnn-cu{'12' if _installed(CUDA[0]) else '13'}"
+        )
+
+
+def _installed(package: str) -> bool:
     try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise CompileError(
-            f"to compile for {topology.name}, {package} has to be installed; type: pip install 'maxlm[{extra}]'"
-        ) from error
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _has_cudnn() -> bool:
+    """As a package, or as a library of the system."""
+    return any(_installed(f"nvidia-cudnn-cu{cuda}") for cuda in (12, 13)) or bool(ctypes.util.find_library("cudnn"))
 
 
 def content_key(request: Request) -> str:
@@ -202,13 +237,7 @@ def content_key(request: Request) -> str:
 
 def versions() -> dict[str, str]:
     """Of the packages that take part in compiling, those that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
 
 
 def _settings() -> dict[str, str]:
@@ -231,6 +260,7 @@ def _environment(work: Path, topology: Topology) -> dict[str, str]:
     dump = f"--xla_dump_to={work / 'dump'} --xla_dump_hlo_pass_re=^$"
     flags = [environment.get("XLA_FLAGS", ""), dump]
     environment["JAX_PLATFORMS"] = "cpu"  # the others' compilers are asked by their descriptions, not as devices
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what comes from it has no reports, and others' names
     if topology.chip.platform == "tpu":
         # No questions to a metadata server, and no lock: other processes may be planning too.
         environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -245,7 +275,7 @@ def _environment(work: Path, topology: Topology) -> dict[str, str]:
     return environment
 
 
-def _run_child(work: Path, request: Request, *, limit: int, log: Log) -> int:
+def _run_child(work: Path, request: Request, *, limit: int, seconds: float, log: Log) -> int:
     """Runs it to its end, or until the memory is laid out; returns the most memory that it held."""
     topology = request.topology
     with open(work / "log", "wb") as out:
@@ -269,8 +299,11 @@ def _run_child(work: Path, request: Request, *, limit: int, log: Log) -> int:
                 )
             if not request.whole and _laid_out(work):
                 return peak
-            if time.monotonic() - begun - said > 60:
-                said = time.monotonic() - begun
+            took = time.monotonic() - begun
+            if took > seconds:
+                raise OutOfTime(f"compiling for {topology.name} was ended after {took / 60:.1f} min")
+            if took - said > 60:
+                said = took
                 log(f"compiling for {topology.name}: {said / 60:.0f} min, {peak / GIB:.1f} GiB")
     finally:
         if child.poll() is None:

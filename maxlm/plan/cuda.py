@@ -25,13 +25,22 @@ _DEVICES = {
 }
 
 
+def has_target(chip: Chip) -> bool:
+    """Whether `target_config` has one for this chip."""
+    return _device(chip) is not None
+
+
+def _device(chip: Chip) -> str | None:
+    return next((name for name in _DEVICES if chip.kind == name or chip.kind.startswith(f"{name}-")), None)
+
+
 def target_config(chip: Chip) -> str:
     """XLA's `GpuTargetConfigProto` as text. Sources: NVIDIA's tuning guides of each generation, and `deviceQuery`.
 
     Raises:
       UserError: there is none for this chip.
     """
-    base = next((name for name in _DEVICES if chip.name == name or chip.name.startswith(f"{name}-")), None)
+    base = _device(chip)
     if base is None:
         raise UserError(f"no compiler target is known for {chip.name}; use one like {', '.join(_DEVICES)}")
     (major, minor), cores, clock, l2_mib, shared_core, shared_block, threads = _DEVICES[base]

@@ -17,6 +17,7 @@ from maxlm.config import Config
 from maxlm.errors import UserError
 from maxlm.plan.analytic import Estimate, Estimator
 from maxlm.plan.candidates import candidates
+from maxlm.plan.compile import OutOfTime
 from maxlm.plan.topology import Topology, TopologyError, parse_topology
 from maxlm.resolve import relations, resolve
 
@@ -38,7 +39,7 @@ class Verdict(NamedTuple):
     parts: Mapping[str, float]
 
 
-Judge = Callable[[Config, Topology], Verdict]
+Judge = Callable[[Config, Topology, float], Verdict]  # the last: the seconds that it may take
 Log = Callable[[str], None]
 
 
@@ -64,12 +65,16 @@ class Ranked:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """best: the fastest first, compiled ones before others. judged: how many the model judged. fitting: of these."""
+    """best: the fastest first, compiled ones before others. judged: how many the model judged. fitting: of these.
+
+    late: whether the time was over before the last compilation was done.
+    """
 
     best: tuple[Ranked, ...]
     judged: int
     fitting: int
     seconds: float  # that judging took
+    late: bool = False
 
     @property
     def winner(self) -> Ranked:
@@ -90,7 +95,8 @@ def search(
 
     Args:
       judge: compiles a candidate; None: the model judges alone.
-      budget_seconds: for all of it; a compilation is begun only if the last one would have fitted into what is left.
+      budget_seconds: for all of it; a compilation is begun only if the last one would have fitted into what is left,
+        and ended when nothing is.
 
     Raises:
       SearchError: nothing fits; the message names the smallest slice of that chip that can hold the run. Or the table
@@ -116,13 +122,18 @@ def search(
         return Found(tuple(best[:COMPILED]), judged, many, took)
 
     compiled: list[Ranked] = []
-    longest = 0.0
+    longest, late = 0.0, False
     for ranked in _different(fitting):
         fit = [done for done in compiled if _fits(done, topology)]
         if len(fit) >= COMPILED or (compiled and clock() - begun + longest > budget_seconds):
             break
         before = clock()
-        compiled.append(_compile(ranked, topology, judge))
+        try:
+            compiled.append(_compile(ranked, topology, judge, begun + budget_seconds - before))
+        except OutOfTime as error:
+            late = True
+            log(f"{error}: the time of the search is over")
+            break
         longest = max(longest, clock() - before)
         log(f"compiled in {clock() - before:.0f} s: {describe(compiled[-1], topology)}")
     good = sorted((done for done in compiled if _fits(done, topology)), key=lambda done: done.seconds)
@@ -130,7 +141,7 @@ def search(
     best = (good + rest)[:COMPILED] if good else rest[:COMPILED]
     if not best:
         raise SearchError(nothing_fits(config, topology))
-    return Found(tuple(best), judged, many, took)
+    return Found(tuple(best), judged, many, took, late)
 
 
 def _check_known(topology: Topology, precision: str) -> None:
@@ -158,9 +169,12 @@ def _accepted(ranked: list[Ranked], topology: Topology) -> Iterator[Ranked]:
     return (one for one in ranked if not relations(one.config, devices=topology.devices))
 
 
-def _compile(ranked: Ranked, topology: Topology, judge: Judge) -> Ranked:
+def _compile(ranked: Ranked, topology: Topology, judge: Judge, seconds: float) -> Ranked:
+    config = resolve(ranked.config, devices=topology.devices)
     try:
-        return dataclasses.replace(ranked, verdict=judge(resolve(ranked.config, devices=topology.devices), topology))
+        return dataclasses.replace(ranked, verdict=judge(config, topology, seconds))
+    except OutOfTime:
+        raise
     except UserError as error:
         return dataclasses.replace(ranked, refused=str(error))
 

@@ -16,11 +16,12 @@ from maxlm.files import write_asked
 from maxlm.plan.analytic.memory import state_bytes, state_leaves
 from maxlm.plan.candidates import overrides
 from maxlm.plan.changes import cheapest, sentences
-from maxlm.plan.compile import CompileError, check_installed, compile_step
+from maxlm.plan.compile import NotHere, check_installed, compile_step
 from maxlm.plan.mtbf import costs_of, lines, outlooks
-from maxlm.plan.plan import Plan, make_plan
+from maxlm.plan.plan import make_plan
 from maxlm.plan.search import Found, Judge, Ranked, Verdict, search, why
 from maxlm.plan.topology import Topology
+from maxlm.plan.uncompiled import ALONE
 
 Log = Callable[[str], None]
 GIB = 2**30
@@ -58,9 +59,9 @@ def _define_failures(values: flags.FlagValues) -> None:
         )
 
 
-def print_changes(plan: Plan, config: Config, topology: Topology, *, log: Log) -> None:
-    """For a plan that does not fit: the cheapest changes that would make it."""
-    found = cheapest(config, topology, needs=float(plan.memory.total))
+def print_changes(needs: float, config: Config, topology: Topology, *, log: Log) -> None:
+    """For a plan that needs more bytes than a device has: the cheapest changes that would make it fit."""
+    found = cheapest(config, topology, needs=needs)
     if not found:
         log("no single change would make it fit; --search looks over all meshes, and names a slice that can hold it")
         return
@@ -93,13 +94,10 @@ def run_search(
     judge = compiling(values, options, log=log) if values.budget_minutes else None
     if judge is not None:
         try:
-            check_installed(topology)
-        except CompileError as error:
+            check_installed(config, topology)
+        except NotHere as error:
             log(f"{error}")
-            log(
-                "until then the model answers alone: 1% off in memory for the one dense model compared, not compared "
-                "with experts"
-            )
+            log(ALONE)
             judge = None
     found = search(config, topology, judge, budget_seconds=60 * values.budget_minutes, log=log)
     print_found(found, topology, Console())
@@ -115,13 +113,14 @@ def run_search(
 def compiling(values: flags.FlagValues, options: Mapping[str, str] | None, *, log: Log) -> Judge:
     """Compiles a candidate whole, or takes what was compiled of the same content before."""
 
-    def judge(config: Config, topology: Topology) -> Verdict:
+    def judge(config: Config, topology: Topology, seconds: float) -> Verdict:
         step = compile_step(
             config,
             topology,
             cache=values.plan_cache or None,
             limit=int(values.limit_gib * GIB),
             options=options,
+            seconds=seconds,
             log=log,
         )
         plan = make_plan(config, topology, step)
@@ -138,6 +137,8 @@ def print_found(found: Found, topology: Topology, console: Console) -> None:
         table.add_row(str(place), *_cells(ranked, topology))
     console.width = max(console.width, 150)  # a log has no width of its own
     console.print(table)
+    if found.late:
+        console.print("the time was over before one more was compiled: give more --budget_minutes")
     uncompiled = sum(ranked.verdict is None for ranked in found.best)
     if uncompiled:
         console.print(f"~: not compiled ({uncompiled} of them), by the analytical model alone")
@@ -181,5 +182,5 @@ def as_json(found: Found, config: Config, topology: Topology) -> dict[str, Any]:
             },
         }
 
-    facts = {name: getattr(found, name) for name in ("judged", "fitting", "seconds")}
+    facts = {name: getattr(found, name) for name in ("judged", "fitting", "seconds", "late")}
     return {"topology": topology.name, **facts, "best": [one(ranked) for ranked in found.best]}

@@ -2,6 +2,7 @@
 serves: the search, and the changes that make a run fit. One file, since tests of one file share what was traced."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 
 import maxlm.plan.candidates
 import maxlm.plan.changes
+import maxlm.plan.compile
 from maxlm import cli
 from maxlm.chips import CHIPS
 from maxlm.config import (
@@ -42,6 +44,7 @@ from maxlm.plan.analytic.timing import BACKWARD, _attention_flops, axis_spans
 from maxlm.plan.analytic.walk import KINDS
 from maxlm.plan.candidates import candidates, overrides
 from maxlm.plan.changes import cheapest, sentences
+from maxlm.plan.compile import OutOfTime
 from maxlm.plan.forecast import Rates, calibrate, forecast
 from maxlm.plan.search import SearchError, Verdict, search, why
 from maxlm.plan.topology import parse_topology
@@ -328,14 +331,40 @@ def test_compiled_figures_rank_and_the_time_is_kept(large):
     clock = iter(range(0, 100_000, 40)).__next__  # every look at the clock is 40 s later
     asked = []
 
-    def judge(candidate, topology):  # finds every later candidate faster, and the first too large
+    def judge(candidate, topology, seconds):  # finds every later candidate faster, and the first too large
+        assert 0 <= seconds < 400
         asked.append(candidate)
         return Verdict(1e15 if len(asked) == 1 else 1e9, 10.0 - len(asked), {})
 
     found = search(large, TOPOLOGY, judge, budget_seconds=400.0, clock=clock)
-    assert 2 <= len(asked) <= 6
+    assert 2 <= len(asked) <= 6 and not found.late
     assert found.winner.config == asked[-1] and found.winner.verdict is not None
     assert asked[0] not in [ranked.config for ranked in found.best if ranked.verdict]
+
+
+def test_a_first_compilation_that_takes_too_long_is_ended_and_the_model_answers(large):
+    def judge(candidate, topology, seconds):
+        assert seconds < 60.0
+        raise OutOfTime("enough")
+
+    found = search(large, TOPOLOGY, judge, budget_seconds=60.0)
+    assert found.late and all(ranked.verdict is None and not ranked.refused for ranked in found.best)
+    assert found.winner.seconds == min(ranked.seconds for ranked in found.best)
+
+
+def test_without_a_compiler_the_model_answers_alone(large, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(maxlm.plan.compile, "_installed", lambda package: False)
+    file, said = tmp_path / "config.py", tmp_path / "plan.json"
+    file.write_text(source(large))
+    code = cli.main(["plan", f"--config={file}", f"--topology={TOPOLOGY.name}", f"--json={said}", "--price=2"])
+    out = " ".join(capsys.readouterr().out.split())
+    guess, figures = Estimator(large, TOPOLOGY)(large), json.loads(said.read_text())
+    assert code == 1 and not guess.fits and not figures["fits"]  # keeps everything; it needs remat
+    assert "libtpu has to be installed" in out and "answers alone: 1% off in memory" in out
+    assert "these changes would make it fit" in out
+    assert figures["memory"]["total"] == pytest.approx(guess.memory.total)
+    assert figures["seconds"] == pytest.approx(guess.time.total) and not figures["compiled"]
+    assert figures["dollars"] == pytest.approx(figures["days"] * 24 * 8 * 2)
 
 
 def test_what_cannot_fit_is_told_the_smallest_slice_that_can(large):

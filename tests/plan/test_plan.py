@@ -8,10 +8,22 @@ import runpy
 import pytest
 from rich.console import Console
 
+from maxlm.chips import CHIPS
 from maxlm.config import AttentionConfig, Config, DataConfig, MlpConfig, ModelConfig, StoreConfig, TrainConfig
 from maxlm.plan import compile as compiling
 from maxlm.plan import hlo, network, predict
-from maxlm.plan.compile import CompileError, Request, Step, compile_step, content_key, request_from_json
+from maxlm.plan.compile import (
+    CompileError,
+    NotHere,
+    OutOfTime,
+    Request,
+    Step,
+    check_installed,
+    compile_step,
+    content_key,
+    request_from_json,
+)
+from maxlm.plan.cuda import target_config
 from maxlm.plan.explain import explanation
 from maxlm.plan.html import render
 from maxlm.plan.page import headlines, print_plan
@@ -203,6 +215,35 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(compiling.importlib.metadata, "version", missing)
     with pytest.raises(CompileError, match=r"libtpu has to be installed; type: pip install 'maxlm\[plan\]'"):
         compile_step(tiny(data=8), parse_topology("v5e-8"))
+
+
+def test_a_compiler_that_takes_too_long_is_ended():
+    with pytest.raises(OutOfTime, match="was ended after 0.0 min"):
+        compile_step(tiny(data=8), parse_topology("cpu-8"), cache=None, seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "packages", "says"),
+    [
+        ("h100x8", (), "jax-cuda12-pjrt has to be installed; .*plan-cuda"),
+        ("l4x8", ("jax-cuda13-pjrt",), "what the compiler has to know of l4 is not known"),
+        ("h100x8", ("jax-cuda13-pjrt",), "is cuDNN's on h100x8.*pip install nvidia-cudnn-cu13"),
+        ("minex8", ("jax-cuda12-pjrt", "nvidia-cudnn-cu12"), ""),  # what a file adds is compiled for as its model
+    ],
+)
+def test_what_cannot_be_compiled_here_says_why(name, packages, says, monkeypatch):
+    monkeypatch.setattr(compiling, "_installed", lambda package: package in packages)
+    monkeypatch.setattr(compiling.ctypes.util, "find_library", lambda name: None)
+    mine = dataclasses.replace(CHIPS["h100"], name="mine", like="h100")
+    given, topology = tiny(data=8), parse_topology(name, {**CHIPS, "mine": mine})
+    whole = dataclasses.replace(given.data, mask_documents=False)
+    config = dataclasses.replace(given, data=whole, train=dataclasses.replace(given.train, precision="bfloat16"))
+    if says:
+        with pytest.raises(NotHere, match=says):
+            check_installed(config, topology)
+    else:
+        check_installed(config, topology)
+        assert "major: 9" in target_config(topology.chip)
 
 
 def test_what_was_compiled_is_read_again_and_found_by_content(tmp_path):

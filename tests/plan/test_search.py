@@ -10,7 +10,7 @@ from maxlm import cli
 from maxlm.config import MESH_AXES, ParallelConfig
 from maxlm.configfile import source
 from maxlm.parallel.mesh import MeshError, arrange
-from maxlm.plan import searching
+from maxlm.plan import child, searching
 from maxlm.plan.analytic.timing import axis_spans
 from maxlm.plan.candidates import candidates
 from maxlm.plan.compile import CompileError
@@ -80,12 +80,48 @@ def test_the_compilers_options_reach_every_compilation_of_a_search(monkeypatch):
     asked = []
 
     def compiled(config, topology, **settings):
-        asked.append(settings["options"])
+        asked.append((settings["options"], settings["seconds"]))
         raise CompileError("enough")
 
     monkeypatch.setattr(searching, "compile_step", compiled)
     values = SimpleNamespace(plan_cache="", limit_gib=1.0)
     judge = searching.compiling(values, {"xla_a": "1"}, log=print)
     with pytest.raises(CompileError, match="enough"):
-        judge(tiny(data=8), parse_topology("v5e-8"))
-    assert asked == [{"xla_a": "1"}]
+        judge(tiny(data=8), parse_topology("v5e-8"), 60.0)
+    assert asked == [({"xla_a": "1"}, 60.0)]
+
+
+def told(args, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(source(tiny(data=8)))
+    return cli.main(["plan", f"--config={file}", *args])
+
+
+@pytest.mark.parametrize("given", ["--winner=x.flags", "--budget_minutes=3"])
+def test_a_flag_of_a_search_is_refused_without_one(given, tmp_path, capsys):
+    assert told(["--topology=v5e-8", given], tmp_path) == 1
+    said = capsys.readouterr().err
+    assert given.split("=")[0] in said and "type --search besides" in said and "Traceback" not in said
+
+
+def test_a_plan_of_nodes_is_refused_where_the_run_would_be(tmp_path, capsys):
+    """Eight GPUs in two nodes, along `fsdp` alone: no axis that may cross them divides into them."""
+    args = ["--config.parallel.data=1", "--config.parallel.fsdp=8", "--topology=h100x4x2"]
+    assert told(args, tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "the 8 devices are in 2 slices or nodes" in said and "use a multiple of 2" in said
+
+
+def test_the_planners_mesh_over_nodes_is_the_runs():
+    """A description of GPUs does not say which node they are in; the devices of a run do."""
+    topology = parse_topology("h100x4x2")
+    parallel = dataclasses.replace(tiny(data=8).parallel, data=2, fsdp=2, tensor=2)
+    described = [SimpleNamespace(id=i, platform="gpu", device_kind="gpu") for i in range(8)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "Mesh", lambda placed, *_, **__: placed)
+        placed = child.mesh_of(parallel, topology, described)
+    real = arrange(parallel, nodes(2, 4))
+    assert [device.id for device in placed.flat] == [device.id for device in real.flat]
+    other = dataclasses.replace(parallel, data=1, fsdp=4)
+    with pytest.raises(MeshError, match="use a multiple of 2"):
+        child.mesh_of(other, topology, described)

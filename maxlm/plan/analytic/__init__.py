@@ -81,10 +81,12 @@ def estimate(config: Config, topology: Topology, *, usable: float = 0.0) -> Esti
 
 def names_results(config: Config, platform: str) -> bool:
     """Whether the attention of a run on this platform names its results for remat."""
-    if config.parallel.context > 1:
-        return True
-    windows = config.model.attention.windows
-    backends = {
+    return config.parallel.context > 1 or not attention_backends(config, platform) & set(UNNAMED)
+
+
+def attention_backends(config: Config, platform: str) -> set[str]:
+    """Names of the attention back ends of a run on this platform, without context parallelism."""
+    return {
         attention.choose(
             platform=platform,
             dtype=jnp.dtype(config.train.precision),
@@ -93,6 +95,5 @@ def names_results(config: Config, platform: str) -> bool:
             queries=config.data.sequence_length,
             keys=config.data.sequence_length,
         ).name
-        for window in windows
+        for window in config.model.attention.windows
     }
-    return not backends & set(UNNAMED)
