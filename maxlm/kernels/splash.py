@@ -14,14 +14,16 @@ from maxlm.kernels.mask import Mask
 from maxlm.kernels.matmul import ATTENTION_NAME
 
 # The longest that fit into the vector memory that XLA grants a kernel by default, on v4 and later; longer ones gain
-# about a fifth of the cycles and need --xla_tpu_scoped_vmem_limit_kib.
+# about a fifth of the cycles and need --xla_tpu_scoped_vmem_limit_kib, which training steps are compiled with on some
+# chips (`compilation.COMPILER_OPTIONS`), but evaluation and generation, which run this kernel too, are not.
 BLOCKS = (512, 384, 256, 128)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, interpret: bool = False) -> jax.Array:
     """Attention of q (B, S, H, h) over k (B, S, K, h) and v (B, S, K, v), to (B, S, H, v), as `attention.plain`.
 
-    S is a multiple of 128. `interpret` runs the kernel on any platform, slowly.
+    S is a multiple of 128. `interpret` runs the kernel on any platform, slowly. The sinks' gradient alone is not summed
+    in float32: the kernel sums it over positions in q's dtype, so that in bfloat16 it is right to about 2**-8.
     """
     heads, length = q.shape[2], q.shape[1]
     block = next(size for size in BLOCKS if length % size == 0)
