@@ -171,6 +171,9 @@ def check_installed(config: Config, topology: Topology) -> None:
     Raises:
       NotHere: it is not, with what to type.
     """
+    gpu = topology.chip.platform == "gpu"
+    if gpu and not has_target(topology.chip):
+        raise NotHere(f"what the compiler has to know of {topology.chip.name} is not known (maxlm/plan/cuda.py)")
     packages, extra = {"tpu": (("libtpu",), "plan"), "gpu": (CUDA, "plan-cuda")}.get(
         topology.chip.platform, (("jax",), "")
     )
@@ -178,10 +181,8 @@ def check_installed(config: Config, topology: Topology) -> None:
         raise NotHere(
             f"to compile for {topology.name}, {packages[0]} has to be installed; type: pip install 'maxlm[{extra}]'"
         )
-    if topology.chip.platform != "gpu":
+    if not gpu:
         return
-    if not has_target(topology.chip):
-        raise NotHere(f"what the compiler has to know of {topology.chip.name} is not known (maxlm/plan/cuda.py)")
     from maxlm.plan.analytic import attention_backends
 
     if "cudnn" in attention_backends(config, "gpu") and not _has_cudnn():

@@ -62,7 +62,8 @@ def print_figures(found: dict[str, Any], topology: Topology, console: Console) -
     console.print(
         f"a step takes {found['seconds']:.3g} s: {found['tokens_per_second']:,.0f} tokens/s, MFU "
         f"{found['mfu_causal']:.1%} causal-exact, {found['mfu_6n']:.1%} by 6N; the run takes "
-        f"{format_duration(found['days'] * DAY)} and {found['dollars']:,.0f} dollars",
+        f"{format_duration(found['days'] * DAY)}"
+        + (f" and {found['dollars']:,.0f} dollars" if found["dollars"] else ""),
         highlight=False,
     )
     for title, parts, form in (
