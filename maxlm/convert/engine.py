@@ -300,11 +300,22 @@ def _family_for(stored: StoredModel, name: str | None) -> Family:
 def _content(stored: StoredModel, described: FamilyModel) -> dict[str, Any]:
     """Of config.json: what was carried, with what training or an edit has changed."""
     if not stored.hf:
-        return hf_config(described.family, described.model)
+        return _with_length(hf_config(described.family, described.model), stored, described)
     content = {key: value for key, value in stored.hf.items() if key != "quantization_config"}
     if family_of(stored.hf) is not described.family or unlike(described.model, read_model(described.family, content)):
         content |= hf_config(described.family, described.model)
     return content
+
+
+def _with_length(content: dict[str, Any], stored: StoredModel, described: FamilyModel) -> dict[str, Any]:
+    """The content with how long texts may be: as long as the run's rows, or as its positions are stretched to; without,
+    where the family reads the word for it as something else."""
+    data, rope = stored.record.metadata["config"].get("data", {}), described.model.rope
+    lengths = [data.get("sequence_length", 0), *(phase["sequence_length"] for phase in data.get("phases", {}).values())]
+    longest = max(*lengths, round(rope.original_length * rope.factor) if rope.scaling != "none" else 0)
+    said = {"max_position_embeddings": longest} | content
+    same = not described.model.learned_positions and not unlike(described.model, read_model(described.family, said))
+    return said if longest and same else content
 
 
 def _with_tokenizer(

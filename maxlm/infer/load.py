@@ -131,7 +131,11 @@ def generate_from(path: Path, asked: Asked, *, log: Log, write: Callable[[str], 
         text = PretrainedText(carried)
         chats = [[{"role": "user", "content": prompt}] for prompt in asked.prompts]
         ids = [text.encode_chat(chat) for chat in chats] if asked.chat else [text.encode(p) for p in asked.prompts]
-        stop_ids = text.stop_ids
+        ends = {
+            stop: text.special_id(stop) for stop in asked.stop
+        }  # they are never decoded, and so never found in text
+        stop_ids = [*text.stop_ids, *(number for number in ends.values() if number is not None)]
+        asked = asked._replace(stop=[stop for stop, number in ends.items() if number is None])
     check_prompts(ids, asked.max_tokens, model=model_config(path))
     usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # CPUs without units for it are slow at it
     model = load_model(path, dtype=run.train.precision if run else usual, log=log)

@@ -113,6 +113,14 @@ class PretrainedText:
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise TokenizerError(f"the chat template of {self._folder} fails: {error}") from None
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written like this; None: there is none."""
+        if self._tokenizer is not None:
+            added = self._tokenizer.get_added_tokens_decoder()
+            return next((i for i, token in added.items() if token.special and token.content == text), None)
+        number = self._id(text)
+        return number if number is not None and (text in self._added() or self._is_control(number)) else None
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text, without special tokens."""
         if self._tokenizer is not None:

@@ -209,11 +209,22 @@ CASES = {
             "num_experts": 6,
             "num_experts_per_tok": 3,
             "mlp_only_layers": [0],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
         },
     ),
     "qwen3_moe": Case(
         "Qwen3MoeConfig",
-        {"moe_intermediate_size": 10, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},
+        {
+            "moe_intermediate_size": 10,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 2,  # of no effect there
+        },
     ),
     "deepseek_v2": Case(
         "DeepseekV2Config",

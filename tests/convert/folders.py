@@ -59,9 +59,10 @@ def write_folder(path, *, config=CONFIG, dtype=ml_dtypes.bfloat16, infos=None, s
     return tensors
 
 
-def write_run(path, model, **metadata):
+def write_run(path, model, *, data=None, **metadata):
     """A checkpoint of step 5 as a run that began from nothing leaves it, with random weights; returns them by path."""
     config = as_config_dict(Config(model=model)).to_dict()
+    config["data"] |= data or {}
     model = resolve_model(config["model"])
     rng, specs = np.random.default_rng(0), tree.paths(split_model(model).specs)
     values = {name: rng.normal(size=spec.shape).astype(np.float32) for name, spec in specs.items()}

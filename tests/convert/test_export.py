@@ -165,6 +165,35 @@ def test_older_models_of_the_same_name_are_not_taken_for_the_newer(tmp_path):
         glm.from_hf(content | {"original_rope": False})
 
 
+def test_windows_that_the_peer_would_place_elsewhere_are_refused():
+    three, two = families()["qwen3_moe"], families()["qwen2_moe"]
+    model = next(iter(three.presets.values()))
+    windows = {"windows": (128, 0)}
+    with pytest.raises(FamilyError, match="attention.windows"):
+        hf_config(three, dataclasses.replace(model, attention=dataclasses.replace(model.attention, **windows)))
+    model = next(iter(two.presets.values()))
+    content = hf_config(two, dataclasses.replace(model, attention=dataclasses.replace(model.attention, **windows)))
+    assert two.from_hf(content).attention.windows == (128, 0)
+    with pytest.raises(FamilyError, match="use_sliding_window is true, but only false"):
+        two.from_hf({word: value for word, value in content.items() if word != "layer_types"})
+
+
+def test_a_run_that_began_from_nothing_says_how_long_its_texts_were(tmp_path):
+    data = {"sequence_length": 64, "phases": {"late": {"sequence_length": 256}}}
+    write_run(tmp_path / "run", tiny(attention={"qk_norm": "head"}), data=data)
+    to_hf(tmp_path / "run", tmp_path / "hf", log=quiet)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["max_position_embeddings"] == 256
+    stretched = RopeConfig(scaling="yarn", factor=4.0, original_length=128, turns=(1.0, 32.0))
+    write_run(tmp_path / "far", tiny(attention={"qk_norm": "head"}, rope=stretched), data=data)
+    to_hf(tmp_path / "far", tmp_path / "hf far", log=quiet)
+    assert json.loads((tmp_path / "hf far/config.json").read_text())["max_position_embeddings"] == 512
+    # Where the word would mean another model, it is left out: a Baichuan that has it has rotary positions.
+    alibi = tiny(attention={"kv_heads": 4, "alibi": True}, rope=RopeConfig(fraction=0.0), normed_head=True)
+    write_run(tmp_path / "alibi", alibi, data=data)
+    to_hf(tmp_path / "alibi", tmp_path / "hf alibi", log=quiet)
+    assert "max_position_embeddings" not in json.loads((tmp_path / "hf alibi/config.json").read_text())
+
+
 def test_a_word_that_is_missing_is_named_with_its_file(tmp_path):
     write_folder(tmp_path / "hf")
     for key, value, message in [

@@ -100,6 +100,29 @@ def test_prompts_and_chats_are_continued_as_the_files_say(place, source):
     assert told[0].startswith('--- "hi"\nhi') and told[1].startswith('--- "a"\na')
 
 
+def test_a_stop_that_is_a_special_token_ends_a_text(place, tmp_path):
+    """Which would never be found in the text: special tokens are left out there."""
+    from tokenizers import AddedToken, Tokenizer
+
+    text, greedy = PretrainedText(place / "hf"), Sampling(temperature=0.0)
+    assert text.special_id("<user>") == 2 and text.special_id("a") is None and text.special_id("<us") is None
+    model = load_model(place / "hf", dtype="float32", log=quiet)
+    free = generate(
+        model, [text.encode("hi")], max_new_tokens=8, sampling=greedy, key=jax.random.key(0), stop_ids=[1, 3],
+        vocab_size=text.vocab_size,
+    )[0]  # fmt: skip
+    at = next(i for i in range(1, len(free)) if free[i] > 4 and free[i] not in free[:i])
+    letter = text.decode(free[at : at + 1])
+    shutil.copytree(place / "hf", tmp_path / "hf")
+    tokenizer = Tokenizer.from_str(tokenizer_json())
+    tokenizer.add_special_tokens([AddedToken(letter, special=True)])
+    (tmp_path / "hf" / "tokenizer.json").write_text(tokenizer.to_str())
+    told = []
+    asked = Asked(["hi"], max_tokens=8, sampling=greedy, seed=0, stop=["never", letter])
+    generate_from(tmp_path / "hf", asked, log=quiet, write=told.append)
+    assert "".join(told) == f"hi{text.decode(free[:at])}\n"
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -36,6 +36,8 @@ def _from_hf(hf: HFConfig) -> ModelConfig:
         normalise=hf.get("norm_topk_prob", False),
         dense_layers=len(dense),
     )
+    if hf.get("use_sliding_window") and not hf.get("layer_types"):  # versions differ in which layers these are
+        only(hf, use_sliding_window=(False,))
     attention = {"bias": hf.get("qkv_bias", True), "windows": late_windows_from_hf(hf)}
     return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0), attention=attention, moe=moe)
 

@@ -10,7 +10,6 @@ from maxlm.model.hf import (
     PRE_NORMS,
     attention_rows,
     expert_rows,
-    late_windows_from_hf,
     layered,
     mlp_rows,
     model_from_hf,
@@ -18,7 +17,6 @@ from maxlm.model.hf import (
     norm_rows,
     rope_from_hf,
     whole_table,
-    windows_to_hf,
 )
 from maxlm.model.table import Table
 
@@ -34,8 +32,10 @@ def _from_hf(hf: HFConfig) -> ModelConfig:
         normalise=hf.get("norm_topk_prob", False),
         dense_layers=len(dense),
     )
-    # Where the file names no head dim the peer takes that of the widths, unlike in the dense models.
-    attention = {"qk_norm": "head", "windows": late_windows_from_hf({"max_window_layers": 0, **hf})}
+    # The peer gives all layers the window or none, whatever max_window_layers and layer_types say. Where the file names
+    # no head dim it takes that of the widths, unlike in the dense models.
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else 0
+    attention = {"qk_norm": "head", "windows": (window or 0,)}
     return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0), attention=attention, moe=moe)
 
 
@@ -51,7 +51,8 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
         norm_topk_prob=model.moe.normalise,
         decoder_sparse_step=1,
         mlp_only_layers=[*range(model.moe.dense_layers)],
-        **windows_to_hf(model),
+        use_sliding_window=bool(max(model.attention.windows)),
+        sliding_window=max(model.attention.windows) or None,
     )
 
 
