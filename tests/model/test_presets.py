@@ -1,11 +1,15 @@
 """Published models: as many parameters as published, and a step that lowers over a mesh."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from maxlm import tree
 from maxlm.config import Config, DataConfig, ParallelConfig, StoreConfig, TrainConfig
-from maxlm.model.decoder import split_model
+from maxlm.model.decoder import merge, split_model
 from maxlm.model.family import families, family_of, hf_config, preset, unlike
+from maxlm.model.flops import count_matmul_flops, ledger
+from maxlm.model.runtime import Runtime
 from maxlm.model.table import bind
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
@@ -173,6 +177,24 @@ def test_transformers_counts_the_same(name):
     biases = [value for key, value in peer.named_buffers() if key.endswith("e_score_correction_bias")]
     ours = sum(spec.size for spec in tree.paths(split_model(preset(name)).specs).values())
     assert sum(weight.numel() for weight in [*peer.parameters(), *biases]) == ours - FURTHER.get(name, 0)
+
+
+@pytest.mark.parametrize("name", one_each())
+def test_the_ledger_counts_the_products_of_the_traced_program(name):
+    """At the published size: shapes are traced, and no array is made."""
+    model, length = preset(name), 32
+    parts = split_model(model)
+
+    def forward(params, tokens):
+        decoder = merge(parts.graphdef, params)
+        rows = {"positions_BS": jnp.arange(length)[None], "segments_BS": None, "runtime": Runtime()}
+        hidden = decoder.hidden(tokens, **rows).hidden_BSD
+        ahead = decoder.further(hidden, [tokens] * model.mtp_layers, **rows).hidden if model.mtp_layers else []
+        return [decoder.logits(x) for x in (hidden, *ahead)]
+
+    params = tree.map_paths(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), parts.specs)
+    traced = count_matmul_flops(jax.make_jaxpr(forward)(params, jax.ShapeDtypeStruct((1, length), jnp.int32)))
+    assert traced == pytest.approx(length * ledger(model, sequence_length=length).as_computed, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", one_each())
