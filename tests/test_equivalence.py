@@ -20,7 +20,7 @@ SLICE = (
     "data 2 x pipeline 2 x context 2, dense, packed, remat none, accumulation 4, zero_bubble",
     "fsdp 2 x pipeline 2 x expert 2, moe, packed, remat none, accumulation 2, gpipe",
     "context 2 x expert 2 x tensor 2, moe, packed, remat full, accumulation 1",
-    "fsdp 2 x pipeline 2 x expert 2, latent attention without a prefix, packed, remat custom, accumulation 4, 1f1b",
+    "fsdp 2 x pipeline 2 x tensor 2, learned positions, packed, remat custom, accumulation 4, zero_bubble",
 )
 
 

@@ -20,7 +20,7 @@ MESHES = {
     "expert 2, fsdp 2, tensor 2": {"expert": 2, "fsdp": 2, "tensor": 2},
     "pipeline 2, fsdp 2, tensor 2": {"pipeline": 2, "fsdp": 2, "tensor": 2},
 }
-SLOW = ("expert 2, fsdp 2, tensor 2", "pipeline 2, fsdp 2, tensor 2")
+DEFAULT = ("fsdp 4, tensor 2",)
 
 
 def program(*, layers=LAYERS, **sizes):
@@ -48,7 +48,7 @@ def gathered(text):
     ]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in MESHES])
+@pytest.fixture(scope="module", params=[pytest.param(m, marks=[pytest.mark.slow] * (m not in DEFAULT)) for m in MESHES])
 def sharded(request):
     return program(**MESHES[request.param])
 

@@ -57,6 +57,7 @@ def test_a_branch_that_all_devices_take_together_may_permute():
     refuse_permutes_in_branches(text)
 
 
+@pytest.mark.slow
 def test_a_step_that_would_hang_is_not_handed_out():
     """Ring attention on the stages of a pipeline, which resolve refuses, brought in past it."""
     parallel = ParallelConfig(data=1, pipeline=2, context=2, pipeline_schedule="gpipe")
