@@ -59,14 +59,19 @@ class LatentAttention(nnx.Module):
         def on_heads(y: jax.Array) -> jax.Array:
             return runtime.constrain(y, ("batch", "seq", "q_heads", None))
 
+        def down(spec: str, w: nnx.Param) -> jax.Array:
+            # Left to itself, XLA may work on parts of the gradient of such a matrix along `tensor` and permute them,
+            # which would hang in a stage's branch (`parallel.sharding.settled`).
+            return einsum(spec, x, runtime.constrain(w[...], ("staged", "latent_out")), dtype=runtime.dtype)
+
         source = x
         if self.query_down is not None and self.query_latent_norm is not None:
-            source = self.query_latent_norm(einsum("bsd,dq->bsq", x, self.query_down[...], dtype=runtime.dtype))
+            source = self.query_latent_norm(down("bsd,dq->bsq", self.query_down))
         query = on_heads(einsum("bsq,qnh->bsnh", source, self.query[...], dtype=runtime.dtype))
         plain, rotated = jnp.split(query, [self.config.head_dim - self.config.latent.rope_dim], axis=-1)
         rotated = turned(rotated)
-        latent = self.latent_norm(einsum("bsd,dc->bsc", x, self.latent[...], dtype=runtime.dtype))
-        shared = turned(einsum("bsd,dr->bsr", x, self.shared_key[...], dtype=runtime.dtype)[:, :, None])
+        latent = self.latent_norm(down("bsd,dc->bsc", self.latent))
+        shared = turned(down("bsd,dr->bsr", self.shared_key)[:, :, None])
         if memory is None:
             mask = attention_mask(self.config, sight, window=window)
             key = on_heads(einsum("bsc,cnu->bsnu", latent, self.key[...], dtype=runtime.dtype))

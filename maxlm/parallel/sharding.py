@@ -22,6 +22,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "seq": ("context",),
     "residual": ("context", "tensor"),
     "embed": ("fsdp",),
+    "staged": ("fsdp",),
     "vocab": ("tensor",),
     "q_heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -92,8 +93,11 @@ def settled(
 
     After a step of decoding, or of an odd length, every device of a tensor group keeps all its positions. So it does
     within a pipeline, in whose branches XLA would bring weights to such positions by permutes, and those must not stand
-    in a branch that other stages do not take.
+    in a branch that other stages do not take. For the same reason a matrix whose inputs are `staged` (its `embed` axis,
+    where `tensor` cuts none of its axes) is brought together there.
     """
+    if sizes["pipeline"] > 1:
+        logical = tuple(None if name == "staged" else name for name in logical)
     if "residual" not in logical:
         return logical
     if not shape[logical.index("residual")] % cut(sizes, "residual") and sizes["pipeline"] == 1:

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config import MESH_AXES, Config, DataConfig, ParallelConfig, StoreConfig
 from maxlm.parallel.mesh import make_mesh
-from maxlm.parallel.sharding import RULES, ShardingError, named_sharding, partition
+from maxlm.parallel.sharding import RULES, ShardingError, named_sharding, partition, settled
 from maxlm.resolve import resolve
 
 
@@ -38,3 +38,12 @@ def test_mesh_has_all_axes_and_the_sizes_asked_for():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "pipeline": 1, "context": 1, "expert": 1, "tensor": 2}
     placed = jax.device_put(jax.numpy.zeros((8, 4)), named_sharding(mesh, ("embed", "mlp")))
     assert placed.addressable_shards[0].data.shape == (4, 2)
+
+
+def test_in_a_pipeline_nothing_is_laid_out_so_that_xla_would_permute_it():
+    sizes = dict.fromkeys(MESH_AXES, 2)
+    alone = sizes | {"pipeline": 1}
+    for logical in (("batch", "residual", None), ("staged", "latent_out")):
+        assert settled((8, 8, 8)[: len(logical)], logical, alone) == logical
+    assert settled((8, 8, 8), ("batch", "residual", None), sizes) == ("batch", "seq", None)
+    assert settled((8, 8), ("staged", "latent_out"), sizes) == (None, "latent_out")
