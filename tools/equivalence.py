@@ -303,8 +303,8 @@ def write_table(results: list[dict[str, Any]]) -> None:
     counts = [f"{count} on {devices} devices" for devices, count in sorted(sizes.items())]
     text = "\n".join(
         [
-            f"{len(results)} cases agree with one device ({', '.join(counts)}); the farthest is at "
-            f"{worst['share']:.0%} of what is allowed",
+            f"{len(results)} cases agree with one device ({', '.join(counts)});",
+            f"the farthest is at {worst['share']:.0%} of what is allowed",
             f"({worst['case']}).",
             "Each number says in how many cases the two occurred together; where there is none, the combination is",
             "refused when the config is resolved.",
