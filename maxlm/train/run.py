@@ -41,7 +41,7 @@ from maxlm.train.peak import describe_devices
 from maxlm.train.sentries import Sentries
 from maxlm.train.setup import Setup, make_setup
 from maxlm.train.signals import EXIT_PREEMPTED, Signals
-from maxlm.train.state import as_configured, make_state
+from maxlm.train.state import TrainState, as_configured, make_state
 from maxlm.train.watchdog import Watchdog
 
 Log = Callable[[str], None]
@@ -94,7 +94,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
         if first_process:
             configfile.record(given, workdir, log=log)
 
-        # --- state: the newest checkpoint that is whole, or step 0
+        # --- state
         times, least = config.train.watchdog
         watchdog = Watchdog(times, least, folder=workdir, process=jax.process_index(), stuck=heartbeat.stuck)
         with (
@@ -105,18 +105,9 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
             checkpointer.before_commit = home.push
             with goodput.bucket("restore"):
                 rollback.set_others_aside(checkpointer, rollbacks)
-                restored = restore(checkpointer, copies, setup, loader, run=home.run)
-                if restored:
-                    check_records(restored.metadata["data"], loader.records(), step=restored.step)
-                    start, metadata = restored.step, restored.metadata
-                    state = as_configured(restored.state, config, metadata)
-                    vocab_size = metadata.get(VOCABULARY, config.model.vocab_size)
-                    if copies:
-                        copies.forget_after(start)
-                    log(f"continuing from the checkpoint of step {start}")
-                else:
-                    params, vocab_size = first_weights(config, setup, workdir, data, log=log)
-                    state, start, metadata = make_state(config, setup.optimizer, setup.shardings, params), 0, {}
+                state, start, metadata, vocab_size = begin(
+                    config, home, setup, loader, data, checkpointer, copies, log=log
+                )
                 goodput.restored(start)
 
             # --- steps, then the report
@@ -151,6 +142,40 @@ def local_copies(config: Config, home: Home, *, log: Log) -> AbstractContextMana
     """The copies on this machine's own disk, if they are wanted."""
     folder = config.checkpoint.local_dir
     return closing(LocalCopies(folder, home.place, log=log)) if folder else nullcontext()
+
+
+class Beginning(NamedTuple):
+    """Where a run begins or goes on. metadata: what its checkpoint says; vocab_size: rows that are not padding."""
+
+    state: TrainState
+    step: int
+    metadata: Mapping[str, Any]
+    vocab_size: int
+
+
+def begin(
+    config: Config,
+    home: Home,
+    setup: Setup,
+    loader: Loader,
+    data: Prepared,
+    checkpointer: Checkpointer,
+    copies: LocalCopies | None,
+    *,
+    log: Log,
+) -> Beginning:
+    """The newest checkpoint that is whole, or step 0."""
+    restored = restore(checkpointer, copies, setup, loader, run=home.run)
+    if restored is None:
+        params, vocab_size = first_weights(config, setup, home.folder, data, log=log)
+        return Beginning(make_state(config, setup.optimizer, setup.shardings, params), 0, {}, vocab_size)
+    step, metadata = restored.step, restored.metadata
+    check_records(metadata["data"], loader.records(), step=step)
+    state = as_configured(restored.state, config, metadata)
+    if copies:
+        copies.forget_after(step)
+    log(f"continuing from the checkpoint of step {step}")
+    return Beginning(state, step, metadata, metadata.get(VOCABULARY, config.model.vocab_size))
 
 
 def restore(
