@@ -66,7 +66,13 @@ class Tile:
 
 
 def tiles(bound: BoundRow) -> Iterator[Tile]:
-    """The tiles of a row, in the order of their tensors; each of at most TILE_BYTES where it can be cut."""
+    """The tiles of a row, each of at most TILE_BYTES where it can be cut; those of a piece in the order of tensors."""
+    for first, part in bound.apart():
+        yield from _tiles(part, first)
+
+
+def _tiles(bound: BoundRow, first: int) -> Iterator[Tile]:
+    """Of a row that begins at the row `first` of its tensors."""
     size = 4 * int(np.prod(bound.shape))
     cut = _cut(bound) if size > TILE_BYTES else None
     step = 1
@@ -86,13 +92,12 @@ def tiles(bound: BoundRow) -> Iterator[Tile]:
         leads = [slice(int(i), int(i) + 1) for i in np.unravel_index(outer, axes[:-1])] if axes[:-1] else []
         leads += [slice(begin, begin + count)] if axes else []
         if cut is None:
-            yield Tile(
-                bound, chosen, slice(0, bound.shape[0]) if bound.shape else slice(0, 1), _regions(bound, leads), bound
-            )
+            rows = slice(first, first + bound.shape[0]) if bound.shape else slice(0, 1)
+            yield Tile(bound, chosen, rows, _regions(bound, leads), bound)
             continue
         height = bound.shape[0] // length
         for start, stop in spans:
-            rows = slice(start * height, stop * height)
+            rows = slice(first + start * height, first + stop * height)
             yield Tile(
                 bound, chosen, rows, _regions(bound, leads, cut, start, stop), _resized(bound, cut, stop - start)
             )
@@ -100,7 +105,8 @@ def tiles(bound: BoundRow) -> Iterator[Tile]:
 
 def chunks(bound: BoundRow) -> dict[str, tuple[int, ...]]:
     """The grid that the tiles of a row make of each of our parameters: the shape of its cells."""
-    return {path: _extent(region) for path, region in next(tiles(bound)).regions.items()}
+    largest = [next(_tiles(part, first)) for first, part in bound.apart()]
+    return {path: _extent(region) for tile in largest for path, region in tile.regions.items()}
 
 
 def _extent(region: Region | list[slice]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ host holds one such part and one tile at a time.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def _from_folder(
     folder: HuggingFaceFolder, described: FamilyModel, model: ModelConfig, shardings: Mapping[str, Any]
 ) -> dict[str, Any]:
     specs, places = tree.paths(split_model(model).specs), tree.paths(shardings)
-    covering = {piece.ours: list(tiles(row)) for row in described.rows for piece in row.row.pieces}
+    covering: dict[str, list[Tile]] = {path: [] for path in specs}
+    for tile in itertools.chain.from_iterable(map(tiles, described.rows)):
+        for path in tile.regions:
+            covering[path].append(tile)
     out = {}
     with Progress(f"reading {folder.path.name}", sum(spec.size for spec in specs.values()) * 4) as progress:
         for path, spec in specs.items():

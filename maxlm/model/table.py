@@ -173,6 +173,18 @@ class BoundRow:
             values = {key: self.numbers[key][i] for key, i in zip(self.numbers, index, strict=True)}
             yield self.row.theirs.format(**values), index
 
+    def apart(self) -> Iterator[tuple[int, BoundRow]]:
+        """(first row in the tensor, the piece as a row of its own) where the pieces lie one below the other in it, or
+        (0, this row) where they do not.
+        """
+        if self.row.form or (len(self.views) > 1 and self.row.axis):
+            yield 0, self
+            return
+        for start, piece, view in zip((0, *self.cuts), self.row.pieces, self.views, strict=True):
+            as_it_is = Rearrangement(view.after, view.after, view.sizes)
+            row = dataclasses.replace(self.row, pieces=(piece,), axis=0)
+            yield start, BoundRow(row, (view,), as_it_is, (), self.numbers)
+
     def ours(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
         """Our part of each parameter, by path, from one tensor of theirs."""
         parts = np.split(self.whole.back(tensor), self.cuts, axis=self.row.axis)

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import math
 import re
 import shutil
 import threading
@@ -23,7 +24,7 @@ from maxlm.convert.errors import ConversionError
 from maxlm.convert.folder import open_folder
 from maxlm.convert.safetensors import INDEX, TensorInfo, read_header
 from maxlm.errors import UserError
-from maxlm.model.family import FamilyError, family_of
+from maxlm.model.family import FamilyError, families, family_of
 from maxlm.model.table import to_ours
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import named_sharding
@@ -66,6 +67,15 @@ def test_there_and_back_is_bit_equal(tmp_path, small_tiles, dtype):
     for name in ("generation_config.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / name).read_text() == (tmp_path / "hf" / name).read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "ours"]
+
+
+def test_pieces_of_the_largest_models_are_small():
+    """Matrices of attention and those that hold several of ours, too; what stays whole is a single expert."""
+    for family in families().values():
+        model = max(family.presets.values(), key=lambda model: model.num_layers * model.embed_dim)
+        for row in family_model(family, model).rows:
+            for path, cell in tiles.chunks(row).items():
+                assert 4 * math.prod(cell) <= 2 * tiles.TILE_BYTES, (family.name, path, cell)
 
 
 def test_dtypes_may_be_mixed_and_chosen(tmp_path):
