@@ -12,7 +12,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
     )
 
-import jax  # noqa: E402 (the settings above come first)
+import hypothesis  # noqa: E402 (the settings above come first)
+import jax  # noqa: E402
 
 from maxlm.compilation import settle_cpu_devices  # noqa: E402
 
@@ -22,5 +23,9 @@ settle_cpu_devices()
 # own, or none.
 jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/maxlm/tests").expanduser()))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# The same examples every time: a change fails for what it changed. HYPOTHESIS_PROFILE=default looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 from tests.buckets import bucket, server  # noqa: E402, F401  (fixtures for every test)

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 SLICE = (
     "data 2 x pipeline 2 x context 2, dense, packed, remat none, accumulation 4, zero_bubble",
     "fsdp 2 x pipeline 2 x expert 2, moe, packed, remat none, accumulation 2, gpipe",
-    "context 2 x expert 2 x tensor 2, moe, packed, remat full, accumulation 1",
     "fsdp 2 x pipeline 2 x tensor 2, learned positions, packed, remat custom, accumulation 4, zero_bubble",
+    "context 2 x expert 2 x tensor 2, moe, packed, remat full, accumulation 1",
 )
 
 
@@ -55,7 +55,7 @@ def test_all_six_axes_are_run_together():
     assert all(dict(case.mesh) == dict.fromkeys(MESH_AXES, 2) for case in equivalence_cases.cases(64))
 
 
-@pytest.mark.parametrize("name", SLICE)
+@pytest.mark.parametrize("name", [*SLICE[:-1], pytest.param(SLICE[-1], marks=pytest.mark.slow)])
 def test_a_case_agrees_with_one_device(name):
     (case,) = [case for case in equivalence_cases.cases(8) if case.name == name]
     worst = equivalence.run(case)[0]

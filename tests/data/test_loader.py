@@ -223,7 +223,7 @@ def ways_back(draw) -> list[tuple[int, int]]:
     out: list[tuple[int, int]] = []
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(out[-1][1] + 1 if out else 1, 32))
-        out.append((at, draw(st.integers(0, at))))
+        out.append((at, draw(st.integers(0, min(at, 31)))))
     return out
 
 

@@ -133,7 +133,7 @@ def test_each_call_fails_in_turn_twice(cloud, monkeypatch, capfd, when):
 def test_it_mends_itself_where_it_is_allowed_to(cloud, monkeypatch, capfd, when):
     quickly(monkeypatch)
     total = calls_of_a_run(cloud, monkeypatch)
-    for number in range(1, total + 1, 3):
+    for number in range(1, total + 1, 5):
         clean(cloud)
         write(cloud, **{f"n{number}": when, f"n{number + 1}": when})
         assert run("--retries=4", "--slices=1") == 0

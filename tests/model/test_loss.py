@@ -27,7 +27,7 @@ def _inputs(batch, sequence, *, dim=7, vocab=19, seed=0, dtype=jnp.float32):
     return hidden, jax.random.normal(keys[1], (dim, vocab)), targets, weights
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     batch=st.integers(1, 4),
     sequence=st.integers(1, 13),

@@ -45,7 +45,7 @@ MESHES = {
 }
 
 
-DEFAULT = ("capacity, expert 8", "fsdp 2, expert 2, tensor 2, accumulation 2, remat")
+DEFAULT = ("capacity, expert 8",)
 
 
 def config_of(settings, parallel=None, **leaves):

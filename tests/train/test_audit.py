@@ -45,9 +45,8 @@ def faulty(monkeypatch, wrong):
     return count
 
 
-@pytest.mark.parametrize(
-    "name", ["replicas", *(pytest.param(name, marks=pytest.mark.slow) for name in MESHES if name != "replicas")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
 def test_sound_devices_pass_and_the_state_stays(tmp_path, monkeypatch, name):
     setup, state, batch = world(tmp_path, MESHES[name])
     before = jax.device_get(state)

@@ -30,7 +30,6 @@ MESHES = {
         {"train__accumulation": 2, "train__remat": "full"},
     ),
 }
-DEFAULT = ("fsdp 2, expert 2, tensor 2, accumulation 2, remat",)
 
 
 def config_of(parallel=None, **leaves):
@@ -116,9 +115,8 @@ def _borne():
     return [np.array(p)[:, 0] for p in found], [np.array(p)[:, 1] for p in found], counts
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT)) for name in MESHES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_agrees_with_one_device(name):
     parallel, leaves = MESHES[name]
     got = loss_and_gradients(config_of(parallel, **leaves), BATCH, params=PARAMS)

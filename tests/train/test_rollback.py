@@ -186,7 +186,8 @@ def test_bad_stretches_are_passed_over_the_second_time_from_further_back(world, 
     assert sum(report["goodput"].values()) == pytest.approx(report["wall_seconds"], abs=0.01)
 
 
-@pytest.mark.parametrize("moment", ["recorded", pytest.param("later", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["recorded", "later"])
 def test_killed_at_a_rollback_or_after_it_the_run_goes_on_alike(world, whole, monkeypatch, moment):
     with pytest.MonkeyPatch.context() as first:
         if moment == "recorded":  # rollbacks.json is written, the newer checkpoints are still there
