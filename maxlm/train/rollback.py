@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,7 +79,7 @@ class Refusals:
             raise TurnBack(self.steps[0], step + 1)
 
 
-def refusals(rule: tuple[int, int, int], state: TrainState, metadata: dict[str, Any]) -> Refusals:
+def refusals(rule: tuple[int, int, int], state: TrainState, metadata: Mapping[str, Any]) -> Refusals:
     """What a state and the metadata that it came with say of refusals."""
     return Refusals(rule, steps=metadata.get(REFUSED, ()), in_row=int(jax.device_get(state.guard.in_row)))
 

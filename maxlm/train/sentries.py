@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from maxlm.data.proof import Proof
@@ -32,7 +32,7 @@ class Sentries:
         proof: Proof,
         *,
         state: TrainState,
-        metadata: dict[str, Any],
+        metadata: Mapping[str, Any],
         log: Callable[[str], None],
     ) -> Sentries:
         """Those of a run that begins with `state`, which came with `metadata`."""
