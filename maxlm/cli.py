@@ -36,7 +36,7 @@ USAGE = """usage: maxlm <command> [flags]
 `maxlm <command> --help` lists the command's flags."""
 
 
-_ON_DEVICES = ("train", "generate", "replay")
+_ON_DEVICES = ("train", "generate", "replay")  # commands that compute on accelerators, where there are some
 
 
 def main(argv: Sequence[str] | None = None) -> int:

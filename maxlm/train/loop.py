@@ -160,7 +160,7 @@ class Run:
                     if self.device_bytes is None and self.watermark is not None:
                         self.device_bytes = self.watermark.device_bytes(state)
                     profiler.after(step)
-                    with progress.paused(), self.sentries.watchdog.off():
+                    with progress.paused(), self.sentries.watchdog.between():
                         if audit:
                             with self.goodput.bucket("evaluation"):
                                 self.sentries.audit.check(state, batch, step=done)
@@ -171,7 +171,7 @@ class Run:
                         elif copy:
                             self.copy(state, done)
                 if stop:
-                    with self.sentries.watchdog.off():
+                    with self.sentries.watchdog.between():
                         self.settle_save(state, done, held_out)
                     return state, stop
                 self.tell_failures(done)
@@ -195,7 +195,7 @@ class Run:
 
     def compile(self, shape: tuple[int, int], progress: Progress) -> jax.stages.Compiled:
         """The step for one batch shape, with its memory and compile time in the log."""
-        with self.goodput.bucket("compile"), progress.paused(), self.sentries.watchdog.off():
+        with self.goodput.bucket("compile"), progress.paused(), self.sentries.watchdog.between():
             began = time.perf_counter()
             program = self.setup.compile(*shape)
             meet("compiled")

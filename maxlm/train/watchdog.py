@@ -89,8 +89,8 @@ class Watchdog:
             self.alive()
 
     @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """What happens inside is no step; the next one begins afterwards."""
+    def between(self) -> Iterator[None]:
+        """What happens inside is between two steps; the next one begins afterwards."""
         self.alive()
         try:
             yield

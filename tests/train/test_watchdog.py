@@ -74,7 +74,7 @@ def test_what_is_no_step_has_a_limit_too(tmp_path, capfd):
                 watchdog = Watchdog(10.0, 4.0, folder=folder, process=0, stuck=reasons.append, clock=clock)
                 inside.enter_context(watchdog)
             elif begin == "off":
-                inside.enter_context(watchdog.off())
+                inside.enter_context(watchdog.between())
             elif begin == "after the steps":
                 with watchdog.steps():
                     watchdog.completed(10)
@@ -111,7 +111,7 @@ def test_one_long_step_does_not_move_the_limit_and_pauses_do_not_count(tmp_path)
     clock.now += 9
     watchdog.completed(11)
     assert watchdog.limit == 10
-    with watchdog.off():
+    with watchdog.between():
         clock.now += 1000
         watchdog.check()
     assert watchdog.limit == 10
