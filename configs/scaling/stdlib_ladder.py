@@ -26,7 +26,7 @@ from maxlm.config import (
 from maxlm.study.ladder import Rules
 from maxlm.study.spec import Isoflops, Machine, Study
 
-SMALLEST = 1.5e12  # FLOPs
+SMALLEST = 1.4e12  # FLOPs
 BUDGETS = tuple(SMALLEST * 8 ** (step / 4) for step in range(5))
 
 
@@ -53,10 +53,10 @@ def get_study():
                 weight_decay=0.05,
             ),
             train=TrainConfig(precision="float32", norms_every=0),
-            checkpoint=CheckpointConfig(every_steps=200, keep_latest=1),
+            checkpoint=CheckpointConfig(every_steps=1000, keep_latest=1),
             eval=EvalConfig(batch_size=16),
         ),
-        rules=Rules(aspect=128, head_dim=16, tokens_per_param=28, base_rate=6e-3, batch_tokens=512),
-        design=Isoflops(budgets=BUDGETS, sizes=(0.6, 1.0, 1.5, 2.4)),
-        machine=Machine(name="2 CPU cores", flops_per_second=40e9, overhead_seconds=20.0, jobs=2),
+        rules=Rules(aspect=128, head_dim=16, tokens_per_param=32, base_rate=6e-3, batch_tokens=512),
+        design=Isoflops(budgets=BUDGETS, sizes=(0.6, 1.0, 1.7, 2.8)),
+        machine=Machine(name="2 CPU cores", flops_per_second=34e9, overhead_seconds=18.0, jobs=2),
     )
