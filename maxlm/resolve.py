@@ -8,30 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
+import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from maxlm import config as schema
+from maxlm.checks.loop import check_loop
 from maxlm.checks.model import check_model
 from maxlm.checks.moe import check_moe
+from maxlm.checks.optim import check_optim
 from maxlm.checks.pipeline import check_pipeline
 from maxlm.checks.words import divisors
 from maxlm.config import Config, ModelConfig, ParallelConfig
 from maxlm.errors import UserError
-
-# A decay above this does not move a bfloat16 number: v and decay * v round to the same one, and a moment never falls.
-LARGEST_BFLOAT16_DECAY = 1.0 - 2.0**-8
-# By optimizer, the decays of the moments that are kept in optim.moments_dtype. Muon's embeddings and norms are AdamW's.
-STORED_MOMENTS = {
-    "adamw": ("b1", "b2"),
-    "adafactor": ("b1",),
-    "lion": ("b2",),
-    "muon": ("b1", "b2", "muon_momentum"),
-}
 
 
 class ConfigError(UserError):
@@ -143,6 +134,9 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), item, f"{path}.", problems)
         elif "of" in field.metadata:
+            if not isinstance(item, Mapping):
+                problems.append(f"{path} is {item!r}, but sections by name were expected; type {path}={{'NAME': {{}}}}")
+                continue
             values[name] = {
                 key: _build(field.metadata["of"], sub, f"{path}.{key}.", problems) for key, sub in item.items()
             }
@@ -170,6 +164,9 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
         return tuple(_convert(item, kind, path, problems) for item, kind in zip(value, inner, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{path} is {value}, but a finite number was expected")
+        return value
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         problems.append(f"{path} is {value!r} ({type(value).__name__}), but {hint.__name__} was expected")
     return value
@@ -290,58 +287,6 @@ def _check_batches(config: Config) -> Iterator[str]:
         )
 
 
-def _check_schedule(config: Config) -> Iterator[str]:
-    optim, steps = config.optim, config.train.steps
-    if optim.warmup_steps >= steps:
-        yield (
-            f"optim.warmup_steps is {optim.warmup_steps}, but train.steps is {steps}: the warm-up would never end; "
-            f"use at most {steps - 1}"
-        )
-    elif optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:
-        yield (
-            f"optim.warmup_steps {optim.warmup_steps} and optim.decay_steps {optim.decay_steps} are together more "
-            f"than train.steps {steps}; use decay_steps of at most {steps - optim.warmup_steps}"
-        )
-    if optim.decay_steps and optim.schedule != "wsd":
-        yield (
-            f"optim.decay_steps is {optim.decay_steps}, but optim.schedule {optim.schedule!r} has no cooldown; "
-            "type optim.schedule=wsd or optim.decay_steps=0"
-        )
-    if config.train.budget_seconds and (optim.decay_steps or config.data.phases):
-        yield (
-            f"train.budget_seconds is {config.train.budget_seconds:g}, which leaves the number of steps open, but "
-            "optim.decay_steps and data.phases need it; type optim.schedule=linear, or train.budget_seconds=0"
-        )
-    refusals, within, times = optim.guard.rollback
-    if any(optim.guard.rollback) and not (0 < refusals <= within and times):
-        yield (
-            f"optim.guard.rollback is {optim.guard.rollback}; give (K, M, N) with 1 <= K <= M and N >= 1, as in "
-            "(4, 64, 3): back after 4 refusals in 64 steps, 3 times at most"
-        )
-    if optim.guard.min_history > optim.guard.window:
-        yield (
-            f"optim.guard.min_history is {optim.guard.min_history}, more than optim.guard.window "
-            f"{optim.guard.window} can hold; use at most that"
-        )
-    if optim.moments_dtype == "bfloat16":
-        for path in STORED_MOMENTS[optim.optimizer]:
-            if (decay := getattr(optim, path)) > LARGEST_BFLOAT16_DECAY:
-                yield (
-                    f"optim.{path} is {decay}, but a bfloat16 moment cannot follow a decay above "
-                    f"{LARGEST_BFLOAT16_DECAY:.4f}; "
-                    "lower it, or type optim.moments_dtype=float32"
-                )
-    for path, below in (("b1", optim.b1), ("b2", optim.b2), ("ema_decay", optim.ema_decay)):
-        if below >= 1:
-            yield f"optim.{path} is {below}, but a decay has to be below 1"
-    for path, rules in (("decay_rules", optim.decay_rules), ("lr_rules", optim.lr_rules)):
-        for pattern, _ in rules:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                yield f"optim.{path} has the pattern {pattern!r}, which is not a regular expression: {error}"
-
-
 def _check_data(config: Config) -> Iterator[str]:
     data = config.data
     if not data.stores:
@@ -377,31 +322,6 @@ def _check_data(config: Config) -> Iterator[str]:
         )
 
 
-def _check_loop(config: Config) -> Iterator[str]:
-    train, window = config.train, config.eval.sequence_length or config.data.sequence_length
-    if config.eval.overlap >= window:
-        yield f"eval.overlap is {config.eval.overlap}, but a window has {window} positions; use at most {window - 1}"
-    if config.checkpoint.keep_best and not config.eval.every_steps:
-        yield "checkpoint.keep_best needs evaluations to judge by; set eval.every_steps, or checkpoint.keep_best=0"
-    if len(train.profile) not in (0, 2):
-        yield f"train.profile is {train.profile}, but it is (first step, steps), or empty for none; type (10, 3)"
-    if (train.remat == "custom") != bool(train.remat_names):
-        yield (
-            f"train.remat is {train.remat!r} with train.remat_names {train.remat_names!r}; remat=custom and a list of "
-            "names go together"
-        )
-    for name in train.remat_names:
-        if name not in schema.ACTIVATION_NAMES:
-            close = difflib.get_close_matches(name, schema.ACTIVATION_NAMES, n=1)
-            yield (
-                f"train.remat_names has {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
-                f"known: {', '.join(schema.ACTIVATION_NAMES)}"
-            )
-    for name in config.eval.stores:
-        if name not in config.data.stores:
-            yield f"eval.stores names {name!r}, which is not in data.stores ({', '.join(config.data.stores)})"
-
-
 def _check_devices(config: Config, devices: int | None) -> Iterator[str]:
     """A mesh of exactly the devices there are."""
     sizes = config.parallel.sizes
@@ -427,7 +347,7 @@ _CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     check_pipeline,
     _check_context,
     _check_batches,
-    _check_schedule,
+    check_optim,
     _check_data,
-    _check_loop,
+    check_loop,
 )

@@ -22,6 +22,7 @@ WINDOW = 64  # steps of which the median is taken
 HISTORY = 3  # steps before a step is compared with others
 LONGEST = 1800.0  # seconds that anything else may take without a sign of progress
 STOP = 2.0  # limits after which the run is ended
+LATE_LOOKS = 10  # intervals between two looks of the thread that only a process has which was itself stopped
 OTHERS = 1.5  # how much later than process 0, which knows who is behind, the others do so by themselves
 FOLDER = "stacks"
 
@@ -136,11 +137,11 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
 
     def _watch(self, closed: threading.Event) -> None:
-        looked = self._clock()
-        while not closed.wait(min(max(self._least / 20, 0.05), 1.0)):
+        looked, interval = self._clock(), min(max(self._least / 20, 0.05), 1.0)
+        while not closed.wait(interval):
             now = self._clock()
             # A process that was itself stopped for a while says nothing about its step.
-            if self._since is not None and now - looked > self._least / 2:
+            if self._since is not None and now - looked > max(self._least / 2, LATE_LOOKS * interval):
                 self._since += now - looked
             looked = now
             self.check()

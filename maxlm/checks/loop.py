@@ -1,0 +1,58 @@
+"""Relations between the settings of the loop, of evaluations and of checkpoints. Each problem is one sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from maxlm.config import ACTIVATION_NAMES, Config
+
+
+def check_loop(config: Config) -> Iterator[str]:
+    """The problems of `train`, `eval` and `checkpoint`."""
+    yield from _check_best(config)
+    train, window = config.train, config.eval.sequence_length or config.data.sequence_length
+    if config.eval.overlap >= window:
+        yield f"eval.overlap is {config.eval.overlap}, but a window has {window} positions; use at most {window - 1}"
+    if len(train.profile) not in (0, 2):
+        yield f"train.profile is {train.profile}, but it is (first step, steps), or empty for none; type (10, 3)"
+    if (train.remat == "custom") != bool(train.remat_names):
+        yield (
+            f"train.remat is {train.remat!r} with train.remat_names {train.remat_names!r}; remat=custom and a list of "
+            "names go together"
+        )
+    for name in train.remat_names:
+        if name not in ACTIVATION_NAMES:
+            close = difflib.get_close_matches(name, ACTIVATION_NAMES, n=1)
+            yield (
+                f"train.remat_names has {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
+                f"known: {', '.join(ACTIVATION_NAMES)}"
+            )
+    times, least = train.watchdog
+    if bool(times) != bool(least):
+        yield (
+            f"train.watchdog is {train.watchdog}, but it is (times the median, seconds at least); type (10.0, 60.0), "
+            "or (0.0, 0.0) for none"
+        )
+    for name in config.eval.stores:
+        if name not in config.data.stores:
+            yield f"eval.stores names {name!r}, which is not in data.stores ({', '.join(config.data.stores)})"
+
+
+def _check_best(config: Config) -> Iterator[str]:
+    """A checkpoint is judged by an evaluation of its own step."""
+    saves, evaluations = config.checkpoint.every_steps, config.eval.every_steps
+    if not config.checkpoint.keep_best:
+        return
+    if not evaluations:
+        yield "checkpoint.keep_best needs evaluations to judge by; set eval.every_steps, or checkpoint.keep_best=0"
+    elif max(saves, evaluations) % min(saves, evaluations):
+        yield (
+            f"checkpoint.keep_best needs evaluations of the states that are saved, but checkpoint.every_steps {saves} "
+            f"and eval.every_steps {evaluations} do not divide one another; type eval.every_steps={saves}"
+        )
+    if config.checkpoint.mtbf_hours:
+        yield (
+            f"checkpoint.mtbf_hours is {config.checkpoint.mtbf_hours:g}, by which saves come at steps without an "
+            "evaluation, and checkpoint.keep_best needs one; type checkpoint.mtbf_hours=0 or checkpoint.keep_best=0"
+        )
