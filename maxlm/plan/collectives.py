@@ -69,7 +69,10 @@ def find(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
       mesh: size of every mesh axis, outermost first.
     """
     found: list[Collective] = []
+    started = {name for i, _, _ in module.scheduled() if i.opcode == "async-start" for name in i.called}
     for computation, times in module.runs.items():
+        if computation in started:  # what it sends is the start's
+            continue
         instructions = module.computations[computation]
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         for place, outer in enumerate(instructions):
@@ -162,9 +165,15 @@ def _end(instructions: list[Instruction], start: int) -> int:
 
 
 def first_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
-    """The devices of the first group of a collective, by their place in the mesh; of a permute, of a first cycle."""
+    """The devices of the first group of a collective, by their place in the mesh.
+
+    Of a permute those of the first cycle between different devices; () where each device keeps what it has.
+    """
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", instruction.rest):
-        targets = {int(source): int(target) for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs[1])}
+        both = [(int(source), int(target)) for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
+        targets = {source: target for source, target in both if source != target}
+        if not targets:
+            return ()
         chain = [min(targets)]
         while (following := targets.get(chain[-1])) is not None and following not in chain:
             chain.append(following)

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from maxlm.errors import UserError
+
 ITEM_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
     "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0,
@@ -22,12 +24,19 @@ ITEM_BYTES = {
 _ARRAY = re.compile(r"\b(" + "|".join(sorted(ITEM_BYTES, key=len, reverse=True)) + r")\[([\d,<=]*)\]")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = ")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_END = re.compile(r"^\}(?:, |$)")  # a kernel's metadata may end with two of these at the begin of a line
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
-class HloError(ValueError):
+class HloError(UserError):
     """The text has a form that this module does not know."""
+
+    def __init__(self, found: str):
+        super().__init__(
+            f"the compiled program cannot be read: {found}; take the versions of jax and of the compiler that "
+            "pyproject.toml names"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +91,13 @@ class Module:
     """A program. `computations` holds instructions in their order; `entry` is the name of the first to run.
 
     shares: in what part of its turns each branch of a conditional runs; one that is not there is taken to run in all.
+    turns: by its name, how often a loop turns where the program does not say; one that is not there turns once.
     """
 
     computations: Mapping[str, list[Instruction]]
     entry: str
     shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    turns: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def runs(self) -> Mapping[str, float]:
@@ -127,12 +138,14 @@ class Module:
                     yield from self.inside(inner)
 
 
-def trips(module: Module, loop: Instruction) -> int:
-    """How often a loop turns: as XLA says, or as a counter from 0 that is compared with a constant.
+def trips(module: Module, loop: Instruction) -> float:
+    """How often a loop turns: as the program says, or else as `Module.turns` does."""
+    said = counted(module, loop)
+    return module.turns.get(loop.name, 1.0) if said is None else said
 
-    Raises:
-      HloError: the condition has another form.
-    """
+
+def counted(module: Module, loop: Instruction) -> int | None:
+    """How often a loop turns, as XLA says, or as a counter from 0 that is compared with a constant; None: neither."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
     condition = module.computations[loop.attribute("condition").lstrip("%")]
@@ -146,7 +159,7 @@ def trips(module: Module, loop: Instruction) -> int:
         bounds = [by_name[name] for name in root.operands if by_name[name].opcode == "constant"]
         direction = root.attribute("direction")
     if len(bounds) != 1 or direction not in ("LT", "GT"):
-        raise HloError(f"the loop {loop.name} does not count up to a constant: {root.opcode} {root.rest[:200]}")
+        return None
     return int(bounds[0].operands[0])
 
 
@@ -191,23 +204,22 @@ def parse(text: str) -> Module:
       HloError: there is no entry computation.
     """
     computations: dict[str, list[Instruction]] = {}
-    entry, current, pending = "", None, ""
+    entry, current, pending = "", list[Instruction](), ""
     for line in text.splitlines():
-        if _INSTRUCTION.match(line):
-            if pending and current is not None:
-                current.append(_instruction(pending))
+        header = None if line.startswith(" ") else _HEADER.match(line)
+        starts = _INSTRUCTION.match(line)
+        if pending and (starts or header or _END.match(line)):
+            current.append(_instruction(pending))
+            pending = ""
+        if starts:
             pending = line
-        elif header := (not line.startswith(" ") and _HEADER.match(line)):
+        elif header:
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif line == "}" and current is not None:
-            if pending:
-                current.append(_instruction(pending))
-            current, pending = None, ""
         elif pending:  # a kernel's metadata runs over several lines
             pending += line
     if not entry:
-        raise HloError("the text of the compiled program has no ENTRY computation")
+        raise HloError("it has no ENTRY computation")
     return Module(computations, entry)
 
 

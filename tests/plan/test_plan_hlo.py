@@ -1,5 +1,7 @@
 """Reading compiled programs: what is counted in one agrees with what was traced."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from maxlm.errors import UserError
 from maxlm.model.flops import count_matmul_flops
 from maxlm.plan import collectives, hlo
 
@@ -63,6 +66,48 @@ def test_a_loop_without_a_known_count_turns_as_its_condition_says():
     assert kernel.op_name == "jit(train_step)/kernel"  # behind a text of several lines
 
 
+OFFLOADED = """
+HloModule jit_train_step, is_scheduled=true
+
+%first (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  ROOT %first.0 = f32[4]{0} add(%a, %a)
+}, execution_thread="sparsecore"
+
+%sends (b: f32[4]) -> f32[32] {
+  %b = f32[4]{0} parameter(0)
+  ROOT %gather = f32[32]{0} all-gather(%b), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (c: f32[4]) -> f32[32] {
+  %c = f32[4]{0} parameter(0)
+  %start = ((f32[4]{0}), f32[32]{0}, u32[]) async-start(%c), async_execution_thread="sparsecore", calls=%sends
+  ROOT %done = f32[32]{0} async-done(%start)
+}
+"""
+
+
+def test_a_computation_of_another_thread_ends_where_it_does_and_sends_once():
+    module = hlo.parse(OFFLOADED)
+    ends = {name: [i.name for i in instructions if i.root] for name, instructions in module.computations.items()}
+    assert ends == {"first": ["first.0"], "sends": ["gather"], "main": ["done"]}
+    assert [i.name for i in module.computations["sends"]] == ["b", "gather"]
+    (sent,) = collectives.find(module, {"data": 8})
+    assert (sent.name, sent.kind, sent.times, sent.payload) == ("start", "all-gather", 1, 4 * 32)
+
+
+def test_a_loop_whose_turns_the_data_decides_turns_once_unless_it_is_said_how_often():
+    text = TPU.replace("%five = s32[]{:T(128)} constant(5)", "%five = s32[]{:T(128)} get-tuple-element(%arg), index=1")
+    module = hlo.parse(text)
+    assert module.runs["body"] == 1.0
+    assert dataclasses.replace(module, turns={"loop": 2.5}).runs["body"] == 2.5
+
+
+def test_a_text_that_is_no_program_is_answered_in_a_sentence():
+    with pytest.raises(UserError, match="cannot be read: it has no ENTRY computation; take the versions"):
+        hlo.parse("HloModule m")
+
+
 def test_collectives_are_what_the_compiler_emits_over_the_axes_that_their_groups_span():
     mesh = {"data": 4, "fsdp": 2}
     found = {c.name: c for c in collectives.find(hlo.parse(TPU), mesh)}
@@ -111,6 +156,9 @@ def test_a_start_counts_what_arrives_once(line, payload):
         ("replica_groups=mesh['a'=8] {'a':(1)2}", (0, 4)),
         ("replica_groups=mesh['a'=8] {'a':(4)2}", (0, 1)),
         ("replica_groups={}", tuple(range(8))),
+        ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", (0, 2)),
+        ("source_target_pairs={{0,0},{1,2},{2,1},{3,3}}", (1, 2)),  # some keep what they have
+        ("source_target_pairs={{0,0},{1,1}}", ()),
     ],
 )
 def test_groups_in_every_form_that_xla_writes(text, group):
