@@ -27,7 +27,7 @@ def headlines(plan: Plan) -> list[str]:
         f"{plan.name} on {plan.hardware}: {mesh}; {plan.rows:,} rows of {plan.positions:,} tokens a step, "
         f"{plan.parameters / 1e9:,.3g}B parameters, {plan.attention} attention",
     ]
-    if not plan.usable:
+    if plan.fits and not plan.usable:
         lines.append(f"it takes {gib(plan.memory.total)} a device")
     elif plan.fits:
         share = plan.memory.total / plan.usable
@@ -36,10 +36,10 @@ def headlines(plan: Plan) -> list[str]:
             f"{gib(plan.spare)} to spare"
         )
     else:
-        lines.append(
-            f"it does not fit: it needs {gib(plan.memory.total)} a device, which has {gib(plan.usable)}; "
-            f"{gib(-plan.spare)} too much"
-        )
+        has = f", which has {gib(plan.usable)}" if plan.usable else ""
+        over = f"; {gib(-plan.spare)} too much" if plan.usable and plan.spare < 0 else ""
+        refused = f"; the compiler says: {plan.refused}" if plan.refused else ""
+        lines.append(f"it does not fit: it needs {gib(plan.memory.total)} a device{has}{over}{refused}")
     if ahead.seconds:
         lines.append(
             f"a step takes {ahead.seconds:.3g} s: {ahead.tokens_per_second:,.0f} tokens/s, "

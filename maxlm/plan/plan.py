@@ -9,7 +9,7 @@ from typing import Any
 
 from maxlm.config import Config
 from maxlm.model.flops import ledger
-from maxlm.plan import collectives, hlo, memory, predict, stages
+from maxlm.plan import collectives, hlo, memory, predict, stages, uneven
 from maxlm.plan.compile import Step
 from maxlm.plan.topology import Topology
 from maxlm.train.outlook import run_tokens
@@ -79,7 +79,7 @@ def make_plan(config: Config, topology: Topology, step: Step, *, price: float | 
     Args:
       price: dollars an hour of a device; None: the table's.
     """
-    module = stages.weighted(hlo.parse(step.program), config)
+    module = uneven.settled(stages.weighted(hlo.parse(step.program), config), config)
     sent = collectives.find(module, step.mesh)
     notes = []
     if not step.whole:
@@ -90,6 +90,9 @@ def make_plan(config: Config, topology: Topology, step: Step, *, price: float | 
     elif topology.chip.platform != "tpu":
         notes.append("this platform's compiler estimates no cycles: times are by FLOPs and bytes")
     forecast = predict.forecast(config, topology, step, module, sent)
+    if loops := uneven.once(module):
+        made_by = ", ".join(sorted({memory.readable(loop.op_name) or loop.name for loop in loops}))
+        notes.append(f"how often these loops turn depends on the data, and they are counted as if once: {made_by}")
     if forecast.kernels or sent:
         notes.append(
             "kernels and collectives, which the compiler does not estimate, are priced by the rules in docs/plan.md"

@@ -5,8 +5,9 @@ where there is none (GPUs, CPUs, programs that were not compiled to the end) it 
 `PRODUCTS` of the peak and its bytes at the memory's bandwidth. Kernels that the compiler cannot look into are priced by
 `KERNELS`, collectives by `network.seconds`: a synchronous one stops the device, an asynchronous one only where it is
 not done when its result is asked for. Collectives queue for the links. A loop takes its body's time as often as it
-turns; of a conditional's branches the dearest counts. In a pipeline a tick lasts as long as its slowest stage
-(`plan/stages.py`): seconds are of the stages that the others wait for, FLOPs and runs of an average stage.
+turns; of a conditional's branches the dearest counts, where it is not known how often each runs (`plan/uneven.py`).
+In a pipeline a tick lasts as long as its slowest stage (`plan/stages.py`): seconds are of the stages that the others
+wait for, FLOPs and runs of an average stage.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from maxlm.plan.network import seconds as network_seconds
 from maxlm.plan.network import span
 from maxlm.plan.stages import Choice, Part, Place, choices, parts, table_of
 from maxlm.plan.topology import Topology
+from maxlm.plan.uneven import even_rows
 
 PRODUCTS = 0.8
 """Share of the peak that products are taken to reach where the compiler has no estimate; by its own estimates the
@@ -36,20 +38,21 @@ products of an 8B step on v5p reach 0.79."""
 KERNELS = {"attention": 0.5, "grouped product": 0.7, "other": 0.5}
 """Share of the peak that kernels are taken to reach."""
 _ATTENTION = (
-    ("SoftmaxBackward", 5),
-    ("fmha", 2),
-    ("dkv", 4),
-    ("dq", 3),
-    ("mha_backward", 5),
-    ("mha_forward", 2),
-    ("fwd", 2),
+    ("SoftmaxBackward", (3, 2)),
+    ("fmha", (1, 1)),
+    ("dkv", (2, 2)),
+    ("dq", (2, 1)),
+    ("mha_backward", (3, 2)),
+    ("mha_forward", (1, 1)),
+    ("fwd", (1, 1)),
 )
-"""Products of an attention kernel: scores and values forward; backward it computes the scores again, and splash in both
-of its kernels."""
+"""Products of an attention kernel with a head's dim of queries and keys, and with that of values: scores and values
+forward; backward it computes the scores again, and splash in both of its kernels."""
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "iota")
 
 
-class Kernel(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Kernel:
     """A hand-written kernel: runs and seconds in a step, and by which rule."""
 
     name: str
@@ -59,7 +62,8 @@ class Kernel(NamedTuple):
     rule: str
 
 
-class Busy(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Busy:
     """Time of all instructions that one piece of code became, in a step."""
 
     made_by: str
@@ -203,7 +207,12 @@ class _Walk:
                 clock += turns * self.run(instruction.attribute("body").lstrip("%"), times.by(turns))
             elif instruction.opcode == "conditional":
                 choice = self.choices.get(instruction.name)
-                clock += self._chosen(choice, times) if choice else self._dearest(instruction, times)
+                if choice:
+                    clock += self._chosen(choice, times)
+                elif all(branch in self.module.shares for branch in instruction.called):
+                    clock += sum(self._share(branch, times) for branch in instruction.called)
+                else:
+                    clock += self._dearest(instruction, times)
             elif instruction.opcode == "call":
                 clock += self.run(instruction.called[0], times)
             else:
@@ -226,6 +235,11 @@ class _Walk:
         seconds = self.run(choice.taken, times)
         self.place = None
         return seconds
+
+    def _share(self, branch: str, times: _Times) -> float:
+        """Of a branch that runs in a known part of its conditional's turns: seconds of one turn, on average."""
+        share = self.module.shares[branch]
+        return share * self.run(branch, times.by(share))
 
     def _dearest(self, instruction: Instruction, times: _Times) -> float:
         before = (self.parts, self.busy, self.kernels, self.hidden, self.flops)
@@ -310,26 +324,20 @@ def _kernel_flops(name: str, instruction: Instruction, shapes: Mapping[str, str]
     operands = [dims(shapes.get(operand, "")) for operand in instruction.operands]
     called = f"{name} {instruction.op_name}"
     wide = [shape for shape in operands if len(shape) == 4]
-    products = next((count for part, count in _ATTENTION if part in called), 0)
+    products = next((counts for part, counts in _ATTENTION if part in called), None)
     if products and wide:  # queries are the largest: (B, H, S, h) or (B, S, H, h), and positions outnumber heads
-        rows, *sides, head_dim = max(wide, key=math.prod)
+        rows, *sides, _ = max(wide, key=math.prod)
         length, heads = max(sides), min(sides)
-        windows = config.model.attention.windows
-        seen = sum(positions_seen(window, length) for window in windows) / len(windows)
-        return "attention", products * 2.0 * rows * heads * length * seen * head_dim
+        attention = config.model.attention
+        seen = sum(positions_seen(window, length) for window in attention.windows) / len(attention.windows)
+        dims_of = products[0] * attention.head_dim + products[1] * attention.value_dim
+        return "attention", 2.0 * rows * heads * length * seen * dims_of
     if "gmm" in name or "grouped" in instruction.op_name:
         arrays = [*operands, dims(instruction.shape)]
         matrices = [shape for shape in arrays if len(shape) == 3]
         flat = [shape for shape in arrays if len(shape) == 2]
         if matrices and flat:
             # A buffer has room for the worst case; the kernel passes over rows that are not there.
-            sent = min(max(shape[0] for shape in flat), _even_rows(config))
+            sent = min(max(shape[0] for shape in flat), even_rows(config))
             return "grouped product", 2.0 * sent * matrices[0][1] * matrices[0][2]
     return "other", 0.0
-
-
-def _even_rows(config: Config) -> float:
-    """Rows of a device's grouped product in a microbatch, were every expert sent as many."""
-    spread = math.prod(config.parallel.sizes[axis] for axis in ("data", "fsdp", "expert", "context"))
-    tokens = config.data.batch_size * config.data.sequence_length / config.train.accumulation
-    return tokens * config.model.moe.active / spread

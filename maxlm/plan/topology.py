@@ -121,6 +121,12 @@ def parse_topology(text: str, chips: Mapping[str, Chip] = CHIPS) -> Topology:
             raise TopologyError(f"{text!r} is no topology; type {chip.name}x8, or {chip.name}x8x16 for 16 nodes")
         if len(numbers) == 2 and slices > 1:
             raise TopologyError(f"{text!r} gives the number of nodes twice; type {chip.name}x8x16")
+        most, count = chip.devices_per_host, numbers[0] * math.prod(numbers[1:]) * slices
+        if most and numbers[0] > most:
+            raise TopologyError(
+                f"{text!r} has {numbers[0]} GPUs in a node, and a node of {chip.name} holds {most}; type "
+                f"{chip.name}x{most}x{-(-count // most)}"
+            )
         slices, shape = numbers[1] if len(numbers) == 2 else slices, (numbers[0],)
     return Topology(name=text.strip(), chip=chip, slices=slices, shape=shape)
 

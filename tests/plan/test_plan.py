@@ -9,7 +9,17 @@ import pytest
 from rich.console import Console
 
 from maxlm.chips import CHIPS
-from maxlm.config import AttentionConfig, Config, DataConfig, MlpConfig, ModelConfig, StoreConfig, TrainConfig
+from maxlm.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LatentConfig,
+    MlpConfig,
+    ModelConfig,
+    StoreConfig,
+    TrainConfig,
+)
 from maxlm.plan import compile as compiling
 from maxlm.plan import hlo, network, predict
 from maxlm.plan.compile import (
@@ -39,12 +49,13 @@ MODEL = ModelConfig(
 )
 
 
-def tiny(devices=8, **parallel) -> Config:
+def tiny(devices=8, batch=8, **parallel) -> Config:
     config = Config(
         name="tiny",
         model=MODEL,
-        data=DataConfig(stores={"x": StoreConfig()}, sequence_length=16, batch_size=8),
+        data=DataConfig(stores={"x": StoreConfig()}, sequence_length=16, batch_size=batch),
         train=TrainConfig(steps=1000),
+        eval=EvalConfig(batch_size=batch),
     )
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **parallel))
     return resolve(config, devices=devices)
@@ -123,20 +134,28 @@ def test_a_small_collective_takes_the_steps_of_its_rings():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "products"),
+    ("name", "products", "of_values"),
     [
-        ("splash_mha_fwd_residuals", (2, 8, 128, 64), 2),
-        ("splash_mha_dkv", (2, 8, 128, 64), 4),
-        ("mha_backward", None, 5),
+        ("splash_mha_fwd_residuals", 1, 1),
+        ("splash_mha_dkv", 2, 2),
+        ("splash_mha_dq", 2, 1),
+        ("mha_backward", 3, 2),
     ],
 )
-def test_attention_kernels_cost_the_positions_that_causality_leaves(name, shape, products):
+@pytest.mark.parametrize("value_dim", [0, 48])  # 0: an attention whose values are as long as its keys
+def test_attention_kernels_cost_the_positions_that_causality_leaves(name, products, of_values, value_dim):
     rows, heads, length, dim = 2, 8, 128, 64
-    text = ",".join(map(str, shape or (rows, length, heads, dim)))  # on GPUs positions come before heads
+    shape = (rows, length, heads, dim) if name.startswith("mha") else (rows, heads, length, dim)
+    text = ",".join(map(str, shape))  # on GPUs positions come before heads
     call = f'  %{name}.1 = bf16[{text}]{{3,2,1,0}} custom-call(%q), custom_call_target="tpu_custom_call"'
     shapes = {"q": f"bf16[{text}]{{3,2,1,0}}"}
-    kind, flops = predict._kernel_flops(name, hlo._instruction(call), shapes, tiny(data=8))
-    assert (kind, flops) == ("attention", products * 2 * rows * heads * dim * length * (length + 1) / 2)
+    config = tiny(data=8)
+    latent = LatentConfig(kv_dim=16, rope_dim=8, value_dim=value_dim) if value_dim else LatentConfig()
+    attention = dataclasses.replace(config.model.attention, head_dim=dim, latent=latent)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+    kind, flops = predict._kernel_flops(name, hlo._instruction(call), shapes, config)
+    dims = products * dim + of_values * (value_dim or dim)
+    assert (kind, flops) == ("attention", 2 * rows * heads * dims * length * (length + 1) / 2)
 
 
 @pytest.mark.parametrize(("target", "products"), [("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaSoftmaxBackward", 5)])
@@ -148,6 +167,8 @@ def test_cudnns_attention_is_a_kernel_of_its_own(target, products):
         f'custom_call_target="{target}", metadata={{op_name="jit(train_step)/attention/custom"}}'
     )
     topology, config = parse_topology("h100x8"), tiny(data=8)
+    attention = dataclasses.replace(config.model.attention, head_dim=64)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
     program = "HloModule m\n\nENTRY %main (q: bf16[1]) -> bf16[1] {\n"
     program += "".join(f"  %{name} = {shape} parameter({i})\n" for i, name in enumerate("qkv"))
     program += line.replace("  %", "  ROOT %", 1) + "\n}\n"
@@ -189,7 +210,10 @@ def test_the_pages_say_whether_it_fits_and_by_how_much():
     assert fits.fits and "it fits: " in headlines(fits)[1]
     small = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, usable_bytes=4000.0))
     full = make_plan(tiny(data=4, fsdp=2), small, fake_step(refused="Ran out of memory"))
-    assert not full.fits and "1.6 KiB too much" in headlines(full)[1]
+    assert not full.fits and "1.6 KiB too much; the compiler says: Ran out of memory" in headlines(full)[1]
+    refused = make_plan(tiny(data=4, fsdp=2), topology, fake_step(refused="Ran out of memory"))
+    assert not refused.fits and refused.spare > 0 and "too much" not in headlines(refused)[1]
+    assert "the compiler says: Ran out of memory" in headlines(refused)[1]
     console = Console(record=True, width=130)
     print_plan(fits, console)
     text = console.export_text()
@@ -200,6 +224,7 @@ def test_the_pages_say_whether_it_fits_and_by_how_much():
     said = json.loads(as_json(fits))
     assert said["memory"]["total"] == sum(said["memory"]["components"].values())
     assert said["fits"] and said["traffic"][0]["kind"] == "all-gather"
+    assert said["forecast"]["busiest"][0]["kind"] and said["forecast"]["kernels"][0]["rule"].startswith("other")
 
 
 def test_a_compiler_that_needs_too_much_memory_is_ended_with_one_sentence(tmp_path):

@@ -49,6 +49,8 @@ def test_names_and_what_they_stand_for(name, chips, devices, slices, shape, host
         ("v5p:4x4", "has 2 sides; a v5p slice has 3"),
         ("h100x0", "h100x8, or h100x8x16 for 16 nodes"),
         ("2*h100x8x2", "nodes twice"),
+        ("h100x64", "64 GPUs in a node, and a node of h100 holds 8; type h100x8x8"),
+        ("a100x16x4", "type a100x8x8"),
     ],
 )
 def test_a_name_that_stands_for_nothing_is_answered_with_one_that_does(name, says):

@@ -1,0 +1,99 @@
+"""Parts of a step that run as often as places or data say: counted as often as they run, on average."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from maxlm.config import AttentionConfig, MoeConfig
+from maxlm.model.flops import ledger
+from maxlm.plan import hlo, uneven
+from maxlm.resolve import resolve
+from tests.plan.test_plan import tiny
+from tests.plan.test_stages import planned, program
+
+
+def flops_of_a_device(given):
+    """Of the products that the model asks for."""
+    counts = ledger(given.model, sequence_length=given.data.sequence_length)
+    return counts.causal_exact * given.data.batch_size * given.data.sequence_length / 8
+
+
+def test_a_mixture_on_cpus_is_planned_at_even_load():
+    base = tiny(data=8)
+    given = resolve(
+        dataclasses.replace(
+            base,
+            model=dataclasses.replace(base.model, moe=MoeConfig(experts=8, active=2, dim=64)),
+            parallel=dataclasses.replace(base.parallel, data=2, fsdp=2, expert=2),
+        ),
+        devices=8,
+    )
+    text = program(given)
+    found = planned(given, text)
+    # On CPUs attention multiplies somewhat more than causality leaves: rows are short.
+    assert found.forecast.compiled_flops == pytest.approx(flops_of_a_device(given), rel=0.05)
+    assert not any("how often these loops turn" in note for note in found.notes)
+    other = planned(given, re.sub(r"grouped_(rows|outer)", "unheard_of", text))
+    assert other.forecast.compiled_flops < found.forecast.compiled_flops
+    assert any("counted as if once" in note and "unheard_of" in note for note in other.notes)
+
+
+@pytest.fixture(scope="module")
+def spread():
+    """Long rows over two devices each, of which one layer sees all and the other the last 512 positions."""
+    base = tiny(data=8)
+    attention = AttentionConfig(q_heads=4, kv_heads=2, windows=(0, 512))
+    return resolve(
+        dataclasses.replace(
+            base,
+            model=dataclasses.replace(base.model, attention=attention),
+            data=dataclasses.replace(base.data, sequence_length=4096),
+            train=dataclasses.replace(base.train, remat="none"),
+            parallel=dataclasses.replace(base.parallel, data=2, fsdp=2, context=2),
+        ),
+        devices=8,
+    )
+
+
+def test_attention_over_context_costs_what_it_does_on_one_device(spread):
+    alone = dataclasses.replace(spread, parallel=dataclasses.replace(spread.parallel, data=4, context=1))
+    flops = [planned(one, program(one)).forecast.compiled_flops for one in (spread, alone)]
+    assert flops[0] == pytest.approx(flops[1], rel=0.03)
+    assert flops[0] > flops_of_a_device(spread)  # whole blocks are multiplied
+
+
+def test_the_blocks_that_meet_are_those_with_a_pair_that_is_seen(spread):
+    """Counted position by position, in blocks of 256 queries (two heads a kv head) and 512 keys."""
+    length, shares = 4096, []
+    back = np.arange(length)[:, None] - np.arange(length)
+    for window in (length, 512):
+        seen = (back >= 0) & (back < window)
+        shares.append(seen.reshape(length // 256, 256, length // 512, 512).any(axis=(1, 3)).mean())
+    assert uneven.meeting(spread) == pytest.approx(np.mean(shares))
+
+
+DOT = "dot(X, X), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
+def conditional(one, other):
+    """A program that runs one of two bodies under attention."""
+    bodies = "".join(
+        f"%{name} (x.{name}: f32[8,8]) -> f32[8,8] {{\n  %x.{name} = f32[8,8]{{1,0}} parameter(0)\n"
+        f"  ROOT %y.{name} = f32[8,8]{{1,0}} {line.replace('X', f'%x.{name}')}\n}}\n\n"
+        for name, line in (("one", one), ("other", other))
+    )
+    return hlo.parse(
+        f"HloModule m\n\n{bodies}ENTRY %main (p: s32[], q: f32[8,8]) -> f32[8,8] {{\n  %p = s32[] parameter(0)\n"
+        "  %q = f32[8,8]{1,0} parameter(1)\n  ROOT %c = f32[8,8]{1,0} conditional(%p, %q, %q), "
+        'branch_computations={%one, %other}, metadata={op_name="jit(train_step)/layers/attention/cond"}\n}\n'
+    )
+
+
+def test_only_a_conditional_that_passes_work_over_has_a_share(spread):
+    met = uneven.meeting(spread)
+    passing = uneven.settled(conditional("copy(X)", DOT), spread)
+    assert dict(passing.shares) == {"one": 1 - met, "other": met} and 0 < met < 0.6
+    assert hlo.total_flops(passing) == pytest.approx(met * 2 * 8**3)
+    assert not uneven.settled(conditional(DOT, DOT), spread).shares
