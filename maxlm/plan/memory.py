@@ -185,7 +185,7 @@ def _describe(slot: _Slot, made: Mapping[str, Instruction], *, weights: set[tupl
     makers = [made[name.split("{")[0]] for name in slot.names if name.split("{")[0] in made]
     # A loop's state has the loop's name; what was put into it says more.
     own = [maker for maker in makers if maker.opcode not in ("while", "parameter")] or makers
-    path = next((maker.op_name for maker in own if maker.op_name), "")
+    path = _telling(own)
     component = "temporaries"
     shape = tuple(dims(slot.shape))
     if "/optimizer/" in path or "/guard/" in path:
@@ -199,6 +199,22 @@ def _describe(slot: _Slot, made: Mapping[str, Instruction], *, weights: set[tupl
     elif "jvp(" in path and "transpose(" not in path and slot.start < backward <= slot.end:
         component = "kept activations"
     return Buffer(slot.names[0], slot.size, slot.shape.split("{")[0], component, readable(path))
+
+
+def _telling(makers: list[Instruction]) -> str:
+    """The path that says most of what an array is for.
+
+    A place is often filled with zeros first; those, and what the compiler made itself, say nothing of the code.
+    """
+    paths = [maker.op_name for maker in makers if maker.op_name]
+    work = [
+        maker.op_name
+        for maker in makers
+        if maker.op_name.startswith("jit(")
+        and maker.opcode != "broadcast"
+        and not maker.op_name.endswith("broadcast_in_dim")
+    ]
+    return max(work or paths, key=lambda path: path.count("/"), default="")
 
 
 def _component_of_input(path: str) -> str:

@@ -88,6 +88,22 @@ def test_the_fullest_moment_by_component():
     assert held.largest[0].made_by == "loss/dot"
 
 
+def test_an_array_is_named_by_the_code_that_fills_it_not_by_its_zeros():
+    """As of a loop's stack: zeros in its place first, then what is written into them."""
+    scope, shape = "jit(train_step)/loss_and_gradients/jvp(layers)", "bf16[3,128]{1,0}"
+    zeros = f'  %zeros = {shape} broadcast(%p0), metadata={{op_name="{scope}/while/body/a/b/broadcast_in_dim"}}\n'
+    copied = f'  %copied = {shape} copy(%zeros), metadata={{op_name="state.params/a/b/c/d/e/f"}}\n'
+    program = PROGRAM.replace("  %cast = ", f"{zeros}{copied}  %cast = ")
+    names = ((9, "zeros"), (10, "copied"))
+    values = "".join(f" value: <{number} {name} @0> (size=768,offset=0): {shape}\n" for number, name in names)
+    buffers = BUFFERS.replace(" value: <4 keep", f"{values} value: <4 keep")
+    ranges = RANGES.replace("    keep{}:3-4", "    zeros{}:1-1\n    copied{}:1-2\n    keep{}:3-4")
+    held = memory.read_memory(hlo.parse(program), buffers, ranges)
+    assert held.components == memory.read_memory(hlo.parse(PROGRAM), BUFFERS, RANGES).components
+    (kept,) = [buffer for buffer in held.largest if buffer.component == "kept activations"]
+    assert kept.made_by == "layers/mlp/dynamic_update_slice"
+
+
 def test_gradients_are_found_where_the_loss_is_over():
     later = RANGES.replace("logits{}:5-5", "logits{}:1-0")
     held = memory.read_memory(hlo.parse(PROGRAM), BUFFERS, later)
