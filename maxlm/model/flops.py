@@ -32,14 +32,12 @@ class Ledger:
     forward: FLOPs of the forward pass in training by component: attention (projections), scores (both products of
       attention, over the positions that causality and windows leave), mlp, head (once more for each layer of mtp), mtp
       (its projections and feed-forward halves). Documents that end within a row see less still.
-    scores_as_computed: what `scores` is where all S positions are multiplied and masked afterwards.
     six_n: 6 N, N being the active parameters without the tables that are only looked up (Kaplan et al. 2020).
     """
 
     params_by_component: Mapping[str, int]
     params_active: int
     forward: Mapping[str, float]
-    scores_as_computed: float
     six_n: float
 
     @property
@@ -56,11 +54,6 @@ class Ledger:
     def causal_exact(self) -> float:
         """Training FLOPs a token that the model asks for."""
         return TRAINING * sum(self.forward.values())
-
-    @property
-    def as_computed(self) -> float:
-        """Forward FLOPs a token that the plain program, with all S x S scores, performs."""
-        return sum(self.forward.values()) - self.forward["scores"] + self.scores_as_computed
 
 
 def ledger(config: ModelConfig, *, sequence_length: int) -> Ledger:
@@ -91,7 +84,6 @@ def ledger(config: ModelConfig, *, sequence_length: int) -> Ledger:
         params_by_component=params,
         params_active=active,
         forward=forward | {"scores": seen * sum(positions)},
-        scores_as_computed=seen * sequence_length * layers,
         six_n=6.0 * (active - looked_up),
     )
 

@@ -7,7 +7,6 @@ what was done since the last committed save, and the time until the run trains a
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -95,17 +94,6 @@ def simulate(
 def outlooks(costs: Costs, *, chip_mtbf_hours: float, chips: Sequence[int] = CHIPS) -> list[Outlook]:
     """For each number of chips, with the costs of one run: chips are added with the hosts that write their shares."""
     return [simulate(count, costs, chip_mtbf=chip_mtbf_hours * HOUR) for count in chips]
-
-
-def expected_goodput(costs: Costs, *, mtbf: float, every: float) -> float:
-    """The same share in closed form, where saves commit at once (Daly 2006, section 2): what the simulation tends to.
-
-    A cycle of `every` plus the stall is gone through with probability exp(-cycle / mtbf); until a failure the committed
-    cycles are geometrically distributed.
-    """
-
-    whole = math.exp(-(every + costs.stall) / mtbf)
-    return every * whole / (1 - whole) / (mtbf + costs.restart)
 
 
 def lines(costs: Costs, found: Sequence[Outlook]) -> list[str]:

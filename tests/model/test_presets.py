@@ -8,12 +8,13 @@ from maxlm import tree
 from maxlm.config import Config, DataConfig, ParallelConfig, StoreConfig, TrainConfig
 from maxlm.model.decoder import merge, split_model
 from maxlm.model.family import families, family_of, hf_config, preset, unlike
-from maxlm.model.flops import count_matmul_flops, ledger
+from maxlm.model.flops import count_matmul_flops
 from maxlm.model.runtime import Runtime
 from maxlm.model.table import bind
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
 from maxlm.train.setup import make_setup
+from tests.model.test_flops import as_computed
 
 # What the safetensors headers of these repositories on huggingface.co add up to.
 PUBLISHED = {
@@ -194,7 +195,7 @@ def test_the_ledger_counts_the_products_of_the_traced_program(name):
 
     params = tree.map_paths(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), parts.specs)
     traced = count_matmul_flops(jax.make_jaxpr(forward)(params, jax.ShapeDtypeStruct((1, length), jnp.int32)))
-    assert traced == pytest.approx(length * ledger(model, sequence_length=length).as_computed, rel=1e-3)
+    assert traced == pytest.approx(length * as_computed(model, length), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", one_each())

@@ -1,10 +1,22 @@
 """The simulated goodput tends to the closed form, is best at the policy's interval, and falls as runs grow."""
 
+import math
+
 import pytest
 
-from maxlm.plan.mtbf import Costs, expected_goodput, interval, outlooks, simulate
+from maxlm.plan.mtbf import Costs, interval, outlooks, simulate
 
 YEAR = 365 * 24 * 3600.0
+
+
+def expected_goodput(costs, *, mtbf, every):
+    """In closed form, where saves commit at once (Daly 2006, section 2).
+
+    A cycle of `every` plus the stall is gone through with probability exp(-cycle / mtbf); until a failure the committed
+    cycles are geometrically distributed.
+    """
+    whole = math.exp(-(every + costs.stall) / mtbf)
+    return every * whole / (1 - whole) / (mtbf + costs.restart)
 
 
 @pytest.mark.parametrize("chips", [256, 4096])
