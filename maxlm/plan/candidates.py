@@ -30,7 +30,8 @@ REMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
 LARGEST = {"tensor": 16, "context": 32, "pipeline": 32}
 """Beyond these an axis costs more than any other use of its devices."""
 
-ACCUMULATIONS = (1, 2, 4, 8, 16, 32, 64)
+MICROBATCHES = 64
+"""At most; of a pipeline, four a stage where that is more: a bubble of a fifth is left."""
 VIRTUAL = (2, 4)
 
 
@@ -63,21 +64,34 @@ def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Config]:
-    """Configs as `resolve` fills them in, whose relations (`resolve.relations`) are the caller's to check."""
-    rows = config.data.batch_size
+    """Configs as `resolve` fills them in, whose relations (`resolve.relations`) are the caller's to check.
+
+    The config itself is the first, if its mesh has these devices and the slices or nodes can share it out.
+    """
+    rows, own = config.data.batch_size, config.parallel
+    if math.prod(own.sizes.values()) == topology.devices and spreads(
+        own.sizes, own.across_slices, slices=topology.slices
+    ):
+        yield config
     for mesh in meshes(config, topology.devices):
         if not spreads(mesh, config.parallel.across_slices, slices=topology.slices):
             continue
         shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
         if rows % shards or (mesh["context"] > 1 and config.model.moe.capacity_factor):
             continue
-        for accumulation in ACCUMULATIONS:
-            if (rows // shards) % accumulation or (mesh["pipeline"] > 1 and accumulation < mesh["pipeline"]):
-                continue
+        for accumulation in microbatches(rows // shards, mesh["pipeline"]):
             for parallel in _ways(config, mesh, accumulation):
                 for remat, names in REMATS:
                     train = {"accumulation": accumulation, "remat": remat, "remat_names": names}
-                    yield changed(config, parallel=parallel, train=train)
+                    candidate = changed(config, parallel=parallel, train=train)
+                    if candidate != config:
+                        yield candidate
+
+
+def microbatches(rows: int, stages: int) -> list[int]:
+    """Into how many microbatches a device's rows may be cut: a pipeline has as many as stages at least."""
+    most = max(MICROBATCHES, 4 * stages if stages > 1 else 0)
+    return [count for count in range(stages, min(rows, most) + 1) if rows % count == 0]
 
 
 def _ways(config: Config, mesh: dict[str, int], accumulation: int) -> Iterator[dict[str, Any]]:

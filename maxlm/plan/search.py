@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from maxlm.config import Config
@@ -104,29 +105,30 @@ def search(
     """
     _check_known(topology, config.train.precision)
     begun = clock()
-    judged = 0
+    judged, least = 0, math.inf
     fitting: list[Ranked] = []
+    slack = SLACK * topology.chip.usable_bytes if judge else 0.0
     for candidate, guess in judged_candidates(config, topology):
-        judged += 1
-        if guess.room >= -SLACK * topology.chip.usable_bytes:
+        judged, least = judged + 1, min(least, guess.memory.total)
+        if guess.room >= -slack:
             fitting.append(Ranked(candidate, guess))
-    took = clock() - begun
-    log(f"{judged:,} ways to run it judged in {took:.1f} s; {len(fitting):,} of them fit by the model's memory")
-    if not fitting:
-        raise SearchError(nothing_fits(config, topology))
-    many = len(fitting)
+    took, many = clock() - begun, sum(ranked.estimate.fits for ranked in fitting)
+    log(f"{judged:,} ways to run it judged in {took:.1f} s; {many:,} of them fit by the model's memory")
     fitting.sort(key=lambda ranked: ranked.estimate.time.total)
     fitting = list(itertools.islice(_accepted(fitting, topology), CONSIDERED))
+    if not fitting:
+        raise SearchError(nothing_fits(config, topology, least=least))
     if judge is None:
-        best = [ranked for ranked in fitting if ranked.estimate.fits] or fitting
-        return Found(tuple(best[:COMPILED]), judged, many, took)
+        return Found(tuple(fitting[:COMPILED]), judged, many, took)
 
     compiled: list[Ranked] = []
     longest, late = 0.0, False
-    for ranked in _different(fitting):
+    for ranked in fitting:
         fit = [done for done in compiled if _fits(done, topology)]
         if len(fit) >= COMPILED or (compiled and clock() - begun + longest > budget_seconds):
             break
+        if _tells_little(ranked, compiled, topology):
+            continue
         before = clock()
         try:
             compiled.append(_compile(ranked, topology, judge, begun + budget_seconds - before))
@@ -140,7 +142,7 @@ def search(
     rest = [ranked for ranked in fitting if ranked.estimate.fits and ranked.config not in [c.config for c in compiled]]
     best = (good + rest)[:COMPILED] if good else rest[:COMPILED]
     if not best:
-        raise SearchError(nothing_fits(config, topology))
+        raise SearchError(nothing_fits(config, topology, least=least))
     return Found(tuple(best), judged, many, took, late)
 
 
@@ -165,13 +167,13 @@ def judged_candidates(config: Config, topology: Topology) -> Iterator[tuple[Conf
         yield candidate, estimator(candidate)
 
 
-def _accepted(ranked: list[Ranked], topology: Topology) -> Iterator[Ranked]:
+def _accepted(ranked: Iterable[Ranked], topology: Topology) -> Iterator[Ranked]:
     return (one for one in ranked if not relations(one.config, devices=topology.devices))
 
 
 def _compile(ranked: Ranked, topology: Topology, judge: Judge, seconds: float) -> Ranked:
-    config = resolve(ranked.config, devices=topology.devices)
     try:
+        config = resolve(ranked.config, devices=topology.devices)
         return dataclasses.replace(ranked, verdict=judge(config, topology, seconds))
     except OutOfTime:
         raise
@@ -183,25 +185,35 @@ def _fits(ranked: Ranked, topology: Topology) -> bool:
     return ranked.verdict is not None and ranked.bytes <= topology.chip.usable_bytes
 
 
-def _different(ranked: list[Ranked]) -> Iterator[Ranked]:
-    """In order, but no more than two of a mesh, and only one of a mesh and remat: near twins tell little."""
-    meshes: dict[tuple, list[tuple]] = {}
-    for one in ranked:
-        parallel, train = one.config.parallel, one.config.train
-        policy = (train.remat, train.remat_names)
-        seen = meshes.setdefault(tuple(parallel.sizes.values()), [])
-        if len(seen) < 2 and policy not in seen:
-            seen.append(policy)
-            yield one
+def _tells_little(ranked: Ranked, compiled: list[Ranked], topology: Topology) -> bool:
+    """Whether near twins are compiled already: two of its mesh, or one of its mesh and remat.
 
-
-def nothing_fits(config: Config, topology: Topology) -> str:
-    """That nothing does, how near the nearest is, and the smallest slice of that chip that can hold the run."""
-    least = min((guess.memory.total for _, guess in judged_candidates(config, topology)), default=0.0)
-    usable, gib = topology.chip.usable_bytes, 2**30
-    near = (
-        f"the least that any way of running it takes is {least / gib:.1f} GiB a device" if least else "no mesh divides"
+    One that turned out too large stands for those alone that by the model take as much.
+    """
+    twins = [done for done in compiled if done.config.parallel.sizes == ranked.config.parallel.sizes]
+    large = [done for done in twins if done.verdict is not None and not _fits(done, topology)]
+    same = [done for done in twins if done not in large]
+    return (
+        len(same) >= 2
+        or _policy(ranked) in map(_policy, same)
+        or any(ranked.estimate.memory.total >= done.estimate.memory.total for done in large)
     )
+
+
+def _policy(ranked: Ranked) -> tuple:
+    return ranked.config.train.remat, ranked.config.train.remat_names
+
+
+def nothing_fits(config: Config, topology: Topology, *, least: float) -> str:
+    """That nothing does, how near the nearest is, and the smallest slice of that chip that can hold the run.
+
+    Args:
+      least: bytes of a device that any way of running it takes; infinite: there is none.
+    """
+    usable, gib = topology.chip.usable_bytes, 2**30
+    near = "no mesh divides"
+    if least < math.inf:
+        near = f"the least that any way of running it takes is {least / gib:.1f} GiB a device"
     smallest = smallest_slice(config, topology)
     if smallest is None:
         rescue = "no slice that is known can; lower data.sequence_length, or take a chip with more memory"
@@ -214,12 +226,16 @@ def nothing_fits(config: Config, topology: Topology) -> str:
 
 
 def smallest_slice(config: Config, topology: Topology) -> Topology | None:
-    """The smallest slice, or number of nodes, of that chip on which something fits by the model; None: none does."""
-    for larger in slices_of(topology):
-        if larger.devices > topology.devices:
-            fitting = [Ranked(candidate, guess) for candidate, guess in judged_candidates(config, larger) if guess.fits]
-            if next(_accepted(fitting, larger), None) is not None:
-                return larger
+    """The smallest slice, or number of nodes, of that chip on which something fits by the model; None: none does.
+
+    One slice of no more devices counts where several were asked for: no mesh has to be shared out over them.
+    """
+    for other in slices_of(topology):
+        if (other.devices, -other.slices) > (topology.devices, -topology.slices):
+            judged = judged_candidates(config, other)
+            fitting = (Ranked(candidate, guess) for candidate, guess in judged if guess.fits)
+            if next(_accepted(fitting, other), None) is not None:
+                return other
     return None
 
 

@@ -9,12 +9,17 @@ import pytest
 from maxlm import cli
 from maxlm.config import MESH_AXES, ParallelConfig
 from maxlm.configfile import source
+from maxlm.errors import UserError
 from maxlm.parallel.mesh import MeshError, arrange
 from maxlm.plan import child, searching
-from maxlm.plan.analytic.timing import axis_spans
-from maxlm.plan.candidates import candidates
+from maxlm.plan import compile as compiling
+from maxlm.plan import search as search_module
+from maxlm.plan.analytic import Estimate
+from maxlm.plan.analytic.memory import Memory
+from maxlm.plan.analytic.timing import Time, axis_spans
+from maxlm.plan.candidates import candidates, microbatches
 from maxlm.plan.compile import CompileError
-from maxlm.plan.search import SearchError, search
+from maxlm.plan.search import SearchError, Verdict, search
 from maxlm.plan.topology import parse_topology
 from tests.parallel.test_mesh import nodes
 from tests.plan.test_plan import tiny
@@ -59,6 +64,107 @@ def test_a_mesh_that_the_nodes_cannot_share_out_is_no_candidate():
     for sizes in refused:
         with pytest.raises(MeshError, match="use a multiple of 2"):
             arrange(ParallelConfig(**dict(zip(MESH_AXES, sizes, strict=True))), nodes(2, 4))
+
+
+def test_the_config_itself_is_a_candidate_once():
+    topology, config = parse_topology("v5e-8"), tiny(data=4, tensor=2)
+    train = dataclasses.replace(config.train, remat="custom", remat_names=("mlp_gate",))  # no other candidate's
+    for own in (config, dataclasses.replace(config, train=train)):
+        found = list(candidates(own, topology))
+        assert found[0] == own and found.count(own) == 1 and len(found) > 50
+    assert config not in candidates(config, parse_topology("v5e-16"))  # it is for eight devices
+
+
+def test_microbatches_are_what_the_rows_divide_into():
+    assert microbatches(12, 1) == [1, 2, 3, 4, 6, 12]
+    assert microbatches(12, 3) == [3, 4, 6, 12]
+    assert max(microbatches(512, 1)) == 64 and max(microbatches(512, 32)) == 128
+    config = tiny(data=3, devices=3, batch=24)
+    model = dataclasses.replace(config.model, num_layers=6)
+    found = list(candidates(dataclasses.replace(config, model=model), parse_topology("h100x3")))
+    interleaved = {
+        (one.parallel.pipeline, one.train.accumulation)
+        for one in found
+        if one.parallel.pipeline_schedule == "interleaved"
+    }
+    assert interleaved == {(3, 3), (3, 6), (3, 12), (3, 24)}
+
+
+def guessed(monkeypatch, topology, *sizes):
+    """A config in so many microbatches a candidate, the fastest first, each of a size in parts of what is usable."""
+    usable, config = topology.chip.usable_bytes, tiny(data=1, tensor=2, fsdp=4, batch=64)
+    pairs = []
+    for place, size in enumerate(sizes):
+        one = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2**place))
+        held = Memory({"state": size * usable}, "")
+        pairs.append((one, Estimate(held, Time({"products": 1.0 + place}), usable * (1 - size), 1.0)))
+    monkeypatch.setattr(search_module, "judged_candidates", lambda config, there: iter(pairs))
+    return config, [one for one, _ in pairs]
+
+
+def test_a_twin_of_what_turns_out_too_large_is_compiled_if_it_takes_less(monkeypatch):
+    topology, asked = parse_topology("v5e-8"), []
+    config, ways = guessed(monkeypatch, topology, 1.02, 1.03, 0.9, 0.8)
+
+    def judge(candidate, there, seconds):
+        asked.append(candidate)
+        return Verdict((1.1 if candidate == ways[0] else 0.9) * there.chip.usable_bytes, 2.0, {})
+
+    found = search(config, topology, judge, budget_seconds=60.0)
+    # Not the second, which takes more; nor the fourth, since a near twin that fits is compiled.
+    assert asked == [ways[0], ways[2]]
+    assert found.winner.config == ways[2] and found.winner.verdict is not None
+
+
+def test_without_a_compiler_nothing_wins_that_does_not_fit(monkeypatch):
+    topology = parse_topology("v5e-8")
+    config, _ = guessed(monkeypatch, topology, 1.02, 1.01)
+    with pytest.raises(SearchError, match="does not fit v5e-8: the least that any way of running it takes is"):
+        search(config, topology, None, budget_seconds=0.0)
+
+
+def test_a_candidate_that_resolve_refuses_does_not_end_the_search(monkeypatch):
+    topology, real = parse_topology("v5e-8"), search_module.resolve
+    config, ways = guessed(monkeypatch, topology, 0.9, 0.8)
+    other = dataclasses.replace(ways[1], train=dataclasses.replace(ways[1].train, remat="full"))
+    monkeypatch.setattr(
+        search_module,
+        "judged_candidates",
+        lambda config, there: iter([(ways[0], estimate(0.9)), (other, estimate(0.8))]),
+    )
+
+    def estimate(seconds):
+        return Estimate(Memory({"state": 1.0}, ""), Time({"products": seconds}), 1.0, 1.0)
+
+    def resolve(given, *, devices):
+        if given == other:
+            raise UserError("not this one")
+        return real(given, devices=devices)
+
+    monkeypatch.setattr(search_module, "resolve", resolve)
+    found = search(config, topology, lambda *_: Verdict(1.0, 2.0, {}), budget_seconds=60.0)
+    assert found.winner.config == ways[0] and found.winner.verdict is not None
+
+
+def test_where_several_slices_cannot_one_of_as_many_devices_may(monkeypatch):
+    def judged(config, there):
+        yield config, Estimate(Memory({"state": 1.0}, ""), Time({}), 1.0 if there.slices == 1 else -1.0, 1.0)
+
+    monkeypatch.setattr(search_module, "judged_candidates", judged)
+    monkeypatch.setattr(search_module, "relations", lambda config, devices: [])
+    config = tiny(data=8)
+    assert search_module.smallest_slice(config, parse_topology("2*v5e-4")).name == "v5e-8"
+    assert search_module.smallest_slice(config, parse_topology("v5e-8")).name == "v5e-16"
+
+
+@pytest.mark.parametrize("given", ["--json", "--html"])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(given, tmp_path, capsys, monkeypatch):
+    def compiled(*_, **__):
+        raise AssertionError("it compiled")
+
+    monkeypatch.setattr(compiling, "compile_step", compiled)
+    assert told(["--topology=cpu-8", f"{given}={tmp_path}/nowhere/x"], tmp_path) == 1
+    assert "give a file in a folder that exists" in capsys.readouterr().err
 
 
 def test_a_chip_without_figures_is_refused_in_a_sentence():
