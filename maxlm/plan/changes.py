@@ -45,7 +45,8 @@ def cheapest(config: Config, topology: Topology, *, needs: float = 0.0, usable: 
     A chip whose speed the table does not know is taken to have the proportions of `LIKE`.
 
     Args:
-      needs: bytes of a device that the config is known to need at least; 0: as the model says.
+      needs: bytes of a device that the config is known to need at least; 0: as the model says. What is as much as
+        `usable` was refused: then a change has to take less than that, and less than the config by the model.
       usable: bytes of a device that a program may use; 0: as the chip table says.
     """
     usable = usable or topology.chip.usable_bytes
@@ -61,7 +62,7 @@ def cheapest(config: Config, topology: Topology, *, needs: float = 0.0, usable: 
         if relations(candidate, devices=topology.devices):
             continue
         after = estimator(candidate)
-        if after.memory.total * scale <= usable:
+        if after.memory.total * scale < usable and after.memory.total < before.memory.total:
             slower = _slower(after, before)
             found.append(Change(words, overrides(config, candidate), slower, after.memory.total * scale))
     found.sort(key=lambda change: change.slower)

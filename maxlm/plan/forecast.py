@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,8 +38,8 @@ class Rates(NamedTuple):
     """Measured on all cores together.
 
     products: FLOP/s of a layer's products, gradients among them.
-    attend, attend_back: seconds of a layer's attention on a whole row, all positions by all, with a device's heads:
-      forward, and the backward pass besides.
+    attend, attend_back: seconds of a layer's attention on a whole row with a device's heads, on average over the
+      layers, whose windows may differ: forward, and the backward pass besides.
     loss: seconds a token, gradients included.
     elementwise: bytes a second, read and written.
     optimizer: seconds a parameter.
@@ -97,13 +98,19 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
     v = jnp.ones((1, row, heads[1], attention.value_dim), dtype)
     segments = jnp.zeros((1, row), jnp.int32) if config.data.mask_documents else None
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mask = Mask(scale=attention.head_dim**-0.5, segments_q=segments, segments_k=segments)
-        return kernel(q, k, v, dataclasses.replace(mask, window=attention.windows[0]))
+    def attend(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mask = Mask(scale=attention.head_dim**-0.5, window=window, segments_q=segments, segments_k=segments)
+        return kernel(q, k, v, mask)
 
-    def attend_and_back(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        out, pull = jax.vjp(attend, q, k, v)
+    def attend_and_back(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        out, pull = jax.vjp(functools.partial(attend, window), q, k, v)
         return out, pull(out)
+
+    def attention_seconds(function: Callable[..., Any]) -> float:
+        return sum(
+            share * _measured(functools.partial(function, window), q, k, v, seconds=seconds)
+            for window, share in _windows(config).items()
+        )
 
     head = jnp.ones((width, model.vocab_size // parallel.tensor), jnp.float32) / width
 
@@ -122,7 +129,7 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
         m, s = 0.9 * m + 0.1 * g, 0.95 * s + 0.05 * g * g
         return p - 1e-3 * (m / (jnp.sqrt(s) + 1e-8) + 0.1 * p), m, s
 
-    forward, both = _measured(attend, q, k, v, seconds=seconds), _measured(attend_and_back, q, k, v, seconds=seconds)
+    forward, both = attention_seconds(attend), attention_seconds(attend_and_back)
     return Rates(
         products=6.0 * x.size * hidden / _measured(product, x, w, y, seconds=seconds),
         attend=forward,
@@ -132,6 +139,18 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
         optimizer=_measured(update, *numbers, seconds=seconds) / numbers[0].size,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _windows(config: Config) -> dict[int, float]:
+    """Each window of the layers with its share of them; one that a row does not fill is none."""
+    windows, row = config.model.attention.windows, config.data.sequence_length
+    layers = config.model.num_layers + config.model.mtp_layers
+    counts = Counter(windows[i % len(windows)] for i in range(layers))
+    shares: dict[int, float] = {}
+    for window, count in counts.items():
+        seen = window if window < row else 0
+        shares[seen] = shares.get(seen, 0.0) + count / layers
+    return shares
 
 
 def _measured(function: Callable[..., Any], *args: jax.Array, seconds: float) -> float:

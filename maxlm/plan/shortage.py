@@ -48,12 +48,13 @@ def explained(error: BaseException, config: Config) -> OutOfMemory:
 def _advice(config: Config) -> list[str]:
     """How much there is, and what would fit into it, in lines."""
     devices: list[Any] = jax.devices()
-    topology = topology_of(devices)
+    topology = topology_of(devices, jax.local_devices())
     usable = topology.chip.usable_bytes
     if not usable:
         return [f"how much memory a {devices[0].device_kind} has is not known; try more devices, or train.remat=full"]
     lines = [f"a device has {usable / GIB:.1f} GiB for a program"]
-    changes = cheapest(resolve(config, devices=len(devices)), topology, usable=usable)
+    # The run needed more than there is, whatever the model thinks of it.
+    changes = cheapest(resolve(config, devices=len(devices)), topology, needs=usable, usable=usable)
     if not changes:
         searched = ", or `maxlm plan --search`" if topology.chip.hbm_bandwidth else ""
         return [*lines, f"no single change would make it fit; try more devices{searched}"]
@@ -61,16 +62,20 @@ def _advice(config: Config) -> list[str]:
     return lines + [f"  {place}. {line}" for place, line in enumerate(sentences(changes), start=1)]
 
 
-def topology_of(devices: list[Any]) -> Topology:
-    """The hardware that a process sees, as a topology; memory as the devices themselves report it.
+def topology_of(devices: list[Any], local: list[Any]) -> Topology:
+    """The hardware of a run, as a topology; memory as the devices themselves report it.
 
     A chip that the table does not name has a memory and no other figures (0 where it does not report that).
+
+    Args:
+      devices: of all processes.
+      local: this process's own, which alone can be asked for their memory.
     """
-    first = devices[0]
+    first = local[0]
     stats = first.memory_stats() if first.platform != "cpu" else None
     limit = float((stats or {}).get("bytes_limit") or 0)
     if first.platform == "cpu":  # each has its share of the machine's
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(local)
     chip = chip_of_kind(first.device_kind)
     if chip is None:
         platform = "tpu" if first.platform == "tpu" else "gpu"

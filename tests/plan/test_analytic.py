@@ -4,6 +4,7 @@ serves: the search, and the changes that make a run fit. One file, since tests o
 import dataclasses
 import json
 import math
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -36,8 +37,8 @@ from maxlm.configfile import source
 from maxlm.model.flops import ledger
 from maxlm.parallel.mesh import make_mesh
 from maxlm.plan import forecast as forecasting
-from maxlm.plan import searching
-from maxlm.plan.analytic import Estimator
+from maxlm.plan import searching, shortage
+from maxlm.plan.analytic import Estimator, timing
 from maxlm.plan.analytic.memory import facts, memory, state_bytes, state_leaves
 from maxlm.plan.analytic.symbols import values
 from maxlm.plan.analytic.timing import BACKWARD, _attention_flops, axis_spans
@@ -112,6 +113,26 @@ def test_the_state_takes_what_its_shardings_say(mesh, experts):
     }
 
 
+def test_every_axis_of_the_batch_sums_the_gradients_of_what_it_does_not_cut(monkeypatch):
+    """Of a mixture over `context`, all of them; over `expert`, all but those of the experts."""
+    resolved = config(mesh={"fsdp": 2, "context": 2, "expert": 2}, experts=8)
+    leaves = state_leaves(resolved.model, resolved.optim)
+    held = state_bytes(resolved, leaves)["parameters"]
+    moe, layers = resolved.model.moe, resolved.model.num_layers
+    experts = 4 * layers * 3 * resolved.model.embed_dim * moe.dim * moe.experts / 2 / 2  # of fsdp 2 x expert 2
+    taken = []
+
+    def seconds(kind, payload, where, topology):
+        taken.append((kind, payload))
+        return 1.0
+
+    monkeypatch.setattr(timing.network, "seconds", seconds)
+    found = Estimator(resolved, TOPOLOGY)(resolved).time.parts
+    sums = [payload for kind, payload in taken if kind == "all-reduce"]
+    assert sums == pytest.approx([held - experts, held])
+    assert found["network: expert"] == 2.0  # and what goes to the experts and back
+
+
 @pytest.mark.parametrize("experts", [0, 8])
 def test_products_are_those_of_the_ledger(experts):
     resolved = config(experts=experts, remat="none", loss_chunk=LENGTH * ROWS // 4)
@@ -159,6 +180,22 @@ def test_attention_on_cpus_is_measured_on_whole_rows(context, monkeypatch):
     calibrate(config(mesh={"fsdp": 8 // context, "context": context}), seconds=0.0)
     attended = [shapes for _, shapes in measured if len(shapes[0]) == 4]
     assert attended == [[(1, LENGTH, 8, 16), (1, LENGTH, 2, 16), (1, LENGTH, 2, 16)]] * 2
+
+
+def test_attention_on_cpus_is_measured_with_every_window_of_the_layers(monkeypatch):
+    base = config(layers=3)
+    attention = dataclasses.replace(base.model.attention, windows=(16, 0))  # two layers of the one, one of the other
+    resolved = dataclasses.replace(base, model=dataclasses.replace(base.model, attention=attention))
+    took = iter([1.0, 4.0, 3.0, 10.0])  # forward with each, and there and back
+
+    def measured(function, *args, seconds):
+        return next(took) if args[0].ndim == 4 else 1.0
+
+    monkeypatch.setattr(forecasting, "_measured", measured)
+    rates = calibrate(resolved, seconds=0.0)
+    assert rates.attend == pytest.approx(2 / 3 * 1 + 1 / 3 * 4)
+    assert rates.attend + rates.attend_back == pytest.approx(2 / 3 * 3 + 1 / 3 * 10)
+    assert next(took, None) is None
 
 
 def test_work_is_shared_out_and_done_again_as_the_mesh_and_the_policy_say():
@@ -403,6 +440,22 @@ def test_a_known_need_scales_the_model(large):
     need = 2 * Estimator(full, TOPOLOGY)(full).memory.total
     usable = 1.2 * Estimator(full, TOPOLOGY)(full).memory.total
     assert all(change.bytes <= usable for change in cheapest(full, TOPOLOGY, needs=need, usable=usable))
+
+
+def test_a_run_that_ran_out_is_told_of_nothing_that_takes_more(large, monkeypatch):
+    """Though by the model it would have fitted: the model is known to be wrong there."""
+    full = dataclasses.replace(large, train=dataclasses.replace(large.train, remat="full"))
+    before = Estimator(full, TOPOLOGY)(full).memory.total
+    one = SimpleNamespace(
+        platform="tpu", device_kind=CHIPS["v5p"].kinds[0], memory_stats=lambda: {"bytes_limit": 2 * before}
+    )
+    monkeypatch.setattr(shortage, "jax", SimpleNamespace(devices=lambda: [one] * 8, local_devices=lambda: [one] * 8))
+    monkeypatch.setattr(maxlm.plan.changes, "SHOWN", 100)
+    lines = [line for line in shortage._advice(full) if "--config." in line]
+    assert lines
+    for line in lines:
+        after = applied(large, shlex.split(line[line.index("--config.") :]) + ["--config.train.remat=full"])
+        assert Estimator(full, TOPOLOGY)(after).memory.total < before, line
 
 
 def test_every_policy_is_one_that_resolve_takes():

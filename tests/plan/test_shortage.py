@@ -15,7 +15,7 @@ from maxlm.configfile import source
 from maxlm.plan import changes
 from maxlm.plan import shortage as plan_shortage
 from maxlm.plan.candidates import REMATS
-from maxlm.plan.shortage import explained, is_shortage
+from maxlm.plan.shortage import explained, is_shortage, topology_of
 from maxlm.resolve import resolve
 from tests.runs import ROOT
 from tests.tiny import MODEL, tiny_config, write_corpus
@@ -53,7 +53,8 @@ def test_it_names_changes_and_what_to_type(shortage, tmp_path, monkeypatch):
 def gpus(monkeypatch, **stats):
     """Eight devices of a kind that the table does not name."""
     one = SimpleNamespace(platform="gpu", device_kind="NVIDIA GeForce RTX 4090", memory_stats=lambda: stats or None)
-    monkeypatch.setattr(plan_shortage, "jax", SimpleNamespace(devices=lambda: [one] * 8, errors=jax.errors))
+    seen = SimpleNamespace(devices=lambda: [one] * 8, local_devices=lambda: [one] * 8, errors=jax.errors)
+    monkeypatch.setattr(plan_shortage, "jax", seen)
     return resolve(tiny_config("corpus", **TOO_MUCH), devices=8)
 
 
@@ -63,6 +64,19 @@ def test_a_chip_that_the_table_does_not_name_is_told_changes_too(shortage, monke
     text = str(explained(shortage, config))
     assert text.startswith("out of memory: RESOURCE_EXHAUSTED") and "a device has 24.0 GiB" in text
     assert "  1. " in text and "--config." in text and "could not be found out" not in text
+
+
+@pytest.mark.parametrize(("platform", "kind"), [("gpu", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu")])
+def test_a_process_asks_its_own_devices_for_their_memory(platform, kind):
+    def elsewhere():
+        raise RuntimeError("not addressable")
+
+    mine = SimpleNamespace(platform=platform, device_kind=kind, slice_index=1, memory_stats=lambda: {"bytes_limit": 7})
+    theirs = SimpleNamespace(platform=platform, device_kind=kind, slice_index=0, memory_stats=elsewhere)
+    found = topology_of([theirs] * 4 + [mine] * 4, [mine] * 4)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert found.chip.usable_bytes == (7 if platform == "gpu" else machine / 4)
+    assert (found.devices, found.slices) == (8, 2)
 
 
 def test_memory_that_is_not_known_is_said_to_be_so(shortage, monkeypatch):

@@ -20,7 +20,7 @@ from maxlm.parallel.context import choose_method
 from maxlm.parallel.mesh import crossing, spreads
 from maxlm.parallel.pipeline.schedule import build, report
 from maxlm.plan import network
-from maxlm.plan.analytic.memory import Facts, state_bytes
+from maxlm.plan.analytic.memory import Facts, StateBytes, state_bytes
 from maxlm.plan.analytic.symbols import values
 from maxlm.plan.analytic.walk import KINDS
 from maxlm.plan.topology import Topology
@@ -110,7 +110,7 @@ def step_time(config: Config, topology: Topology, known: Facts) -> Time:
     if parallel.pipeline > 1:
         lost = _pipeline(config).bubble
         bubble = busy * lost / (1 - lost)
-    exposed = _network(config, topology, done, gradients=state["parameters"], hidden=rates.hidden)
+    exposed = _network(config, topology, done, state=known.state, hidden=rates.hidden)
     return Time(parts | {"bubble": bubble} | {f"network: {axis}": exposed.get(axis, 0.0) for axis in MESH_AXES})
 
 
@@ -128,7 +128,12 @@ def _attention_flops(config: Config, done: Mapping[str, float]) -> float:
 
 
 def _network(
-    config: Config, topology: Topology, done: Mapping[str, float], *, gradients: float, hidden: float
+    config: Config,
+    topology: Topology,
+    done: Mapping[str, float],
+    *,
+    state: tuple[StateBytes, ...],
+    hidden: float,
 ) -> dict[str, float]:
     """Seconds of collectives that nothing else is done beside, by mesh axis."""
     parallel = config.parallel
@@ -142,17 +147,24 @@ def _network(
     weights += take("fsdp", "reduce-scatter", done["reduce_weights"])
     stream = _stream_bytes(config)
     exposed = {
-        "data": take("data", "all-reduce", gradients) * (1 - hidden),
-        "fsdp": weights * (1 - hidden),
-        "tensor": take("tensor", "all-gather", done["gather_stream"])
-        + take("tensor", "reduce-scatter", done["reduce_stream"]),
-        "expert": take("expert", "ragged-all-to-all", done["experts"]),
+        axis: take(axis, "all-reduce", _summed(config, state, axis)) * (1 - hidden)
+        for axis in ("data", "expert", "context")
     }
+    exposed["fsdp"] = weights * (1 - hidden)
+    exposed["tensor"] = take("tensor", "all-gather", done["gather_stream"])
+    exposed["tensor"] += take("tensor", "reduce-scatter", done["reduce_stream"])
+    exposed["expert"] += take("expert", "ragged-all-to-all", done["experts"])
     if parallel.context > 1:
-        exposed["context"] = _context(config, take)
+        exposed["context"] += _context(config, take)
     if parallel.pipeline > 1:
         exposed["pipeline"] = 2 * _pipeline(config).ticks * take("pipeline", "collective-permute", stream)
     return {axis: float(seconds) for axis, seconds in exposed.items() if seconds}
+
+
+def _summed(config: Config, state: tuple[StateBytes, ...], axis: str) -> float:
+    """Bytes on a device of the parameters that an axis of the batch does not cut: it sums their gradients."""
+    whole = tuple(leaf for leaf in state if leaf.part == "parameters" and axis not in leaf.cut_by)
+    return state_bytes(config, whole)["parameters"]
 
 
 def _stream_bytes(config: Config) -> float:
