@@ -171,6 +171,7 @@ def _replay(args: list[str]) -> int:
     flags.DEFINE_integer("step", None, "the step, as in metrics.jsonl", flag_values=values, lower_bound=1)
     flags.DEFINE_string("json", None, "also write what was found to this file", flag_values=values)
     _parse(values, args, required=("workdir", "step"))
+    check_asked(values.json)
     from maxlm.train.metrics import plain
     from maxlm.train.replay import replay, table
 

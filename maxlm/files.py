@@ -62,17 +62,18 @@ def asked_file(path: str) -> Iterator[Path]:
         raise UserError(f"{path} cannot be written ({error}); give a file in a folder that exists") from error
 
 
-def check_asked(path: str) -> None:
-    """Sees before long work whether its result can be written.
+def check_asked(*paths: str | None) -> None:
+    """Sees before long work whether its results can be written; None is one that was not asked for.
 
     Raises:
       UserError: the place is a folder, or lies in none that can be written.
     """
-    place = _place(path)
-    if place.is_dir():
-        raise UserError(f"{path} is a folder; give a file in it")
-    if not (place.parent.is_dir() and os.access(place.parent, os.W_OK)):
-        raise UserError(f"{path} cannot be written; give a file in a folder that exists and that you may write")
+    for path in filter(None, paths):
+        place = _place(path)
+        if place.is_dir():
+            raise UserError(f"{path} is a folder; give a file in it")
+        if not (place.parent.is_dir() and os.access(place.parent, os.W_OK)):
+            raise UserError(f"{path} cannot be written; give a file in a folder that exists and that you may write")
 
 
 def _place(path: str) -> Path:

@@ -11,7 +11,7 @@ from rich.console import Console
 from maxlm.chips import CHIPS, load_chips
 from maxlm.config import Config
 from maxlm.errors import UserError
-from maxlm.files import write_asked
+from maxlm.files import check_asked, write_asked
 from maxlm.parallel.mesh import check_spreads
 from maxlm.plan import searching
 from maxlm.plan.topology import Topology, parse_topology
@@ -54,6 +54,7 @@ def define_hardware(values: flags.FlagValues) -> None:
 def plan(values: flags.FlagValues, *, log: Log) -> int:
     """Compiles the step and prints the page; returns the exit code: 1 where the step does not fit."""
     _check_search(values)
+    check_asked(values.json, values.html, values.winner if values.search else None)
     config, topology = planned(values)
     if not values.search:
         check_spreads(config.parallel, devices=topology.devices, slices=topology.slices)
@@ -87,7 +88,8 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
         made = on_this_machine(made, config)
     print_plan(made, Console())
     if not made.fits:
-        searching.print_changes(float(made.memory.total), config, topology, log=log)
+        needs = max(float(made.memory.total), made.usable if made.refused else 0.0)
+        searching.print_changes(needs, config, topology, log=log)
     if values.mtbf:
         searching.print_failures(values, config, topology, log=log)
     write_asked(values.json, as_json(made))

@@ -106,11 +106,21 @@ def facts(run: Run, samples: list[Sample], baselines: Baselines | None) -> Facts
 
 
 def foretold(run: Run) -> Foretold | None:
-    """What a plan that lies in the workdir said of this run: `maxlm plan --json=WORKDIR/plan.json`."""
+    """What a plan that lies in the workdir said of this run: `maxlm plan --json=WORKDIR/plan.json`.
+
+    None where there is none, or where it is for another number of devices than the run's mesh has.
+    """
     try:
         plan = json.loads((run.workdir / "plan.json").read_text())
         said = plan["forecast"]["seconds"], plan["memory"]["total"], plan["topology"]
+        planned, devices = plan["devices"], run.setup.mesh.size
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if planned != devices:
+        run.log(
+            f"plan.json is for {planned} device{'s' if planned != 1 else ''}, and the run has {devices}: the report "
+            "has no forecast; plan for hardware of as many"
+        )
         return None
     return Foretold(
         hardware=str(said[2]), seconds=float(said[0]), device_bytes=float(said[1]), device_bytes_held=run.device_bytes

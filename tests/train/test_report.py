@@ -6,11 +6,13 @@ import os
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from maxlm.config import Config
 from maxlm.eval.baselines import Baselines
+from maxlm.train.finish import foretold
 from maxlm.train.goodput import BUCKETS, Summary
 from maxlm.train.metrics import MetricsWriter
 from maxlm.train.report import Facts, Foretold, Sample, write_report
@@ -199,12 +201,25 @@ def test_a_forecast_stands_beside_what_came(tmp_path):
         out.write("cost", 0, COST)
         for number, seconds in enumerate((9.0, 0.5, 0.4), start=1):
             step(out, number, seconds=seconds)
-    foretold = Foretold(hardware="cpu-8", seconds=0.4, device_bytes=3 * 2**30, device_bytes_held=4 * 2**30)
-    figures = write_report(tmp_path, facts(foretold=foretold))
+    said = Foretold(hardware="cpu-8", seconds=0.4, device_bytes=3 * 2**30, device_bytes_held=4 * 2**30)
+    figures = write_report(tmp_path, facts(foretold=said))
     assert figures["foretold"]["seconds_taken"] == 0.5  # the median: the first step waits for the compiler
     page = (tmp_path / "report.md").read_text()
     assert "| a step | 0.4 | 0.5 | 0.80 |" in page and "| 3 | 4 | 0.75 |" in page and "cpu-8" in page
     assert "Forecast" not in write_page(tmp_path, facts())
+
+
+def test_a_plan_for_other_devices_is_no_forecast_of_the_run(tmp_path):
+    said = []
+    mesh = SimpleNamespace(size=1)
+    run = SimpleNamespace(workdir=tmp_path, setup=SimpleNamespace(mesh=mesh), device_bytes=4.0, log=said.append)
+    assert foretold(run) is None and not said  # there is none
+    plan = {"forecast": {"seconds": 0.4}, "memory": {"total": 3}, "topology": "cpu-8", "devices": 8}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert foretold(run) is None
+    assert len(said) == 1 and said[0].startswith("plan.json is for 8 devices, and the run has 1: ")
+    mesh.size = 8
+    assert foretold(run) == Foretold("cpu-8", 0.4, 3.0, 4.0) and len(said) == 1
 
 
 def write_page(folder, given):
