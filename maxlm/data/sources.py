@@ -14,9 +14,10 @@ import importlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from maxlm.errors import UserError
 
@@ -112,7 +113,7 @@ def read_unit(unit: Unit) -> Iterator[bytes | Skip]:
                 yield Skip("not_utf8")
             else:
                 yield item
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{', '.join(unit.files[:3])} cannot be read: {error}") from None
 
 
@@ -165,13 +166,37 @@ def _matches(word: str, pattern: str) -> list[str]:
 
 
 def _walk(folder: str, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """Every file below a folder, sorted, without hidden files and folders."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in leave_out and not name.startswith(".")]
+    """Every file below a folder, sorted, without hidden files and folders; links to folders are followed.
+
+    A folder that is there under several names is taken once, so that links may lead in a circle.
+
+    Raises:
+      SourceError: A folder cannot be read: text would be missing without a word.
+    """
+    found, seen = [], {_identity(folder)}
+    for parent, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        wanted = sorted(name for name in folders if name not in leave_out and not name.startswith("."))
+        folders[:] = []
+        for name in wanted:
+            if (identity := _identity(os.path.join(parent, name))) not in seen:
+                seen.add(identity)
+                folders.append(name)
         paths = (os.path.join(parent, name) for name in files if not name.startswith("."))
         found += [path for path in paths if os.path.isfile(path)]
     return sorted(found)
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    """The same under all names that a folder has."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        _unreadable(error)
+    return status.st_dev, status.st_ino
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise SourceError(f"the folder {error.filename} cannot be read: {error.strerror}") from None
 
 
 # Whole files: each is one document.
@@ -227,12 +252,7 @@ def _jsonl_lines(unit: Unit) -> Iterator[bytes]:
         with gzip.open(path) as file:
             yield from file
     elif path.endswith(".zst"):
-        zstandard = _need("zstandard", "data", "a .zst file")
-        try:
-            with zstandard.open(path, "rb") as file:
-                yield from _lines_of(file)
-        except zstandard.ZstdError as error:
-            raise SourceError(f"{path} cannot be unpacked: {error}") from None
+        yield from _lines_of(_unpacked(path))
     else:
         with open(path, "rb") as file:
             position = unit.start
@@ -244,10 +264,28 @@ def _jsonl_lines(unit: Unit) -> Iterator[bytes]:
                 yield line
 
 
-def _lines_of(file: BinaryIO, block: int = 2**20) -> Iterator[bytes]:
-    """Lines of a stream that has no readline of its own."""
+def _unpacked(path: str, block: int = 2**18) -> Iterator[bytes]:
+    """What a .zst file holds, in all of its frames. The package's own reader ends without a word where a file does."""
+    zstandard = _need("zstandard", "data", "a .zst file")
+    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
+    with open(path, "rb") as file:
+        while data := file.read(block):
+            while data:
+                try:
+                    yield frame.decompress(data)
+                except zstandard.ZstdError as error:
+                    raise SourceError(f"{path} cannot be unpacked: {error}") from None
+                data, begun = frame.unused_data, not frame.eof
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+    if begun:
+        raise SourceError(f"{path} cannot be unpacked: it ends in the middle of a frame; copy it anew")
+
+
+def _lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines of a text that comes in blocks."""
     rest = b""
-    while data := file.read(block):
+    for data in blocks:
         *lines, rest = (rest + data).split(b"\n")
         yield from lines
     yield rest
@@ -288,12 +326,18 @@ def _parquet_units(path: str, size: int, unit_bytes: int, field: str) -> list[Un
 
 
 def _read_parquet(unit: Unit) -> Iterator[bytes | Skip]:
-    parquet = _need("pyarrow.parquet", "data", "a parquet source")
-    with parquet.ParquetFile(unit.files[0]) as file:
-        groups = list(range(unit.start, unit.stop))
-        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[unit.field], use_threads=False):
-            for value in batch.column(0).to_pylist():
-                yield _as_bytes(value)
+    pyarrow, parquet = (_need(name, "data", "a parquet source") for name in ("pyarrow", "pyarrow.parquet"))
+    try:
+        with parquet.ParquetFile(unit.files[0]) as file:
+            groups = list(range(unit.start, unit.stop))
+            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[unit.field], use_threads=False):
+                for value in batch.column(0):
+                    try:
+                        yield _as_bytes(value.as_py())
+                    except UnicodeDecodeError:
+                        yield Skip("not_utf8")
+    except pyarrow.ArrowException as error:
+        raise SourceError(f"{unit.files[0]} cannot be read: {error}") from None
 
 
 # TensorFlow Datasets, read as array records without TensorFlow.

@@ -26,9 +26,6 @@ class MemorySplit:
         """Ids of the tokens that are targets: all but each document's begin token."""
         return sorted(set(range(self.num_tokens)) - set(self.offsets.tolist()))
 
-    def document_of(self, ids: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.offsets, ids - self.first_id, side="right")
-
 
 class MemoryStore:
     def __init__(self, lengths: Sequence[int], *, first_id: int = 1, path: Path | None = None):

@@ -88,6 +88,30 @@ def test_packed_jsonl_reads_like_plain(tmp_path):
             read(f"jsonl:{path}")
 
 
+def test_a_cut_or_flipped_packed_file_is_named(tmp_path):
+    """Half of the text is not the text; zstandard's own reader gives what there is, and no more than one frame."""
+    zstandard = pytest.importorskip("zstandard")
+    texts = [os.urandom(3000).hex() for _ in range(100)]
+    halves = [json_lines(texts[:50]), json_lines(texts[50:])]
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # as parallel packers write between frames
+    packer = zstandard.ZstdCompressor(write_checksum=True)  # as the program zstd does
+    whole = {"zst": skippable.join(map(packer.compress, halves)), "gz": b"".join(map(gzip.compress, halves))}
+    for ending, content in whole.items():
+        path = tmp_path / f"x.jsonl.{ending}"
+        path.write_bytes(content)
+        assert read(f"jsonl:{path}")[0] == Counter(text.encode() for text in texts)
+        for kept in (len(content) // 4, len(content) * 3 // 4, len(content) - 1):
+            path.write_bytes(content[:kept])
+            with pytest.raises(SourceError, match=rf"x.jsonl.{ending} cannot be"):
+                read(f"jsonl:{path}")
+        damaged = bytearray(content)
+        for position in range(len(content) // 4, len(content) // 4 + 400):
+            damaged[position] ^= 255
+        path.write_bytes(damaged)
+        with pytest.raises(SourceError, match=rf"x.jsonl.{ending} cannot be"):
+            read(f"jsonl:{path}")
+
+
 def test_lines_without_text_are_counted_by_reason(tmp_path):
     lines = [
         b'{"text": "good"}',
@@ -118,6 +142,21 @@ def test_parquet_reads_every_row_group(tmp_path, monkeypatch):
     (tmp_path / "y.parquet").write_bytes(b"junk")
     with pytest.raises(SourceError, match=r"y.parquet is no parquet file"):
         read(f"parquet:{tmp_path}", "body")
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path, texts = tmp_path / "x.parquet", [f"number {number}" for number in range(500, 700)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False, compression="none")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"number 555", b"n\xffmber 555"))  # of the copies one is a statistic
+    documents, skipped = read(f"parquet:{path}")
+    assert len(documents) == 199 and skipped == {"not_utf8": 1}
+    path.write_bytes(whole.replace(b"\x0a\0\0\0number 555", b"\xff\xff\xff\x7fnumber 555"))  # its length
+    with pytest.raises(SourceError, match="x.parquet cannot be read"):
+        read(f"parquet:{path}")
 
 
 def test_tfds_reads_a_builder_without_tensorflow(tmp_path, monkeypatch):
@@ -184,6 +223,30 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, spec, 
 def test_errors_say_what_to_type(spec, message):
     with pytest.raises(SourceError, match=message):
         list_source(spec, "text")
+
+
+def test_links_to_folders_are_followed_and_may_lead_in_a_circle(tmp_path):
+    for name in ("data/a/one.txt", "data/z/two.txt", "elsewhere/three.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(Path(name).stem)
+    for name, target in {"data/more": "elsewhere", "data/a/up": "data", "data/b": "data/z"}.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+    assert read(f"text:{tmp_path}/data") == ({b"one": 1, b"two": 1, b"three": 1}, {})
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "data" / "closed").mkdir(parents=True)
+    (tmp_path / "data" / "one.txt").write_text("one")
+    scandir = os.scandir
+
+    def refuse(path):  # as the system does to everybody but root, who may run this test
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(SourceError, match=r"the folder .*data/closed cannot be read: Permission denied"):
+        list_source(f"text:{tmp_path}/data", "text")
 
 
 def test_an_empty_folder_matches_nothing(tmp_path):
