@@ -7,9 +7,11 @@ may lie across shards. Documents are in the order of the SHA-256 of their bytes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +27,7 @@ from maxlm.storage import Folder, StorageError, is_bucket
 FORMAT = 1
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 2**28
+OPEN_FILES = 2**16  # that a process asks to be allowed to hold, as far as the system lets it
 
 
 class StoreError(UserError):
@@ -58,10 +61,10 @@ class Split:
         self._entries, self._find = entry["shards"], find
         self._shards: list[np.ndarray | None] = [None] * len(self._entries)
 
-    def map_shards(self) -> None:
-        """Maps all shards now rather than when they are first read, which finds one that is missing or cut."""
-        for number in range(len(self._entries)):
-            self._shard(number)
+    def check_shards(self) -> None:
+        """Looks at the sizes of all shards now rather than when they are first read: one may be missing or cut."""
+        for entry in self._entries:
+            self._check_size(entry)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` (int32), wherever shards begin and end.
@@ -88,10 +91,28 @@ class Split:
         """The tokens of a shard, mapped."""
         found = self._shards[number]
         if found is None:
+            path = self._check_size(self._entries[number])
+            try:
+                mapped = np.memmap(path, self._dtype, mode="r")
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                raise StoreError(
+                    f"{path} cannot be opened: each shard is a file, and this process may hold no more than "
+                    f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} open; type `ulimit -n {OPEN_FILES}` before the "
+                    "command, or have the limit raised on this machine"
+                ) from None
             # A plain array over the map: indexing a np.memmap pays for its subclass on every access.
-            mapped = _map_shard(self._find(self._entries[number]), self._entries[number]["tokens"], self._dtype)
             found = self._shards[number] = np.asarray(mapped).view(np.ndarray)
         return found
+
+    def _check_size(self, entry: Mapping[str, Any]) -> Path:
+        """The file of a shard. Raises StoreError: it has another size than it should."""
+        path = self._find(entry)
+        size, expected = path.stat().st_size, entry["tokens"] * self._dtype.itemsize
+        if size != expected:
+            raise StoreError(f"{path} has {size} bytes instead of {expected}: prepare the store again")
+        return path
 
 
 class TokenStore:
@@ -138,7 +159,8 @@ class TokenStore:
             store = cls(place, manifest, staged=Staged(remote, manifest) if remote else None)
             if not remote:
                 for split in store._splits.values():
-                    split.map_shards()
+                    split.check_shards()
+            _allow_open_files()
             tokenizer = store._tokenizer_file
         except StorageError:
             raise
@@ -365,11 +387,12 @@ def _flush(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _map_shard(path: Path, tokens: int, dtype: np.dtype) -> np.memmap:
-    size, expected = path.stat().st_size, tokens * dtype.itemsize
-    if size != expected:
-        raise StoreError(f"{path} has {size} bytes instead of {expected}: prepare the store again")
-    return np.memmap(path, dtype, mode="r")
+def _allow_open_files() -> None:
+    """Lets this process hold many files: a map keeps its shard's open, and shells often give no more than 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _load_array(path: Path, size: int) -> np.ndarray:

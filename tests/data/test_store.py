@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -44,6 +46,29 @@ def test_read_gives_slices_of_the_joined_documents(tmp_path_factory, data, docum
     assert split.byte_lengths.tolist() == [len(document) for document in documents]
     assert (split.num_tokens, split.num_bytes) == (flat.size, sum(map(len, documents)))
     shutil.rmtree(folder)
+
+
+READ = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, int(sys.argv[2])))
+from maxlm.data.store import StoreError, TokenStore
+split = TokenStore.open(sys.argv[1]).split("train")
+try:
+    print(int(split.read(0, split.num_tokens).sum()))
+except StoreError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hard", "said"), [(4096, str(90 * (BOS + ord("a")))), (64, "no more than 64 open; type `ulimit -n 65536`")]
+)
+def test_more_shards_than_a_shell_lets_a_process_open(tmp_path, hard, said):
+    store = write(tmp_path / "many", [b"a"] * 90, shard_tokens=2)
+    run = subprocess.run(
+        [sys.executable, "-c", READ, str(store.path), str(hard)], capture_output=True, text=True, check=True
+    )
+    assert said in run.stdout, run
 
 
 def test_ranges_outside_a_split_are_refused(store):
