@@ -6,8 +6,10 @@ import pytest
 
 from maxlm.data.prepare import prepare_data
 from maxlm.data.proof import Proof
+from maxlm.data.staging import publish
 from maxlm.data.store import StoreError, TokenStore
 from maxlm.resolve import resolve
+from maxlm.storage import Folder
 from tests.tiny import tiny_config, write_corpus
 
 
@@ -25,6 +27,18 @@ def test_a_flipped_bit_is_found_and_the_file_named(stores):
     again = {"tiny": TokenStore.open(stores["tiny"].path)}  # opening looks at sizes
     with pytest.raises(StoreError, match="train-00000.bin is damaged.*may have seen damaged tokens"):
         Proof(again).check(wait=10)
+
+
+def test_a_bucket_that_does_not_answer_is_no_damage(stores, bucket, server, capsys):
+    publish(stores["tiny"].path, Folder(f"{bucket}/store"))
+    opened = TokenStore.open(f"{bucket}/store")
+    server.refuse, server.concerns = True, lambda method, path: path.endswith(".bin")
+    Proof({"away": opened, "tiny": stores["tiny"]}).check(wait=30)
+    said = capsys.readouterr().err
+    assert f"{bucket}/store was not read in full: " in said and "PERMISSION_DENIED" in said
+    server.heal()
+    Proof({"away": opened}).check(wait=30)
+    assert not capsys.readouterr().err
 
 
 def test_nobody_waits_for_a_large_store(stores, monkeypatch):
