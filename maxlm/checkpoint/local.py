@@ -190,26 +190,11 @@ class LocalCopies:
         beside = self.folder / f"{record.step}.partial"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        entries, offset = [], 0
-        with (beside / _DATA).open("wb") as data:
-            for (path, start), values in shards.items():
-                raw = values.tobytes()
-                data.write(raw)
-                entries.append([path, start, values.shape, offset, hashlib.sha256(raw).hexdigest()])
-                offset += len(raw)
-            data.flush()
-            os.fsync(data.fileno())
-        content = {
-            "record": record_to_json(record),
-            "digests": digests.tolist(),
-            "layout": layout,
-            "shards": entries,
-        }
-        text = json.dumps(content)
-        with (beside / _INDEX).open("w", encoding="utf-8") as index:
-            index.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-            index.flush()
-            os.fsync(index.fileno())
+        try:
+            _write_files(beside, record, shards, digests=digests, layout=layout)
+        except BaseException:  # for want of room, say, which it must not keep taking
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         shutil.rmtree(self.folder / str(record.step), ignore_errors=True)
         beside.rename(self.folder / str(record.step))
         self._remove_after(record.step)
@@ -219,6 +204,30 @@ class LocalCopies:
     def _remove_after(self, step: int) -> None:
         for later in (found for found in self._steps() if found > step):
             shutil.rmtree(self.folder / str(later), ignore_errors=True)
+
+
+def _write_files(folder: Path, record: Record, shards: Shards, *, digests: np.ndarray, layout: str) -> None:
+    """The files of a copy, on the disk when it returns."""
+    entries, offset = [], 0
+    with (folder / _DATA).open("wb") as data:
+        for (path, start), values in shards.items():
+            raw = values.tobytes()
+            data.write(raw)
+            entries.append([path, start, values.shape, offset, hashlib.sha256(raw).hexdigest()])
+            offset += len(raw)
+        data.flush()
+        os.fsync(data.fileno())
+    content = {
+        "record": record_to_json(record),
+        "digests": digests.tolist(),
+        "layout": layout,
+        "shards": entries,
+    }
+    text = json.dumps(content)
+    with (folder / _INDEX).open("w", encoding="utf-8") as index:
+        index.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+        index.flush()
+        os.fsync(index.fileno())
 
 
 def layout_of(leaves: Mapping[str, Any]) -> str:

@@ -181,16 +181,23 @@ def begin(
 def restore(
     checkpointer: Checkpointer, copies: LocalCopies | None, setup: Setup, loader: Loader, *, run: str
 ) -> Restored | None:
-    """The newest state there is: that of local copies of this run, where they go beyond the newest checkpoint."""
+    """The newest state there is: that of local copies of this run, where they go beyond the newest whole checkpoint."""
 
     def of_this_run(metadata: Mapping[str, Any]) -> bool:
         return metadata.get("run", "") == run and metadata["data"] == loader.records()
 
-    if copies:
-        newest = decided(lambda: max(checkpointer.steps(), default=0))
-        if found := copies.restore(setup.abstract_state(), after=newest, usable=of_this_run):
-            return found
-    return checkpointer.restore(setup.abstract_state())
+    wanted = setup.abstract_state()
+    if copies is None:
+        return checkpointer.restore(wanted)
+    newest = decided(lambda: max(checkpointer.steps(), default=0))
+    if found := copies.restore(wanted, after=newest, usable=of_this_run):
+        return found
+    restored = checkpointer.restore(wanted)
+    if restored is None or restored.step == newest:
+        return restored
+    step = restored.step  # the newer ones are damaged, and copies may go beyond this one
+    del restored  # the devices may not have room for two states
+    return copies.restore(wanted, after=step, usable=of_this_run) or checkpointer.restore(wanted)
 
 
 class First(NamedTuple):

@@ -1,5 +1,7 @@
 """Copies on the machines' own disks: proved, kept apart, and put together from what is left of them."""
 
+import errno
+import os
 from types import SimpleNamespace
 
 import jax
@@ -108,6 +110,44 @@ def test_a_copy_that_cannot_be_written_is_told_and_the_next_one_works(copies):
     assert restore(copies).step == 2
     with pytest.raises(UserError, match="local_dir=gs://b/x is no folder"):
         LocalCopies("gs://b/x", "run", log=print)
+
+
+def test_a_copy_for_which_there_is_no_room_takes_none(copies, monkeypatch):
+    save(copies, 1)
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        save(copies, 2)
+    assert "a local copy was not written: [Errno 28] No space left" in copies.lines[-1]
+    assert [path.name for path in copies.folder.iterdir()] == ["1"]
+    save(copies, 3)
+    assert restore(copies).step == 3
+
+
+def test_copies_go_beyond_the_newest_checkpoint_that_is_whole(copies, tmp_path):
+    setup = SimpleNamespace(abstract_state=lambda: abstract(make_state(0, mesh(4, 2))))
+    loader = SimpleNamespace(records=lambda: {"skips": []})
+    metadata = {"data": {"skips": []}, "run": "this"}
+    with Checkpointer(tmp_path / "checkpoints", KEEP_ALL, log=copies.lines.append) as checkpointer:
+        for step in (3, 6):
+            checkpointer.save(step, make_state(step, mesh(4, 2)), metadata=metadata)
+        for step in (4, 5):
+            copies.save(step, make_state(step, mesh(4, 2)), metadata=metadata)
+        checkpointer.wait()
+        assert opening.restore(checkpointer, copies, setup, loader, run="this").step == 6
+        file = max((tmp_path / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size)
+        flip(file, file.stat().st_size // 2)
+        found = opening.restore(checkpointer, copies, setup, loader, run="this")
+        assert found.step == 5 and "checkpoint 6 is damaged" in "".join(copies.lines)
+        assert_same(found.state, make_state(5, mesh(1, 1)))
+        for step in (4, 5):
+            flip(copies.folder / str(step) / "data", 100)
+        found = opening.restore(checkpointer, copies, setup, loader, run="this")
+        assert found.step == 3 and found.metadata == metadata
+        assert_same(found.state, make_state(3, mesh(1, 1)))
 
 
 CUBE = ("data", "fsdp", "tensor")
