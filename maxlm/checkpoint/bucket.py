@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,8 @@ from maxlm.storage import ANSWER_SECONDS, Folder, StorageError, is_bucket, troub
 
 _NAME = re.compile(r"(0|[1-9]\d*)-([0-9a-f]+)-(\d+)")
 _CHUNK = 256 << 20  # bytes of an object of an array at most
-PARTS_SECONDS = 1800.0  # that process 0 waits for the parts of the others
+PARTS_SECONDS = 1800.0  # that process 0 waits for the parts of the others …
+LEAVING_SECONDS = 30.0  # … and when it has failed meanwhile, which it is to tell
 _MARK = b"\n"  # what an object holds that counts by its name; nothing at all is more than some servers can take
 _POLL = 0.5  # seconds between looks for them
 
@@ -189,6 +190,15 @@ class BucketCheckpointer(BucketReader, Checkpointer):
         """Waits for the last save and ends the thread."""
         self.wait()
         self._writer.shutdown()
+
+    def _leave(self) -> str | None:
+        job, self._job = self._job, None
+        if job is not None:
+            wait([job.part])
+            wait([job.whole], LEAVING_SECONDS)  # for which process 0 needs the parts of the others
+            job.abandon.set()
+        self._writer.shutdown()
+        return (_problem(job.part) or _problem(job.whole)) if job else None
 
     def _saving(self) -> bool:
         return self._job is not None and not self._job.whole.done()

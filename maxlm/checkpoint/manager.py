@@ -225,13 +225,24 @@ class Checkpointer(CheckpointReader):
         if self._manager is not None:
             self._manager.close()
 
+    def leave(self) -> None:
+        """Like `close`, where this process alone may have failed: it waits for nothing that the others have to come to.
+
+        What they still write on their threads may make the last save whole; what went wrong with it is logged.
+        """
+        if problem := self._leave():
+            self._log(f"checkpoint {self._writing} was not saved: {problem}")
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is not None and jax.process_count() > 1:
+            self.leave()
+        else:
+            self.close()
 
     # --- what depends on where the checkpoints are
 
@@ -249,6 +260,15 @@ class Checkpointer(CheckpointReader):
         """Waits for the end of what `_start` began. Raises what went wrong."""
         if self._manager is not None:
             self._manager.wait_until_finished()
+
+    def _leave(self) -> str | None:
+        """Waits for what this process writes, and releases the threads; gives what went wrong, in words."""
+        try:
+            if self._manager is not None:
+                self._manager.close()
+        except Exception as error:  # whatever the storage raised on its thread
+            return describe(error)
+        return None
 
     def _committed(self, step: int) -> None:
         """All processes know that `step` is whole."""
