@@ -38,6 +38,7 @@ class Server:
         self.delay, self.delay_every = 0.0, 0  # every n-th waits so many seconds
         self.refuse = False  # 403, which no retry mends
         self.stall = False  # never an answer
+        self.lose = False  # it is done, and the answer is 403
         self.concerns: Callable[[str, str], bool] = lambda method, path: True
         self.seen: list[tuple[str, str]] = []
 
@@ -52,7 +53,9 @@ class Server:
                 time.sleep(600)
             if self.delay_every and number % self.delay_every == 0:
                 time.sleep(self.delay)
-            if self.refuse:
+            if self.lose:
+                list(self._app(environ, lambda *answer: None))
+            if self.refuse or self.lose:
                 return self._error(start, "403 Forbidden", "AccessDenied")
             if self.fail_every and number % self.fail_every == 0:
                 return self._error(start, "503 Slow Down", "SlowDown")

@@ -12,12 +12,13 @@ an object that one process writes whole, and the commit is one small object (doc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,8 +112,10 @@ class BucketReader(CheckpointReader):
 
     def _commits(self) -> dict[int, str]:
         """The folder of each step that is committed; of two the later one."""
-        names = [name for name in (self.directory / "commits").names() if _NAME.fullmatch(name)]
-        return {int(name.partition("-")[0]): name for name in sorted(names, key=_order)}
+        return _by_step(self._committed_folders())
+
+    def _committed_folders(self) -> list[str]:
+        return [name for name in (self.directory / "commits").names() if _NAME.fullmatch(name)]
 
     def _aside(self) -> list[str]:
         return [name for name in (self.directory / "commits").names() if ".damaged-" in name]
@@ -271,11 +274,17 @@ class BucketCheckpointer(BucketReader, Checkpointer):
     def _retire(self) -> None:
         """Removes what need not be kept now: of a checkpoint its commit first. Failing at that harms nothing."""
         try:
-            commits = self._commits()
-            for step in self._retention.retired(commits):
-                (self.directory / "commits").remove(commits[step])
-                self._saved.discard(step)  # after a rollback it may be saved again
-                self._discard(commits[step])
+            names = self._committed_folders()
+            commits = _by_step(names)
+            retired = self._retention.retired(commits)
+            for name in names:
+                step = _step(name)
+                if step not in retired and name == commits[step]:
+                    continue  # else a later one counts: the answer to this commit was lost, and the save tried again
+                (self.directory / "commits").remove(name)
+                if step in retired:
+                    self._saved.discard(step)  # after a rollback it may be saved again
+                self._discard(name)
             self._sweep()
         except OSError as error:
             self._log(f"what need not be kept was not removed: {describe(error)}")
@@ -325,19 +334,15 @@ def write_blocks(
     pending = []
     for path, found in blocks.items():
         spec = array_spec(_below(state, path), arrays[path], chunks[path])
-        try:
+        with _asking(f"{state}/{path}"):
             opening = ts.open(spec, create=True) if describes else ts.open(spec, open=True, assume_metadata=True)
             store = opening.result(timeout=ANSWER_SECONDS)
-        except (ValueError, TimeoutError) as error:
-            raise trouble(error, f"{state}/{path}") from None
         for block in found:
             region = tuple(slice(a, a + n) for a, n in zip(block.start, block.values.shape, strict=True))
             pending.append((path, store[region].write(block.values)))
     for path, write in pending:
-        try:
+        with _asking(f"{state}/{path}"):
             write.result(timeout=ANSWER_SECONDS)
-        except (ValueError, TimeoutError) as error:
-            raise trouble(error, f"{state}/{path}") from None
 
 
 def load_arrays(state: Folder, record: Record, wanted: Mapping[str, Any]) -> Loaded:
@@ -348,15 +353,17 @@ def load_arrays(state: Folder, record: Record, wanted: Mapping[str, Any]) -> Loa
       StorageError: the bucket did not answer, or refused.
     """
     where = str(state)
-    try:
+    with _asking(where):
         names = [*wanted, DIGESTS]
         opening = {path: ts.open({"driver": "zarr3", "kvstore": _below(state, path)}, open=True) for path in names}
         stores = {path: future.result(timeout=ANSWER_SECONDS) for path, future in opening.items()}
+    for path, leaf in wanted.items():
+        if ArrayInfo(tuple(stores[path].shape), stores[path].dtype.name) != array_info(leaf):
+            raise ValueError(f"the array {path} has another shape than its record says")
+    with _asking(where):
         digests = stores[DIGESTS].read().result(timeout=ANSWER_SECONDS)
         reading: dict[str, dict[Any, Any]] = {}
         for path, leaf in wanted.items():
-            if ArrayInfo(tuple(stores[path].shape), stores[path].dtype.name) != array_info(leaf):
-                raise ValueError(f"the array {path} has another shape than its record says")
             indices = _sharding(leaf).addressable_devices_indices_map(tuple(leaf.shape)).values()
             needed = {_key(index): index for index in indices if index is not None}
             reading[path] = {key: stores[path][index].read() for key, index in needed.items()}
@@ -364,8 +371,6 @@ def load_arrays(state: Folder, record: Record, wanted: Mapping[str, Any]) -> Loa
             path: {key: future.result(timeout=ANSWER_SECONDS) for key, future in found.items()}
             for path, found in reading.items()
         }
-    except (ValueError, TimeoutError) as error:
-        raise trouble(error, where) from None
     if digests.shape != (len(record.arrays), 2) or digests.dtype != np.uint32:
         raise ValueError("its digests are missing or of another number than its arrays")
     arrays: dict[str, jax.Array] = {
@@ -373,6 +378,15 @@ def load_arrays(state: Folder, record: Record, wanted: Mapping[str, Any]) -> Loa
         for path, leaf in wanted.items()
     }
     return Loaded(record, arrays, digests)
+
+
+@contextlib.contextmanager
+def _asking(where: str) -> Iterator[None]:
+    """TensorStore's errors in our words: inside, nothing else may raise a ValueError."""
+    try:
+        yield
+    except (ValueError, TimeoutError) as error:
+        raise trouble(error, where) from None
 
 
 def _pick(read: Mapping[Any, np.ndarray], index: tuple[slice, ...] | None) -> np.ndarray:
@@ -392,6 +406,15 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
 
 def _key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
     return tuple((part.start, part.stop) for part in index)
+
+
+def _by_step(names: Iterable[str]) -> dict[int, str]:
+    """The folder of each step, of several the last."""
+    return {_step(name): name for name in sorted(names, key=_order)}
+
+
+def _step(name: str) -> int:
+    return int(name.partition("-")[0])
 
 
 def _order(name: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Checkpoints in a bucket: other meshes, damage, interrupted and failing saves, retention, a server that stumbles."""
 
 import json
+import re
 import threading
 
 import jax
@@ -74,6 +75,10 @@ def damage(where, names, how):
         content = where.read(name)
         if how == "flipped":
             where.write(name, content[:9] + bytes([content[9] ^ 4]) + content[10:])
+        elif how in ("shape", "chunk_shape"):  # a digit of it
+            begin = re.search(rf'"{how}":\['.encode(), content).end()
+            changed = content[:begin] + bytes([content[begin] ^ 2]) + content[begin + 1 :]
+            where.write(name, changed)
         elif how == "cut":
             where.write(name, content[: len(content) // 2])
         else:
@@ -83,6 +88,7 @@ def damage(where, names, how):
 @pytest.mark.parametrize(
     ("part", "how"),
     [("wide/c/", "flipped"), ("wide/c/1/0", "gone"), ("narrow/c/", "cut"), ("record/", "flipped"),
+     ("wide/zarr.json", "shape"), pytest.param("wide/zarr.json", "chunk_shape", marks=pytest.mark.slow),
      *(pytest.param(part, "gone", marks=pytest.mark.slow) for part in ("wide/zarr.json", "digests", "record/"))],
 )  # fmt: skip
 def test_damage_is_named_and_the_one_before_is_used(folder, part, how):
@@ -137,6 +143,24 @@ def test_a_save_cut_off_at_any_request_is_never_chosen(folder, server):
     assert outcomes[-1] and len(outcomes) > 5, outcomes
     begun = (Folder(folder) / "begun").names()
     assert sorted(begun) == sorted((Folder(folder) / "commits").names())  # the rest was swept
+
+
+def test_a_commit_whose_answer_was_lost_leaves_nothing_once_the_save_was_repeated(folder, server):
+    with open_checkpointer(folder, KEEP_ALL) as checkpointer:
+        checkpointer.save(1, make_state(1, mesh(4, 2)), metadata={})
+        checkpointer.wait()
+        server.lose, server.concerns = True, lambda method, path: method == "PUT" and "/commits/2-" in path
+        checkpointer.save(2, make_state(2, mesh(4, 2)), metadata={})
+        checkpointer.wait()
+        assert checkpointer.failures == 1 and checkpointer.steps() == [1, 2]  # it is there all the same
+        server.heal()
+        checkpointer.save(2, make_state(2, mesh(4, 2)), metadata={})
+        checkpointer.wait()
+        assert checkpointer.failures == 0 and checkpointer.steps() == [1, 2]
+    names = Folder(folder).names()
+    assert len([name for name in names if name.startswith("commits/")]) == 2
+    assert len({name.partition("/")[0] for name in names} - {"begun", "commits"}) == 2
+    assert restore(folder).step == 2
 
 
 def test_an_interrupted_save_is_named_and_removed(folder):
