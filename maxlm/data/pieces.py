@@ -63,12 +63,18 @@ def sample_unit(unit: Unit, permille: int, limit: int, ceiling: bytes) -> Sample
       ceiling: Digests above this are not wanted any more; empty: none is.
     """
     found: dict[bytes, bytes] = {}
+    held = 0
     for document in read_unit(unit):
         if isinstance(document, Skip):
             continue
         digest = hashlib.sha256(document).digest()
-        if not is_heldout(digest, permille) and (not ceiling or digest <= ceiling):
-            found[digest] = document[:limit]
+        if digest in found or is_heldout(digest, permille) or (ceiling and digest > ceiling):
+            continue
+        found[digest] = document[:limit]
+        held += len(found[digest])
+        if held > 2 * limit:  # a unit may be a packed file of any size, of which memory is to hold a part
+            found = dict(lowest(found, limit))
+            held, ceiling = sum(map(len, found.values())), max(found)
     return Sampled(lowest(found, limit), unit.size)
 
 

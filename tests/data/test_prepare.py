@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +268,25 @@ def test_a_tokenizer_is_trained_on_the_first_training_documents_by_hash(tmp_path
     texts, vocab_size = seen[0]
     assert vocab_size == 512
     assert "".join(texts) == b"".join(train)[:limit].decode(errors="ignore")
+
+
+def test_a_sample_of_a_large_file_does_not_hold_its_text(tmp_path):
+    """A packed file is one unit, of any size."""
+    documents = [f"{number} {os.urandom(500).hex()}".encode() for number in range(6000)]  # 6 MB
+    lines = b"".join(json.dumps({"text": text.decode()}).encode() + b"\n" for text in documents)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    train, _ = in_order(documents)
+    (unit,) = list_source(f"jsonl:{tmp_path}", "text").units
+    del documents, lines
+    tracemalloc.start()
+    try:
+        sampled = pieces.sample_unit(unit, PERMILLE, 100_000, b"")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    found = [text for _, text in sampled.documents]
+    assert found == train[: len(found)] and 100_000 <= sum(map(len, found)) < 102_000
+    assert peak < 1_000_000, peak
 
 
 def test_what_a_tokenizer_cannot_give_back_is_left_out_and_counted(tmp_path):
