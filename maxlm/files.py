@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maxlm.errors import UserError
@@ -14,25 +14,38 @@ from maxlm.errors import UserError
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes beside `path`, makes sure that it is on the disk, and moves it into place."""
-    data = content.encode() if isinstance(content, str) else content
-    move_written(path.with_name(f".{path.name}.partial"), path, data)
+    _move_written(path.with_name(f".{path.name}.partial"), path, content)
 
 
-def move_written(beside: Path, path: Path, content: bytes) -> None:
+def write_among_others(path: Path, content: str | bytes) -> None:
+    """Like `write_atomically`, where another process may be writing the same file; the folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _move_written(path.with_name(f"{path.name}.{os.getpid()}"), path, content)
+
+
+def _move_written(beside: Path, path: Path, content: str | bytes) -> None:
     """Writes `beside`, makes sure that it is on the disk, and moves it to `path`: what is there outlives a crash."""
     with open(beside, "wb") as file:
-        file.write(content)
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the file `path` for this process alone; waits for another one that does. The file stays."""
+def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds the file `path` for this process alone. The file stays: who waits for it would not see another one.
+
+    Args:
+      waiting: called before it waits for another process that holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

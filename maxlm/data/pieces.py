@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from maxlm.data.sources import Skip, Unit, read_unit
 from maxlm.data.store import StoreWriter, token_dtype
 from maxlm.data.tokenizers import Tokenizer, load_tokenizer
-from maxlm.files import move_written
+from maxlm.files import write_among_others
 
 # The key is the SHA-256 of a document's bytes as four big-endian words, so that it sorts as the hex does.
 INDEX = np.dtype([("key", "<u8", (4,)), ("start", "<i8"), ("stop", "<i8"), ("bytes", "<i8")])
@@ -102,10 +101,10 @@ def tokenise_unit(unit: Unit, kind: str, tokenizer_file: str, folder: str, name:
             continue
         token_count += tokens.size
         runs.append(f"{name}-{len(runs):03d}")
-        _write(Path(folder) / f"{runs[-1]}.tokens", tokens.tobytes())
-        _write(Path(folder) / f"{runs[-1]}.index", index.tobytes())
+        write_among_others(Path(folder) / f"{runs[-1]}.tokens", tokens.tobytes())
+        write_among_others(Path(folder) / f"{runs[-1]}.index", index.tobytes())
     report = UnitReport(runs, token_count, text_bytes, unit.size, dict(skipped))
-    _write(Path(folder) / f"{name}.json", json.dumps(report._asdict()).encode())
+    write_among_others(Path(folder) / f"{name}.json", json.dumps(report._asdict()))
     return report
 
 
@@ -219,8 +218,3 @@ def _encode(
 @functools.lru_cache(maxsize=1)
 def _cached_tokenizer(kind: str, path: str) -> Tokenizer:
     return load_tokenizer(kind, path)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file beside its place and moves it there."""
-    move_written(path.with_name(f"{path.name}.{os.getpid()}"), path, data)

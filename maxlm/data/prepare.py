@@ -8,8 +8,7 @@ processes or kills. One that is wanted in a bucket is built on this machine and 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -23,10 +22,11 @@ from typing import Any, NamedTuple
 from maxlm.config import Config, DataConfig, StoreConfig
 from maxlm.data import pieces, tokenizers
 from maxlm.data.sources import Listing, SourceError, list_source
-from maxlm.data.staging import fetch_or_none, has_store, publish
+from maxlm.data.staging import fetch_or_none, has_store, keep_as_copies, publish
 from maxlm.data.store import FORMAT, SPLITS, StoreError, StoreWriter, TokenStore
 from maxlm.data.tokenizers import Tokenizer, TokenizerError, load_tokenizer
 from maxlm.data.workers import Progress, WorkerPool, note, worker_count
+from maxlm.files import locked, write_among_others
 from maxlm.storage import Folder, cache_folder, is_bucket, local_name
 
 
@@ -97,13 +97,8 @@ def prepare_data(config: Config, workdir: Path, *, build: bool = True, home: str
         identity = _digest(FORMAT, listing.fingerprint, tokenizer.fingerprint, entry.heldout_permille)
         out = entry.path or f"{folder}/{name}-{identity[:12]}"
         stores[name], reports[name] = prepare_store(entry, tokenizer, out, workers=data.workers, listing=listing)
-    _write_json(
-        record,
-        {
-            "key": _config_key(config),
-            "stores": {name: _relative(store.place, record.parent) for name, store in stores.items()},
-        },
-    )
+    places = {name: _noted(store.place, record.parent) for name, store in stores.items()}
+    write_among_others(record, json.dumps({"key": _config_key(config), "stores": places}, indent=1))
     return Prepared(tokenizer, stores, reports)
 
 
@@ -125,8 +120,12 @@ def _cache(config: Config, home: str | Path) -> str | Path:
     return given if is_bucket(given) else Path(given).expanduser()
 
 
-def _relative(place: str | Path, folder: Path) -> str:
-    return str(place) if is_bucket(place) else os.path.relpath(place, folder)
+def _noted(place: str | Path, folder: Path) -> str:
+    """How prepared.json in `folder` says where a store is: what lies beside it moves along with it."""
+    if is_bucket(place):
+        return str(place)
+    path, here = Path(place).absolute(), folder.absolute()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)  # a way up would not lead through links
 
 
 def _resolve_tokenizer(config: Config, listings: dict[str, Listing], folder: str | Path) -> Tokenizer:
@@ -171,14 +170,17 @@ def prepare_store(
     partial = built.with_name(f"{built.name}.partial")
     # Looked for before the lock, so that a ready store can be used from a disk that one may only read.
     store, worked = _find(place, entry, tokenizer, listing), 0
-    if store is None or partial.exists():
-        with _locked(partial):
+    if store is None or partial.exists() or (built != place and built.exists()):
+        with locked(built.with_name(f".{built.name}.lock"), waiting=functools.partial(_waiting, built)):
+            partial.mkdir(exist_ok=True)
             store = _find(place, entry, tokenizer, listing)
-            if store is None:
-                if _find(built, entry, tokenizer, listing) is None:  # else its way into the bucket was interrupted
-                    worked = _build(entry, tokenizer, built, workers=workers, listing=listing, partial=partial)
-                if isinstance(place, str):
+            if store is None and _find(built, entry, tokenizer, listing) is None:
+                worked = _build(entry, tokenizer, built, workers=workers, listing=listing, partial=partial)
+            if isinstance(place, str) and built.exists():  # perhaps its way there was interrupted
+                if store is None:
                     publish(built, Folder(place))
+                keep_as_copies(built)
+            if store is None:
                 store = TokenStore.open(place)
             shutil.rmtree(partial)
     seconds = time.monotonic() - begin
@@ -261,8 +263,8 @@ def _build(
         "listing": listing.fingerprint,
     }
     manifest = writer.finish(heldout_permille=entry.heldout_permille, source=source, skipped=skipped)
-    if not manifest["splits"]["train"]["documents"]:
-        raise SourceError(f"the source {entry.source!r} gives no training documents (skipped: {dict(skipped)})")
+    if not any(split["documents"] for split in manifest["splits"].values()):
+        raise SourceError(f"the source {entry.source!r} gives no documents (skipped: {dict(skipped)})")
     os.rename(staged, out)
     _sync_folder(out.parent)
     return worked
@@ -307,8 +309,8 @@ def _open_prepared(config: Config, record: Path) -> Prepared:
     """What another process has prepared."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(f"{record} is not there: the process that builds has to come first") from None
+    except (FileNotFoundError, ValueError):  # the second: what a crash of the machine may have left of it
+        raise StoreError(f"{record} is not there, or not whole: the process that builds has to come first") from None
     if content["key"] != _config_key(config):
         raise StoreError(f"{record} was written for other data settings: run `maxlm prepare` with this config")
     places = content["stores"].items()
@@ -338,10 +340,7 @@ def _trained(config: Config, listings: dict[str, Listing], folder: str | Path) -
         size = sum(len(document) for document in sample)
         note(f"training a tokenizer of {vocab_size} pieces on {size / 1e6:.1f} MB of {len(sample)} documents")
         model = tokenizers.train_sentencepiece((text.decode(errors="ignore") for text in sample), vocab_size)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_bytes(model)
-        beside.replace(path)
+        write_among_others(path, model)
         if isinstance(folder, str):
             Folder(folder).upload(path, path.name)
         note(f"trained {path} in {time.monotonic() - begin:.1f} s")
@@ -376,23 +375,8 @@ def _sample(jobs: list[tuple[Any, int]], limit: int, workers: int) -> list[bytes
     return documents
 
 
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Holds `partial` for this process alone; waits for another one that does."""
-    while True:
-        # The one before may remove the folder, and its lock with it, at any moment: then there is another to take.
-        with contextlib.suppress(FileNotFoundError):
-            partial.mkdir(parents=True, exist_ok=True)
-            file = (partial / "lock").open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                note(f"another process is preparing {partial.with_suffix('')}: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_ino == (partial / "lock").stat().st_ino:
-                break
-    with file:
-        yield
+def _waiting(built: Path) -> None:
+    note(f"another process is preparing {built}: waiting for it")
 
 
 def _sentence(report: StoreReport) -> str:
@@ -416,13 +400,6 @@ def _config_key(config: Config) -> str:
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    beside.replace(path)
 
 
 def _sync_folder(folder: Path) -> None:

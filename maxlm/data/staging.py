@@ -5,17 +5,21 @@ Memory cannot map what is in a bucket. The copies are kept by the store's finger
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maxlm.data.workers import note
 from maxlm.files import file_digest
 from maxlm.storage import Folder, StorageError, cache_folder
 
 MANIFEST = "manifest.json"
+ABANDONED_SECONDS = 3600.0  # after which a file that was not written any more is left over; a piece takes minutes
 
 
 class Staged:
@@ -29,6 +33,7 @@ class Staged:
     def __init__(self, remote: Folder, manifest: Mapping[str, Any]):
         self.remote = remote
         self.folder = copies_of(manifest["fingerprint"])
+        _remove_abandoned(self.folder)
         self._proven: set[str] = set()
         self._lock = threading.Lock()
 
@@ -47,6 +52,15 @@ class Staged:
                 self.remote.download(name, copy, sha256=sha256)
             self._proven.add(name)
         return copy
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what a process was copying when it was killed; one that lives, here or on another host, writes on."""
+    for left in folder.glob(".*.*"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been moved into its place
+            if left.name.rpartition(".")[2].isdigit() and time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
+                note(f"removed {left}: it was not copied to its end")
 
 
 def copies_of(fingerprint: str) -> Path:
@@ -71,20 +85,23 @@ def has_store(remote: Folder) -> bool:
 
 
 def publish(store: Path, remote: Folder) -> None:
-    """Copies a finished store into a bucket, its manifest last, and keeps the files here as the copies.
+    """Copies a finished store into a bucket, its manifest last.
 
     What was interrupted is no store, and the next call writes the same again.
     """
-    manifest = json.loads((store / MANIFEST).read_text(encoding="utf-8"))
     for file in sorted(path for path in store.iterdir() if path.is_file() and path.name != MANIFEST):
         remote.upload(file, file.name)
     remote.upload(store / MANIFEST, MANIFEST)
-    copies = copies_of(manifest["fingerprint"])
-    if copies.exists():
-        shutil.rmtree(store)
-        return
-    copies.parent.mkdir(parents=True, exist_ok=True)
-    store.rename(copies)
+
+
+def keep_as_copies(store: Path) -> None:
+    """Moves the files of a store that is in a bucket now to where its copies are kept; a kill may cut it off."""
+    if (store / MANIFEST).is_file():  # which goes last
+        copies = copies_of(json.loads((store / MANIFEST).read_text(encoding="utf-8"))["fingerprint"])
+        copies.mkdir(parents=True, exist_ok=True)
+        for file in sorted(store.iterdir(), key=lambda file: file.name == MANIFEST):
+            file.replace(copies / file.name)
+    shutil.rmtree(store)
 
 
 def fetch_or_none(remote: Folder, name: str, file: Path) -> Path | None:

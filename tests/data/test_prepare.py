@@ -19,6 +19,7 @@ import pytest
 
 from maxlm.config import Config, DataConfig, ModelConfig, StoreConfig, TokenizerConfig
 from maxlm.data import pieces, prepare, sources, tokenizers
+from maxlm.data.loader import DataError, Loader
 from maxlm.data.prepare import heldout_documents, prepare_data, prepare_store, prepare_tokenizer
 from maxlm.data.sources import SourceError, list_source
 from maxlm.data.store import StoreError, StoreWriter, TokenStore
@@ -219,6 +220,35 @@ def test_two_preparations_of_one_store_do_not_meet(tmp_path, corpus):
     assert sorted(one.report.reused for one in made) == [False, True]
 
 
+def test_nobody_clears_up_beside_another_who_does(tmp_path, corpus, monkeypatch):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    inside, most, rmtree = [], [], prepare.shutil.rmtree
+    begun, done = threading.Event(), []
+
+    def slowly(path, **options):
+        if Path(path) != partial:
+            return rmtree(path, **options)
+        inside.append(path)
+        most.append(len(inside))
+        (partial / "lock").unlink(missing_ok=True)  # a folder's entries come in any order
+        begun.set()
+        time.sleep(0.5)
+        rmtree(path, **options)
+        inside.pop()
+
+    def work():
+        done.append(prepare_store(entry(f"text:{corpus}"), ByteTokenizer(), out, workers=1).store.fingerprint)
+
+    monkeypatch.setattr(prepare.shutil, "rmtree", slowly)
+    first, second = threading.Thread(target=work), threading.Thread(target=work)
+    first.start()
+    assert begun.wait(60)
+    second.start()
+    first.join()
+    second.join()
+    assert len(done) == 2 and done[0] == done[1] and max(most) == 1 and not partial.exists()
+
+
 def test_prepare_data_trains_builds_and_then_only_opens(tmp_path, corpus, monkeypatch):
     run = config(f"text:{corpus}")
     first = prepare_data(run, tmp_path / "run")
@@ -322,9 +352,55 @@ def test_a_store_of_something_else_is_never_used_or_overwritten(tmp_path, corpus
 
 def test_a_failed_preparation_leaves_nothing_under_the_final_name(tmp_path):
     folder = write_files(tmp_path / "corpus", [b"", b"\xff"])
-    with pytest.raises(SourceError, match=r"gives no training documents \(skipped: .*'empty': 1"):
+    with pytest.raises(SourceError, match=r"gives no documents \(skipped: .*'empty': 1"):
         prepare_store(entry(f"text:{folder}"), ByteTokenizer(), tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("packing", ["split", "pack"])
+def test_a_store_that_is_all_held_out_is_one_and_trained_on_by_none(tmp_path, corpus, packing):
+    judge = write_files(tmp_path / "judge", [f"judge {number}".encode() for number in range(5)])
+    run = config(f"text:{corpus}", kind="bytes")
+    stores = run.data.stores | {"judge": StoreConfig(source=f"text:{judge}", heldout_permille=1000)}
+    data = dataclasses.replace(run.data, stores=stores, packing=packing, sequence_length=16, batch_size=4)
+    made = prepare_data(dataclasses.replace(run, data=data), tmp_path / "run")
+    assert made.reports["judge"].documents == made.stores["judge"].split("heldout").num_documents == 5
+    made.stores["judge"].verify()
+    loader = Loader(made.stores, data, seed=0)
+    assert set(loader.rows(3)) == {"text"} and loader.batch(3).tokens.shape == (4, 16)
+    with pytest.raises(DataError, match="the store 'judge' has no tokens to train on: take it out of the mixture"):
+        Loader(made.stores, dataclasses.replace(data, mixture=(("text", 1.0), ("judge", 1.0))), seed=0)
+
+
+def test_prepared_stores_are_found_through_links_and_from_where_the_run_was_moved_to(tmp_path, corpus):
+    (tmp_path / "deep" / "er" / "run").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "deep" / "er" / "run")
+    for path in ("", str(tmp_path / "mine")):
+        run = config(f"text:{corpus}", path=path, kind="bytes")
+        made = prepare_data(run, tmp_path / "run").fingerprint()
+        assert prepare_data(run, tmp_path / "run", build=False).fingerprint() == made
+        moved = (tmp_path / "deep" / "er" / "run").rename(tmp_path / "moved")
+        assert prepare_data(run, moved, build=False).fingerprint() == made
+        moved.rename(tmp_path / "deep" / "er" / "run")
+
+
+def test_what_a_run_reads_is_written_down_whole(tmp_path, corpus, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def fsync(number):
+        synced.append(os.readlink(f"/proc/self/fd/{number}"))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run = config(f"text:{corpus}")
+    prepare_data(run, tmp_path / "run")
+    names = [Path(path).name.removesuffix(f".{os.getpid()}") for path in synced]
+    assert "prepared.json" in names and any(name.startswith("tokenizer-") for name in names)
+    (tmp_path / "run" / "data" / "prepared.json").write_bytes(b"")  # as a crash of the machine leaves what was not
+    with pytest.raises(StoreError, match="prepared.json is not there, or not whole: the process that builds"):
+        prepare_data(run, tmp_path / "run", build=False)
+    prepare_data(run, tmp_path / "run")
+    prepare_data(run, tmp_path / "run", build=False)
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path, corpus):

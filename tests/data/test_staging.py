@@ -1,5 +1,8 @@
 """Stores in a bucket: made there, read by the shard, proved, and never half there."""
 
+import os
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from maxlm.data import staging
 from maxlm.data.prepare import prepare_data, prepare_store
 from maxlm.data.store import StoreError, StoreWriter, TokenStore
 from maxlm.data.tokenizers import ByteTokenizer
-from maxlm.storage import Folder, StorageError
+from maxlm.storage import Folder, StorageError, local_name
 from tests.tiny import tiny_config, write_corpus
 
 DOCUMENTS = [bytes([65 + number]) * (7 + number) for number in range(20)]
@@ -108,10 +111,40 @@ def test_a_store_is_prepared_into_a_bucket_its_manifest_last(bucket, server, tmp
     again = prepare_store(entry, ByteTokenizer(), url, workers=1)
     assert again.report.reused and again.store.fingerprint == whole.fingerprint
     Folder(url).delete()
-    staging.shutil.rmtree(made.store.path)
+    shutil.rmtree(made.store.path)
     Folder(url).write("manifest.json", b"{}")
     with pytest.raises(StoreError, match="cannot be read"):
         prepare_store(entry, ByteTokenizer(), url, workers=1)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_kill_between_the_manifest_and_the_move_leaves_no_second_copy(bucket, server, tmp_path, copied):
+    corpus = write_corpus(tmp_path / "corpus", 20)
+    entry, url = StoreConfig(source=f"text:{corpus}/*.txt", heldout_permille=100), f"{bucket}/made"
+    stores = tmp_path / "cache" / "stores"
+    built = stores / local_name(url)
+    built.parent.mkdir(parents=True)
+    whole = prepare_store(entry, ByteTokenizer(), built, workers=1).store
+    for file in built.iterdir():
+        Folder(url).upload(file, file.name)
+    if copied:  # by another run on this machine
+        TokenStore.open(url).verify()
+    made = prepare_store(entry, ByteTokenizer(), url, workers=1)
+    assert made.report.reused and made.store.fingerprint == whole.fingerprint
+    assert [path.name for path in stores.iterdir() if path.is_dir()] == [whole.fingerprint]
+    before = server.count
+    made.store.verify()
+    assert server.count == before  # all of it is here
+
+
+def test_what_a_killed_process_was_copying_is_removed_when_nobody_writes_it_any_more(store):
+    folder = TokenStore.open(str(store)).path
+    left, alive = folder / ".train-00000.bin.12345", folder / ".train-00001.bin.12346"
+    for path in (left, alive):
+        path.write_bytes(b"half")
+    os.utime(left, (0, time.time() - staging.ABANDONED_SECONDS - 1))
+    TokenStore.open(str(store))
+    assert alive.exists() and not left.exists()
 
 
 def test_a_run_in_a_bucket_finds_its_stores_from_any_machine(bucket, tmp_path, monkeypatch):
