@@ -5,7 +5,8 @@ connections of the roll call stay open. Over each goes a beat every few seconds,
 back. A connection that closes without a farewell means that the process has died; one that is silent for `limit`
 seconds, that its host is dead or that it hangs as a whole (a process whose threads live while its step does not end is
 for the watchdog, `maxlm.train.watchdog`). Process 0 tells all what it has seen; whatever happens to process 0 itself is
-seen by each. They leave with EXIT_LOST, so that whatever started them starts them again.
+seen by each. They leave with EXIT_LOST, so that whatever started them starts them again. A process whose work has
+failed tells the others, and they leave with its EXIT_FAILED: who counts failures must not see the loss of a host here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from maxlm.rollcall import Line
 
 # EX_UNAVAILABLE of sysexits.h: another process is lost or the step hangs; the same command, on all hosts, continues.
 EXIT_LOST = 69
+EXIT_FAILED = 1  # the work has failed, here or on the process that has told of it: it may well fail again
 SILENCE_SECONDS = 60.0
 _BEATS = 6  # beats within the limit
 _SHORTEST, _LONGEST = 0.1, 5.0  # seconds between beats
@@ -112,7 +114,7 @@ class Heartbeat:
     def stuck(self, why: str) -> None:
         """Ends all processes: a step does not end. Process 0 says who is behind; the others follow it."""
         if self._process:
-            self._tell({"failed": f"{self._name}: {why}"})
+            self._tell({"failed": f"{self._name}: {why}", "code": EXIT_LOST})
         behind = self._behind()
         self._end(f"{why}; {behind}" if behind else why)
 
@@ -177,10 +179,10 @@ class Heartbeat:
             peer.left = True
             if self._process == 0:  # the others are told, then this process leaves with them
                 self._tell(word, but=peer)
-            self._ended.wait(_GRACE)  # all may have met with the same; then each has its own message and exit code
-            self._end(word["failed"])
+            self._ended.wait(_GRACE)  # all may have met with the same; then each has its own message
+            self._end(word["failed"], code=word["code"])
         if "end" in word:
-            self._end(word["end"])
+            self._end(word["end"], code=word["code"])
 
     def _tell(self, word: dict[str, Any], *, but: _Peer | None = None) -> None:
         """Sends a word to all at the other ends, as far as they take it without waiting."""
@@ -193,21 +195,21 @@ class Heartbeat:
                 with contextlib.suppress(OSError):
                     peer.unsent = peer.unsent[peer.socket.send(peer.unsent) :]
 
-    def _end(self, why: str, *, lost: _Peer | None = None) -> None:
+    def _end(self, why: str, *, code: int = EXIT_LOST, lost: _Peer | None = None) -> None:
         """Tells all and ends this process; the first reason counts. Nobody waits for the one that is lost."""
         with self._lock:
             if self._ended.is_set():
                 return
             self._ended.set()
         if self._process == 0:
-            self._tell({"end": why})
+            self._tell({"end": why, "code": code})
         _say(
-            f"\nmaxlm: {why}. {self._name} leaves with exit code {EXIT_LOST}; started again, the run goes on from its "
+            f"\nmaxlm: {why}. {self._name} leaves with exit code {code}; started again, the run goes on from its "
             "newest checkpoint\n"
         )
         self._speak_last()
         self._linger(lost)
-        self._leave(EXIT_LOST)
+        self._leave(code)
 
     def _failed(self, error: BaseException) -> None:
         """Ends this process because its work failed; unless the failure comes from the loss of another."""
@@ -219,11 +221,11 @@ class Heartbeat:
                 return
             self._ended.set()
         text = str(error) if expected else f"{type(error).__name__}: {error}"
-        self._tell({"failed": f"{self._name} failed: {' '.join(text.split())[:2000]}"})
+        self._tell({"failed": f"{self._name} failed: {' '.join(text.split())[:2000]}", "code": EXIT_FAILED})
         _say(f"maxlm: {error}\n" if expected else "".join(traceback.format_exception(error)))
         self._speak_last()
         self._linger()
-        self._leave(1)
+        self._leave(EXIT_FAILED)
 
     def _speak_last(self) -> None:
         """Lets the run write what it has to, for a short while: its disk may be what hangs."""
