@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from maxlm.rollcall import code_digest
+from maxlm.rollcall import tree_digest
 from maxlm.train.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,11 +207,11 @@ def unpack_code(commit: str, folder: Path, *, root: Path = ROOT) -> Path:
 
 
 def commit_digest(commit: str, *, root: Path = ROOT) -> str:
-    """`rollcall.code_digest` of the package in a commit."""
-    content = io.BytesIO(code_archive(commit, root=root))
+    """`rollcall.tree_digest` of a commit."""
+    content = io.BytesIO(_git(root, "archive", "--format=tar", commit, "maxlm", "configs"))
     with tarfile.open(fileobj=content) as archive, tempfile.TemporaryDirectory() as folder:
         archive.extractall(folder, filter="data")
-        return code_digest(Path(folder) / "maxlm")
+        return tree_digest(Path(folder))
 
 
 def _git(root: Path, *words: str) -> bytes:

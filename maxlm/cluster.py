@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,13 +26,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.errors import UserError
 from maxlm.heartbeat import SILENCE_SECONDS, Heartbeat
-from maxlm.rollcall import Place, roll_call
+from maxlm.rollcall import Absent, Place, roll_call
 
 JOIN_SECONDS = 300  # how long a process waits for the others to come, unless it is told otherwise
 _JAX_SILENCE = 100  # seconds after which JAX ends the others itself, without a name: ours has to come first
 _PATIENCE = 7200  # seconds: whoever dies meanwhile is noticed by the heartbeat
 _meetings: Counter[str] = Counter()  # the coordinator knows a meeting by its number
 _DONE = "done: "  # begins what `done_first` tells: what follows went wrong
+_OPEN_MPI = "Open MPI"
 _LINE = 1024  # bytes that each process contributes to `agree_on`
 
 
@@ -98,19 +100,21 @@ def detect(
             raise UserError(f"--process is {process} of --processes={processes}; number them from 0 to {processes - 1}")
         return Cluster(f"process {process} of {processes}, as the flags say", coordinator, processes, process)
     several = [
-        ("SLURM_NTASKS", "SLURM_PROCID", "SLURM"),
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI"),
+        # The script of an allocation has number and size as well; only what srun starts has a step of its own.
+        ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", _OPEN_MPI),
     ]
-    for size, rank, name in several:
-        # A shell on a node of an allocation has the size but no step of its own; only srun and mpirun set both.
-        if rank in environment and int(environment.get(size, "1")) > 1:
+    for size, rank, own, name in several:
+        if rank in environment and own in environment and int(environment.get(size, "1")) > 1:
             return Cluster(f"process {environment[rank]} of {environment[size]}, as {name} says ({rank}, {size})")
     # TPU pods come before other pods of a JobSet: libtpu numbers its hosts itself, and JAX has to number them alike.
-    hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    # Of the two variables JAX takes the first that there is, too.
+    name = "TPU_PROCESS_ADDRESSES" if "TPU_PROCESS_ADDRESSES" in environment else "TPU_WORKER_HOSTNAMES"
+    hosts = [host for host in environment.get(name, "").split(",") if host]
     slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
     if len(hosts) * slices > 1:
         of_slices = f" in each of {slices} slices" if slices > 1 else ""
-        return Cluster(f"one of {len(hosts)} TPU hosts{of_slices} (TPU_WORKER_HOSTNAMES)")
+        return Cluster(f"one of {len(hosts)} TPU hosts{of_slices} ({name})")
     if "JOBSET_COORDINATOR" in environment and "JOB_COMPLETION_INDEX" in environment:
         return _of_jobset(environment)
     if tpu_vm_hosts > 1:
@@ -157,11 +161,12 @@ def join(
 
     Args:
       facts: What every process has to have in common, by name (`rollcall.run_facts`).
-      timeout: Seconds to wait for the others.
+      timeout: Seconds to wait for the others; half of them at most for the name of process 0 to be known.
       silence: Seconds without a sign of life after which one of them counts as lost.
 
     Raises:
-      UserError: as of `detect`; or the others did not come within `timeout` seconds, or run something else.
+      UserError: as of `detect`; or the others run something else.
+      Absent: they did not come within `timeout` seconds.
     """
     found = detect(
         os.environ, coordinator=coordinator, processes=processes, process=process, tpu_vm_hosts=_tpu_vm_hosts()
@@ -169,17 +174,25 @@ def join(
     if found is None:
         return Joined("", Heartbeat())
     where, size, number, devices = found.coordinator, found.processes, found.process, None
+    began = time.monotonic()
     if where is None:
-        where, size, number, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, int(timeout)
-        )
+        try:
+            where, size, number, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                None, None, None, None, None, int(timeout / 2)
+            )
+        except RuntimeError as error:  # the name of process 0's host, or this machine's metadata, is not there
+            raise Absent(
+                f"this is {found.why}, but JAX did not find process 0 within {time.monotonic() - began:.0f} s "
+                f"({error}); see that it was started, and that its name can be looked up from {socket.gethostname()}"
+            ) from error
     if where is None or size is None or number is None:
+        hint = " (of Open MPI it knows versions up to 4)" if _OPEN_MPI in found.why else ""
         raise UserError(
-            f"{found.why}, but JAX does not find its place in it (of Open MPI it knows versions up to 4); give "
-            "--coordinator, --processes, --process"
+            f"{found.why}, but JAX does not find its place in it{hint}; give --coordinator, --processes, --process"
         )
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
-    lines = roll_call(Place(where, size, number, bind), facts, timeout=timeout)
+    left = max(timeout - (time.monotonic() - began), timeout / 2)
+    lines = roll_call(Place(where, size, number, bind), facts, timeout=left)
     connect = functools.partial(
         jax.distributed.initialize,
         where,

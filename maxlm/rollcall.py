@@ -32,7 +32,7 @@ from maxlm.resolve import leaves
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint")
 # EX_NOHOST of sysexits.h: not all processes have come. The same command, on all hosts, may well work later.
 EXIT_ABSENT = 68
-CODE = "MAXLM_CODE"  # variable: what `code_digest` of the package has to be, where the launcher knows
+CODE = "MAXLM_CODE"  # variable: what `tree_digest` of the code has to be, where the launcher knows
 _LINE = 1 << 20  # bytes of a line at most
 _MARGIN = 15.0  # seconds by which process 0 may have started later than one that waits for its answer
 _SHOWN = 8  # processes or differences that a message lists
@@ -86,11 +86,12 @@ def run_facts(config: Config) -> dict[str, str]:
       UserError: the code is not the one that the variable MAXLM_CODE names.
     """
     facts = {f"config {path}": repr(value) for path, _, value in leaves(config)}
-    facts["code of maxlm"] = found = code_digest(Path(maxlm.__file__).parent)
-    if os.environ.get(CODE, found) != found:
+    package = Path(maxlm.__file__).parent
+    facts["code of maxlm"] = code_digest(package)
+    if (asked := os.environ.get(CODE)) and asked != (found := tree_digest(package.parent)):
         raise UserError(
-            f"the code here is not that of the commit which was asked for (digest {found}, expected "
-            f"{os.environ[CODE]}); build the image of a clean tree of that commit, or say --commit of the image's"
+            f"code and configs here are not those of the commit which was asked for (digest {found}, expected "
+            f"{asked}); build the image of a clean tree of that commit, or say --commit of the image's"
         )
     facts["python"] = platform.python_version()
     for name in PACKAGES:
@@ -101,13 +102,19 @@ def run_facts(config: Config) -> dict[str, str]:
     return facts
 
 
-def code_digest(folder: Path) -> str:
-    """A short digest of all Python files below `folder`: the version of the code that really runs."""
+def code_digest(*folders: Path) -> str:
+    """A short digest of all Python files below the folders: the version of the code that really runs."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def tree_digest(root: Path) -> str:
+    """`code_digest` of the package and of the configs beside it: an image may have brought an old config along."""
+    return code_digest(root / "maxlm", root / "configs")
 
 
 def roll_call(place: Place, facts: Mapping[str, str], *, timeout: float) -> list[Line]:

@@ -6,12 +6,15 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from maxlm import cluster
 from maxlm.errors import UserError
+from maxlm.rollcall import Absent
 from maxlm.train.signals import EXIT_PREEMPTED
 from tests.runs import ROOT, Runs
 
@@ -84,17 +87,33 @@ JOBSET = {
     "JOBSET_JOB_INDEX": "2",
     "JOB_COMPLETION_INDEX": "1",
 }
+# As SLURM sets them in the script that sbatch is given; srun adds the step's own.
+SBATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_NODELIST": "n[1-4]",
+}
+SRUN = SBATCH | {"SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "n[1-4]"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, "process 3 of 4, as SLURM says"),
-        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (SRUN, "process 3 of 4, as SLURM says"),
+        (SRUN | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
         ({"SLURM_NTASKS": "4"}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "process 0 of 2, as Open MPI says"),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "one of 2 TPU hosts"),
+        (SBATCH, None),  # the script itself, which is to call srun, or launch.hosts
+        (SBATCH | OPEN_MPI, "process 1 of 2, as Open MPI says"),  # mpirun in such a script
+        (OPEN_MPI, "process 1 of 2, as Open MPI says"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "one of 2 TPU hosts (TPU_WORKER_HOSTNAMES)"),
+        (
+            {"TPU_WORKER_HOSTNAMES": "a", "TPU_PROCESS_ADDRESSES": "a:1,a:2,b:1,b:2"},
+            "one of 4 TPU hosts (TPU_PROCESS_ADDRESSES)",
+        ),
         ({"TPU_WORKER_HOSTNAMES": "a"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "one of 1 TPU hosts in each of 2 slices"),
         (JOBSET, "process 5 of 8, pod 1 of job 2, as the JobSet says"),
@@ -121,8 +140,33 @@ def test_an_address_that_cannot_be_is_refused(given, message):
 
 
 def test_flags_come_before_the_environment():
-    found = cluster.detect({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, coordinator="a:1", processes=2, process=1)
+    found = cluster.detect(SRUN, coordinator="a:1", processes=2, process=1)
     assert found == cluster.Cluster("process 1 of 2, as the flags say", "a:1", 2, 1)
+
+
+@pytest.mark.parametrize(("environment", "hint"), [(SRUN, False), (OPEN_MPI, True)])
+def test_only_of_open_mpi_there_is_a_hint_to_its_versions(monkeypatch, environment, hint):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)  # without it JAX does not see SLURM either
+    with pytest.raises(UserError, match="JAX does not find its place in it.*; give --coordinator") as error:
+        cluster.join({}, timeout=1)
+    assert ("Open MPI it knows" in str(error.value)) == hint
+
+
+def test_a_coordinator_whose_name_is_not_known_is_absent_and_named(monkeypatch):
+    """As in a pod of GKE whose first pod has no node yet: JAX asks for its name all the time it is given."""
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    quick = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(0.1))
+    monkeypatch.setattr(cloud_tpu_cluster, "time", quick)
+    place = {"TPU_WORKER_HOSTNAMES": "run-0.invalid,run-1.invalid", "TPU_WORKER_ID": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    place |= {"MEGASCALE_COORDINATOR_ADDRESS": "run-0.invalid", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(Absent, match="one of 2 TPU hosts.*did not find process 0.*run-0.invalid") as error:
+        cluster.join({}, timeout=4)
+    assert error.value.exit_code == 68 and time.monotonic() - began < 4  # a part of the time is the roll call's
 
 
 def test_a_tpu_vm_is_seen_by_its_metadata():

@@ -4,9 +4,11 @@ import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+import maxlm
 from maxlm import rollcall
 from maxlm.errors import UserError
 from maxlm.rollcall import Place, judge, roll_call
@@ -83,11 +85,23 @@ def test_one_that_counts_otherwise_is_named_at_once():
 
 def test_code_that_is_not_the_commits_is_refused(tmp_path, monkeypatch):
     config = tiny_config(tmp_path)
-    monkeypatch.setenv("MAXLM_CODE", rollcall.run_facts(config)["code of maxlm"])
+    root = Path(maxlm.__file__).parent.parent
+    monkeypatch.setenv("MAXLM_CODE", rollcall.tree_digest(root))
     rollcall.run_facts(config)
     monkeypatch.setenv("MAXLM_CODE", "0123456789abcdef")
     with pytest.raises(UserError, match="expected 0123456789abcdef.; build the image of a clean tree"):
         rollcall.run_facts(config)
+
+
+def test_an_old_config_is_other_code_too(tmp_path):
+    for name in ("maxlm/cli.py", "configs/x.py", "tests/test_x.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("steps = 1\n")
+    before = rollcall.tree_digest(tmp_path)
+    (tmp_path / "tests/test_x.py").write_text("steps = 2\n")
+    assert rollcall.tree_digest(tmp_path) == before
+    (tmp_path / "configs/x.py").write_text("steps = 2\n")
+    assert rollcall.tree_digest(tmp_path) != before
 
 
 def test_one_number_twice_is_said():

@@ -193,13 +193,13 @@ def test_apply_says_what_is_there_and_begins_again_what_has_ended(cluster, capsy
 def test_an_image_of_other_code_is_noticed(capsys):
     """The pods compare their code with that of the commit which was asked for."""
     from launch.job import unpack_code
-    from maxlm.rollcall import code_digest
+    from maxlm.rollcall import tree_digest
 
     found = made(capsys, TOPOLOGIES["gpus"][0])
     environment = {entry["name"]: entry.get("value", "") for entry in pod_of(found)["containers"][0]["env"]}
     assert environment["JAX_PLATFORMS"] == "cuda,cpu"
     with tempfile.TemporaryDirectory() as folder:
-        assert environment["MAXLM_CODE"] == code_digest(unpack_code(COMMIT, Path(folder)) / "maxlm")
+        assert environment["MAXLM_CODE"] == tree_digest(unpack_code(COMMIT, Path(folder)))
 
 
 def test_pods_wait_long_for_nodes_and_slices_have_their_node_pools(capsys):
