@@ -157,11 +157,13 @@ class Torture:
         fault = Thrown(kind, last_step(company.workdir), company)
         self.log(f"{kind} at step {fault.step}, {len(company.processes)} processes")
         began = time.monotonic()
-        getattr(self, kind)(company)
+        if getattr(self, kind)(company) is False:
+            fault.kind = "kill_all"
+            self.log(f"there was nothing yet for {kind} to damage: all were killed, no more")
         fault.seconds = time.monotonic() - began
         self.thrown.append(fault)
 
-    # --- the faults
+    # --- the faults; those that damage files say whether there were any, and have killed all if not
 
     def kill_one(self, company: Company) -> None:
         """SIGKILL to one: the rest leaves by itself and names it."""
@@ -220,39 +222,41 @@ class Torture:
         ballast.unlink(missing_ok=True)
         company.kill()
 
-    def flip_checkpoint(self, company: Company) -> None:
+    def flip_checkpoint(self, company: Company) -> bool:
         """A flipped bit in a file of the newest checkpoint."""
         company.kill()
-        self.damage_checkpoint(company.workdir, flipped)
+        return self.damage_checkpoint(company.workdir, flipped)
 
-    def truncate_checkpoint(self, company: Company) -> None:
+    def truncate_checkpoint(self, company: Company) -> bool:
         """Half of a file of the newest checkpoint is gone."""
         company.kill()
-        self.damage_checkpoint(company.workdir, lambda data, _: data[: len(data) // 2])
+        return self.damage_checkpoint(company.workdir, lambda data, _: data[: len(data) // 2])
 
-    def damage_checkpoint(self, workdir: Path, damage: Callable[[bytes, random.Random], bytes]) -> None:
+    def damage_checkpoint(self, workdir: Path, damage: Callable[[bytes, random.Random], bytes]) -> bool:
         """Where an older one is there to fall back to: nobody can do without any."""
         steps = CheckpointReader(workdir / "checkpoints", log=lambda _: None).steps()
-        if len(steps) > 1:
-            files = sorted(
-                p for p in (workdir / "checkpoints" / str(steps[-1])).rglob("*") if p.is_file() and p.stat().st_size
-            )
-            path = self.draw.choice(files)
-            path.write_bytes(damage(path.read_bytes(), self.draw))
+        if len(steps) < 2:
+            return False
+        files = sorted(
+            p for p in (workdir / "checkpoints" / str(steps[-1])).rglob("*") if p.is_file() and p.stat().st_size
+        )
+        path = self.draw.choice(files)
+        path.write_bytes(damage(path.read_bytes(), self.draw))
+        return True
 
-    def flip_store(self, company: Company) -> None:
+    def flip_store(self, company: Company) -> bool:
         """A flipped bit in the tokens: the run has to refuse them, and goes on when the file is put right."""
-        self.damage_store(company, flipped)
+        return self.damage_store(company, flipped)
 
-    def truncate_store(self, company: Company) -> None:
+    def truncate_store(self, company: Company) -> bool:
         """Half of the tokens is gone: the same."""
-        self.damage_store(company, lambda data, _: data[: len(data) // 2])
+        return self.damage_store(company, lambda data, _: data[: len(data) // 2])
 
-    def damage_store(self, company: Company, damage: Callable[[bytes, random.Random], bytes]) -> None:
+    def damage_store(self, company: Company, damage: Callable[[bytes, random.Random], bytes]) -> bool:
         company.kill()
         shards = sorted(company.workdir.glob("data/*/train-*.bin"))
         if not shards:
-            return  # it was killed before there were any
+            return False  # it was killed before there were any
         whole = shards[0].read_bytes()
         shards[0].write_bytes(damage(whole, self.draw))
         try:
@@ -262,6 +266,7 @@ class Torture:
                 raise Lost(f"the damaged store was not refused: {codes}\n{refused.said()[-3000:]}")
         finally:
             shards[0].write_bytes(whole)
+        return True
 
     # --- what has to hold at the end
 
