@@ -18,17 +18,19 @@ import json
 import math
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.job import (
     EXIT_PREEMPTED,
+    SLOW_SECONDS,
     Job,
     LaunchError,
     Topology,
+    ask_tool,
     check_config,
     check_shared,
     commit_digest,
@@ -38,34 +40,43 @@ from launch.job import (
     run_main,
     secret_values,
     split_overrides,
+    spot_note,
+    there,
 )
+from launch.patch import merged, read_patch
 from maxlm.heartbeat import EXIT_LOST
 from maxlm.rollcall import CODE, EXIT_ABSENT
 
 PORT = 8476
 SETTINGS = "maxlm/settings"  # annotation: a digest of the manifest as it was applied
-# Not the run's fault: the same again may well work.
+_NAMESPACE = "default"
+# Not the run's fault: the same again may well work. A process whose work failed leaves with 1, as do all that it tells.
 UNCOUNTED = [EXIT_ABSENT, EXIT_LOST, EXIT_PREEMPTED]
 
 
 class TpuKind(NamedTuple):
-    """A TPU generation on GKE: its node label, chips on a host of a slice of several, name to xpk."""
+    """A TPU generation on GKE: its node label, name to xpk, chips that a host may have besides the usual ones."""
 
     label: str
-    chips: int
     xpk: str
+    hosts: tuple[int, ...] = ()
 
 
+HOST_CHIPS = 4  # of a host in a slice of several hosts
 TPUS = {
-    "v4": TpuKind("tpu-v4-podslice", 4, "v4"),
-    "v5e": TpuKind("tpu-v5-lite-podslice", 4, "v5litepod"),
-    "v5p": TpuKind("tpu-v5p-slice", 4, "v5p"),
-    "v6e": TpuKind("tpu-v6e-slice", 4, "v6e"),
-    "tpu7x": TpuKind("tpu7x", 4, "tpu7x"),
+    "v4": TpuKind("tpu-v4-podslice", "v4"),
+    "v5e": TpuKind("tpu-v5-lite-podslice", "v5litepod", hosts=(1, 8)),
+    "v5p": TpuKind("tpu-v5p-slice", "v5p"),
+    "v6e": TpuKind("tpu-v6e-slice", "v6e", hosts=(1, 8)),
+    "tpu7x": TpuKind("tpu7x", "tpu7x"),
 }
 _IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._:/@-]*")
 _BUCKET = re.compile(r"[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9]")
 _TPU_CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}  # the accelerator's name counts these, not chips
+_CPU, _MEMORY = re.compile(r"\d+(\.\d+)?m?"), re.compile(r"\d+(\.\d+)?([KMGT]i?)?")
+# What each of a pod's accelerators asks for, unless told otherwise: small enough for every machine type that has one.
+_CPU_EACH, _GIB_EACH = 2, 8
+SPOT_SECONDS = 15  # that GKE leaves a pod on a spot node, or up to 25, whatever the pod asks for
 
 
 def chips_of(topology: str) -> int:
@@ -79,14 +90,23 @@ def shape_of(values: argparse.Namespace) -> Topology:
     """Groups and hosts of the flags. Raises LaunchError where TPU and GPU flags are mixed."""
     if values.accelerator in TPUS:
         chips = chips_of(values.topology)
-        each = min(chips, TPUS[values.accelerator].chips)
+        each = values.chips or min(chips, HOST_CHIPS)
+        if each not in (HOST_CHIPS, min(chips, HOST_CHIPS), *TPUS[values.accelerator].hosts):
+            raise LaunchError(f"--chips is {each}; hosts of {values.accelerator} have {HOST_CHIPS}, or all of a slice")
         if chips % each:
             raise LaunchError(f"--topology={values.topology} has {chips} chips, which hosts of {each} do not divide")
+        if each != HOST_CHIPS and chips != each:
+            raise LaunchError(f"--chips={each} is for slices of one such host; hosts of several have {HOST_CHIPS}")
+        if chips == each and values.slices > 1:
+            raise LaunchError(
+                f"--slices={values.slices} of --topology={values.topology}: Google joins slices of several hosts only; "
+                "give a larger --topology, of one slice"
+            )
         return Topology(groups=values.slices, hosts=chips // each, accelerator=values.accelerator, devices=each)
-    if values.topology or not values.accelerator.startswith("nvidia-"):
+    if values.topology or values.chips or not values.accelerator.startswith("nvidia-"):
         raise LaunchError(
             f"--accelerator is {values.accelerator!r}; give {', '.join(TPUS)} with --topology, or a GPU as GKE "
-            "names it, as in nvidia-h100-80gb, with --nodes and --gpus"
+            "names it, as in nvidia-h100-80gb, with --nodes and --gpus alone"
         )
     return Topology(groups=values.slices, hosts=values.nodes, accelerator=values.accelerator, devices=values.gpus)
 
@@ -135,10 +155,7 @@ def manifest(job: Job, values: argparse.Namespace) -> dict[str, Any]:
                             "completions": shape.hosts,
                             "backoffLimit": 0,
                             "podFailurePolicy": {"rules": leaves},
-                            "template": {
-                                "metadata": {"annotations": _pod_annotations(values)},
-                                "spec": _pod(job, values),
-                            },
+                            "template": _pod_template(job, values),
                         }
                     },
                 }
@@ -149,8 +166,10 @@ def manifest(job: Job, values: argparse.Namespace) -> dict[str, Any]:
     return made
 
 
-def _pod_annotations(values: argparse.Namespace) -> dict[str, str]:
-    return {"gke-gcsfuse/volumes": "true"} if values.mount_bucket else {}
+def _pod_template(job: Job, values: argparse.Namespace) -> dict[str, Any]:
+    annotations = {"gke-gcsfuse/volumes": "true"} if values.mount_bucket else {}
+    made = {"metadata": {"annotations": annotations}, "spec": _pod(job, values)}
+    return merged(made, read_patch(Path(values.pod_patch))) if values.pod_patch else made
 
 
 def _pod(job: Job, values: argparse.Namespace) -> dict[str, Any]:
@@ -169,6 +188,12 @@ def _pod(job: Job, values: argparse.Namespace) -> dict[str, Any]:
             {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
         ]
     volumes, mounts = _volumes(values)
+    # A pod that asks for no processors and memory is the first to be put out where a node runs short of them.
+    asked = {
+        device: str(shape.devices),
+        "cpu": values.cpu or str(_CPU_EACH * shape.devices),
+        "memory": values.memory or f"{_GIB_EACH * shape.devices}Gi",
+    }
     return {
         "restartPolicy": "Never",
         "serviceAccountName": values.service_account or "default",
@@ -184,7 +209,7 @@ def _pod(job: Job, values: argparse.Namespace) -> dict[str, Any]:
                 "command": ["python", *(_literal(word) for word in _words(job, values))],
                 "env": _environment(job),
                 "ports": [{"name": "coordinator", "containerPort": PORT}],
-                "resources": {"requests": {device: str(shape.devices)}, "limits": {device: str(shape.devices)}},
+                "resources": {"requests": asked, "limits": {device: str(shape.devices)}},
                 "volumeMounts": mounts,
                 # The signal at once, and the pod stays until the process has saved and gone; grace seconds at most.
                 "lifecycle": {
@@ -249,6 +274,12 @@ def xpk_command(job: Job, values: argparse.Namespace) -> list[str]:
         raise LaunchError("xpk starts TPU jobs here: give --accelerator and --topology of a TPU, and --cluster")
     if job.secrets:
         raise LaunchError("xpk would write secrets into its command; use `apply`, or secrets that the cluster mounts")
+    own = ("mount-bucket", "mount-claim", "service-account", "queue", "pod_patch", "cpu", "memory", "chips")
+    dropped = [f"--{name}" for name in own if getattr(values, name.replace("-", "_"))]
+    dropped += ["--namespace"] if values.namespace != _NAMESPACE else []
+    if dropped:
+        raise LaunchError(f"xpk makes its own pods, without {' and '.join(dropped)}: leave that out, or use `apply`")
+    check_shared(job, [])  # nothing is mounted there
     cores = chips_of(values.topology) * _TPU_CORES.get(job.topology.accelerator, 1)
     variables = {CODE: commit_digest(job.commit), **job.environment}
     exports = [f"export {name}={shlex.quote(value)};" for name, value in variables.items()]
@@ -259,6 +290,8 @@ def xpk_command(job: Job, values: argparse.Namespace) -> list[str]:
         f"--restart-on-exit-codes={','.join(map(str, [1, *UNCOUNTED]))}",  # all but those above 126 are final to xpk
         f"--termination-grace-period-seconds={job.grace_seconds}",
         f"--command={' '.join([*exports, 'exec', shlex.join(['python', *_words(job, values)])])}",
+        # Otherwise it starts two containers in a pod of this kind, of which each would be a process of its own.
+        *(["--no-use-parallel-containers"] if job.topology.accelerator == "tpu7x" else []),
         *(["--spot"] if values.spot else []),
     ]
 
@@ -274,15 +307,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--accelerator", required=True, help=f"{', '.join(TPUS)}, or a GPU as in nvidia-h100-80gb")
     add("--topology", default="", help="TPU: the slice's shape, as in 4x4 or 2x2x4")
+    add(
+        "--chips",
+        type=int,
+        default=0,
+        help=f"TPU: of a host; 8 for machine types as ct6e-standard-8t. {HOST_CHIPS}, or all of a smaller slice",
+    )
     add("--slices", type=int, default=1, help="groups of nodes: TPU slices, or replicas of GPU nodes")
     add("--nodes", type=int, default=1, help="GPU: nodes in a group")
     add("--gpus", type=int, default=8, help="GPU: of a node")
     add("--spot", action="store_true")
     add("--queue", default="", help="local queue of Kueue")
-    add("--namespace", default="default")
+    add("--namespace", default=_NAMESPACE)
     add("--service-account", default="", help="Kubernetes service account, for access to the bucket")
     add("--mount-bucket", default="", help="a bucket to see as /bucket, through Cloud Storage FUSE")
     add("--mount-claim", default="", help="a persistent volume claim to see as /claim")
+    add("--cpu", default="", help=f"processors that a pod asks for, as in 100; {_CPU_EACH} an accelerator")
+    add("--memory", default="", help=f"memory that a pod asks for, as in 300Gi; {_GIB_EACH}Gi an accelerator")
+    add("--pod_patch", default="", metavar="FILE", help="YAML of a pod template, merged into that of the pods")
     add("--cluster", default="", help="xpk: name of the cluster")
     add("--join_seconds", type=int, default=6 * 3600, help="how long pods wait for each other, and for their nodes")
     return parser
@@ -296,17 +338,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = job_of(values, overrides, shape, copied=values.action != "delete", platform=platform)
     folders = {"/bucket": values.mount_bucket, "/claim": values.mount_claim}
     check_shared(job, [folder for folder, source in folders.items() if source])
-    for flag, pattern in (("image", _IMAGE), ("mount_bucket", _BUCKET)):
+    for flag, pattern in (("image", _IMAGE), ("mount_bucket", _BUCKET), ("cpu", _CPU), ("memory", _MEMORY)):
         if getattr(values, flag) and not pattern.fullmatch(getattr(values, flag)):
             raise LaunchError(f"--{flag.replace('_', '-')} is {getattr(values, flag)!r}, which cannot be one")
     if values.action == "delete":
         return _delete(job, values)
+    for note in _notes(job, values):
+        print(note, file=sys.stderr)
     if values.action == "manifest":
         print(json.dumps(manifest(job, values), indent=2))
         return 0
     if not values.dry_run and not values.no_check:
         check_config(job)
     return _xpk(job, values) if values.action == "xpk" else _apply(job, values)
+
+
+def _notes(job: Job, values: argparse.Namespace) -> list[str]:
+    """What the cluster does otherwise than one may think."""
+    notes = [spot_note(job, f"{SPOT_SECONDS} to 25 s")] if values.spot and job.grace_seconds > SPOT_SECONDS else []
+    nodes = job.topology.groups * job.topology.hosts
+    if job.topology.accelerator not in TPUS and nodes > 1 and not values.pod_patch:
+        notes.append(
+            f"# {nodes} GPU NODES WITHOUT --pod_patch: NCCL GOES OVER ONE ORDINARY SOCKET BETWEEN THEM, a small part "
+            "of what GPUDirect-TCPX, TCPXO or RDMA give. See docs/launch.md"
+        )
+    return notes
 
 
 def _apply(job: Job, values: argparse.Namespace) -> int:
@@ -367,7 +423,7 @@ def _xpk(job: Job, values: argparse.Namespace) -> int:
     if values.dry_run:
         print(job.describe(), printed(command), sep="\n\n")
         return 0
-    _there(command[0])
+    there(command[0])
     if code := subprocess.run(command).returncode:
         raise LaunchError(f"{' '.join(command[:3])} failed ({code})")
     return 0
@@ -377,19 +433,12 @@ def _kubectl(values: argparse.Namespace, *words: str) -> list[str]:
     return ["kubectl", f"--namespace={values.namespace}", *words]
 
 
-def _there(program: str) -> None:
-    if shutil.which(program) is None:
-        raise LaunchError(f"{program} is not installed; see docs/launch.md")
-
-
 def _answer(command: Sequence[str], given: str | None = None) -> str:
-    """What a command prints. Raises LaunchError: it is not installed, or failed."""
-    _there(command[0])
-    done = subprocess.run(command, input=given, capture_output=True, text=True)
-    if done.returncode:
-        last = done.stderr.strip() or "no message"
-        raise LaunchError(f"{command[0]} {command[2]} failed ({done.returncode}): {last}")
-    return done.stdout.strip()
+    """What a command prints. Raises LaunchError: it is not installed, failed, or did not end."""
+    done = ask_tool(command, (given or "").encode(), seconds=SLOW_SECONDS)  # `delete` waits for pods that save
+    if done.code:
+        raise LaunchError(f"{command[0]} {command[2]} failed ({done.code}): {done.errors.strip() or 'no message'}")
+    return done.output.strip()
 
 
 if __name__ == "__main__":

@@ -27,9 +27,12 @@ from launch import remote
 from launch.job import (
     EXIT_PREEMPTED,
     ROOT,
+    SLOW_SECONDS,
+    TOOL_SECONDS,
     Job,
     LaunchError,
     Topology,
+    ask_tool,
     check_config,
     check_shared,
     code_archive,
@@ -39,6 +42,7 @@ from launch.job import (
     run_main,
     secret_values,
     split_overrides,
+    there,
 )
 from launch.remote import Layout, Status
 from launch.supervise import PATIENCE_SECONDS, supervise
@@ -74,9 +78,9 @@ class SshFleet:
     def prepare(self) -> None:
         archive = code_archive(self.job.commit)
         unpack = remote.unpack(self.layout, self.job, "-")
-        self.everywhere(lambda number: (self.command(self.hosts[number], unpack), archive))
+        self.everywhere(lambda number: (self.command(self.hosts[number], unpack), archive), seconds=SLOW_SECONDS)
         install = remote.install(self.layout, self.job, self.lock).encode()
-        self.everywhere(lambda number: (self.command(self.hosts[number]), install))
+        self.everywhere(lambda number: (self.command(self.hosts[number]), install), seconds=SLOW_SECONDS)
 
     def start(self) -> list[Status]:
         secrets = secret_values(self.job)
@@ -108,20 +112,24 @@ class SshFleet:
         return self.command(self.hosts[0], remote.follow(self.layout, self.job))
 
     def ask(self, script_of: Callable[[int], str]) -> list[Status]:
+        limit = self.job.grace_seconds + TOOL_SECONDS
         return remote.read_status(
-            self.everywhere(lambda number: (self.command(self.hosts[number]), script_of(number).encode()))
+            self.everywhere(lambda n: (self.command(self.hosts[n]), script_of(n).encode()), seconds=limit)
         )
 
-    def everywhere(self, what: Callable[[int], tuple[list[str], bytes]]) -> str:
+    def everywhere(self, what: Callable[[int], tuple[list[str], bytes]], *, seconds: float) -> str:
         """Runs a command with its standard input for each host, all at once; what they printed."""
 
         def one(number: int) -> str:
             command, given = what(number)
-            done = subprocess.run(command, input=given, capture_output=True)
-            if done.returncode:
-                last = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-                raise LaunchError(f"ssh {self.hosts[number]} failed ({done.returncode}): {last[-1]}")
-            return done.stdout.decode(errors="replace")
+            try:
+                done = ask_tool(command, given, seconds=seconds)
+            except LaunchError as error:
+                raise LaunchError(f"{self.hosts[number]}: {error}") from error
+            if done.code:
+                last = done.errors.strip().splitlines() or ["no message"]
+                raise LaunchError(f"ssh {self.hosts[number]} failed ({done.code}): {last[-1]}")
+            return done.output
 
         with ThreadPoolExecutor(min(32, self.workers)) as pool:
             return "\n".join(pool.map(one, range(self.workers)))
@@ -304,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines = [printed(fleet.command(host), scripts[values.action]) for host in hosts]
         print(job.describe(), *lines, sep="\n\n")
         return 0
+    there("ssh")
     if values.action == "status":
         for host, status in zip(hosts, fleet.status(), strict=True):
             _log(f"{host} ({status.host}): {status.state}{'' if status.code is None else f' {status.code}'}")

@@ -15,17 +15,21 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from maxlm.rollcall import tree_digest
 from maxlm.train.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a tool may take beyond the time to save, and what installing, or making and giving back machines, may take.
+TOOL_SECONDS, SLOW_SECONDS = 120.0, 1800.0
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OVERRIDE = re.compile(r"--config\.[A-Za-z0-9_.]+=(.*)", re.DOTALL)
@@ -164,6 +168,14 @@ def check_shared(job: Job, mounts: Sequence[str] = ("/",)) -> None:
     raise LaunchError(f"--workdir is {job.workdir!r}, which not all hosts see; give {below}gs://bucket/folder")
 
 
+def spot_note(job: Job, limit: str) -> str:
+    """What --grace_seconds is worth on spot machines, which are gone `limit` after the notice."""
+    return (
+        f"# --spot: of the {job.grace_seconds} s of --grace_seconds a preempted process gets {limit}, no more. A save "
+        "that takes longer is lost: the time between checkpoints (every_steps, mtbf_hours, local_dir) has to cover that"
+    )
+
+
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +310,35 @@ def secret_values(job: Job, environment: Mapping[str, str] = os.environ) -> dict
     if missing := [name for name in job.secrets if name not in environment]:
         raise LaunchError(f"the environment has no {' and no '.join(missing)}; set what --secret names")
     return {name: environment[name] for name in job.secrets}
+
+
+class Answer(NamedTuple):
+    """What a tool has printed, and its exit code."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def there(program: str) -> None:
+    """Raises LaunchError: the program is not installed here."""
+    if shutil.which(program) is None:
+        raise LaunchError(f"{program} is not installed here, or not on the PATH; see docs/launch.md")
+
+
+def ask_tool(command: Sequence[str], given: bytes = b"", *, seconds: float) -> Answer:
+    """Runs a tool to its end, with its standard input.
+
+    Raises:
+      LaunchError: it is not installed, or has not ended within `seconds`.
+    """
+    there(command[0])
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        what = " ".join(word for word in command[:5] if not re.search("^-|=", word))
+        raise LaunchError(f"{what} has not ended within {seconds:.0f} s") from error
+    return Answer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
 
 def printed(command: Sequence[str], given: str | None = None) -> str:

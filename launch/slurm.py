@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,9 +22,11 @@ from pathlib import Path
 
 from launch.job import (
     EXIT_PREEMPTED,
+    TOOL_SECONDS,
     Job,
     LaunchError,
     Topology,
+    ask_tool,
     check_config,
     check_shared,
     job_of,
@@ -34,6 +35,7 @@ from launch.job import (
     run_main,
     secret_values,
     split_overrides,
+    there,
     unpack_code,
 )
 from launch.supervise import HEALTHY_SECONDS
@@ -126,6 +128,7 @@ def _srun_words(job: Job, values: argparse.Namespace, code: Path) -> str:
     words = []
     if values.container_image:
         folders = dict.fromkeys([str(code), *([] if "://" in job.workdir else [job.workdir.split(ARRAY)[0]])])
+        folders |= dict.fromkeys([job.config] if Path(job.config).is_absolute() else [])  # one that no commit holds
         mounts = ",".join(f"{folder}:{folder}" for folder in [*folders, *values.container_mount])
         words = [f"--container-image={values.container_image}", f"--container-mounts={mounts}"]
         words += [f"--container-workdir={code}"]
@@ -156,7 +159,7 @@ def check_words(job: Job, values: argparse.Namespace) -> None:
         problems.append(f"{ARRAY} stands for the number of an array's task; say --array=0-7, or leave it out")
     if not values.folder.startswith("/") or re.search(r"[\\%]", values.folder):
         problems.append(f"--folder is {values.folder!r}; give an absolute path without % and \\, seen by all nodes")
-    mounted = [*values.container_mount, job.workdir, values.folder] if values.container_image else []
+    mounted = [*values.container_mount, job.workdir, job.config, values.folder] if values.container_image else []
     problems += [f"{path!r} cannot be mounted: it has a , or :" for path in mounted if re.search("[,:]", path)]
     if problems:
         raise LaunchError("\n".join(problems))
@@ -196,10 +199,10 @@ def wait_for(number: str, *, poll: float) -> int:
 
 def _answer(*command: str) -> str:
     """What a command of SLURM prints. Raises LaunchError if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise LaunchError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    return done.stdout.strip()
+    done = ask_tool(command, seconds=TOOL_SECONDS)
+    if done.code:
+        raise LaunchError(f"{command[0]}: {done.errors.strip() or f'exit code {done.code}'}")
+    return done.output.strip()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -243,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if values.dry_run:
         print(job.describe(), f"# {file}\n{text}", printed(command), sep="\n\n")
         return 0
+    there("sbatch")
     secret_values(job)
     if values.wait and values.array is not None:
         raise LaunchError("--wait is for one job, --array makes several; leave one of them out")

@@ -13,8 +13,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 from launch.job import EXIT_PREEMPTED, Job, LaunchError
 from launch.remote import Status
@@ -56,12 +56,19 @@ class Fleet(Protocol):
         """Prints the first worker's log from now on, in a process group of its own."""
 
 
-class WrongMachines(LaunchError):
-    """What is there is not what was asked for: waiting does not help."""
+class Hopeless(LaunchError):
+    """The machines will not come, or are not those that were asked for: waiting does not help."""
 
 
 class _Stopped(Exception):
     """Somebody has asked for the end of the job, in another terminal."""
+
+
+class _Begun(NamedTuple):
+    """A run that is there; complete: has come to its end already, started: only now, by this program."""
+
+    complete: bool = False
+    started: bool = False
 
 
 class _Silence:
@@ -79,6 +86,16 @@ class _Silence:
     def broken(self) -> None:
         """The run is seen."""
         self._since, self._times = None, 0
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The time inside does not count: whoever waits for machines to be there, in a queue, say, is answered."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            if self._since is not None:
+                self._since += self._clock() - began
 
     def lasts(self, error: LaunchError) -> float:
         """Seconds until the next look. Raises LaunchError: it has lasted too long."""
@@ -116,22 +133,27 @@ def supervise(
       LaunchError: it failed more often than `job.retries`, or the machines did not answer; what went wrong last.
     """
     failures, allowed = 0, False
+    began: float | None = None  # the run that is there; while it goes on, looks that fail do not change that
     silence = _Silence(patience, poll=poll, log=log, clock=clock)
     while True:
         try:
-            if fleet.ensure():
-                failures = 0
+            with silence.suspended():
+                replaced = fleet.ensure()
+            failures = 0 if replaced else failures
             if not allowed:  # by this very command; what is stopped from now on stays so
                 fleet.allow()
                 allowed = True
-            code = _begun(fleet, log=log)
-            began = clock()  # only now: the wait for machines is no healthy run
-            if code is None:
+            begun = _begun(fleet, log=log)
+            if begun.started or began is None:
+                began = clock()  # only now: the wait for machines is no healthy run
+            code = 0
+            if not begun.complete:
                 code = _followed(fleet, job, silence, log=log, poll=poll, sleep=sleep, clock=clock)
+            lasted, began = clock() - began, None
         except _Stopped:
             log("the run was asked to stop, and has ended; `run` starts it again")
             return EXIT_PREEMPTED
-        except WrongMachines:
+        except Hopeless:
             raise
         except LaunchError as error:
             sleep(silence.lasts(error))
@@ -143,7 +165,7 @@ def supervise(
             log("the run was asked to leave and has saved; starting it again")
             continue
         problem = f"the run ended with exit code {code}"
-        failures = 1 if clock() - began > HEALTHY_SECONDS else failures + 1
+        failures = 1 if lasted > HEALTHY_SECONDS else failures + 1
         if failures > job.retries:
             raise LaunchError(f"{problem}; given up after {failures} failures, the same command tries again")
         log(f"{problem}; failure {failures}, {job.retries} are allowed")
@@ -157,20 +179,20 @@ def supervise(
                 fleet.replace()
 
 
-def _begun(fleet: Fleet, *, log: Callable[[str], None]) -> int | None:
-    """From whatever state the machines are in to a run; 0: it is complete already.
+def _begun(fleet: Fleet, *, log: Callable[[str], None]) -> _Begun:
+    """From whatever state the machines are in to a run.
 
     Raises:
       _Stopped: somebody has stopped it.
     """
     statuses = _all(fleet)
     if all(status.state == "exited" and status.code == 0 for status in statuses):
-        return 0
+        return _Begun(complete=True)
     states = {status.state for status in statuses}
     # Those that ended already are followed by the rest, or judged.
     if "running" in states and states <= {"running", "exited", "stopped"}:
         log("the run is there already; watching it")
-        return None
+        return _Begun()
     if "stopped" in states:
         raise _Stopped
     if states & {"running", "other"}:
@@ -179,7 +201,7 @@ def _begun(fleet: Fleet, *, log: Callable[[str], None]) -> int | None:
     fleet.prepare()
     log(f"starting {fleet.workers} processes")
     fleet.start()
-    return None
+    return _Begun(started=True)
 
 
 def _followed(

@@ -25,9 +25,12 @@ from typing import Any
 from launch import remote
 from launch.job import (
     ROOT,
+    SLOW_SECONDS,
+    TOOL_SECONDS,
     Job,
     LaunchError,
     Topology,
+    ask_tool,
     check_config,
     check_shared,
     code_archive,
@@ -37,9 +40,11 @@ from launch.job import (
     run_main,
     secret_values,
     split_overrides,
+    spot_note,
+    there,
 )
 from launch.remote import Layout, Status
-from launch.supervise import PATIENCE_SECONDS, WrongMachines, supervise
+from launch.supervise import PATIENCE_SECONDS, Hopeless, supervise
 
 LOCK = ROOT / "launch" / "tpu.lock"
 # The images of the TPU VM documentation, by generation.
@@ -52,6 +57,13 @@ RUNTIMES = {
 }
 _LOST = ("FAILED", "SUSPENDING", "SUSPENDED")
 _GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "HIDDEN")
+# What gcloud says where nobody is logged in, and of requests that it will never grant.
+_FINAL = re.compile(
+    "active account|auth login|[Rr]eauthentication|UNAUTHENTICATED|PERMISSION_DENIED|INVALID_ARGUMENT|NOT_FOUND|"
+    "Quota limit|[Ii]nvalid value"
+)
+_MISUSED = 2  # its exit code for words that it does not know
+SPOT_SECONDS = 30  # between the notice and the end of a spot VM
 
 
 class TpuFleet:
@@ -70,6 +82,7 @@ class TpuFleet:
         slices = job.topology.groups
         self.nodes = [job.name] if slices == 1 else [f"{job.name}-{number}" for number in range(slices)]
         self.workers = 0  # known once the machines are
+        self.seen = False  # there was something once: what refuses now may grant again
 
     # --- commands, as argument lists
 
@@ -108,9 +121,10 @@ class TpuFleet:
     # --- what the supervisor asks for
 
     def ensure(self) -> bool:
-        replaced, said = False, ""
+        replaced, asked, said = False, False, ""
         while True:
-            state = self.state()
+            found = self.resource()
+            state = _state(found)
             nodes = self.node_states() if state == "ACTIVE" else {}
             if state == "ACTIVE" and all(nodes.get(node) == "READY" for node in self.nodes):
                 return replaced
@@ -118,12 +132,16 @@ class TpuFleet:
                 f"{node} is {nodes.get(node, 'gone')}" for node in self.nodes if nodes.get(node, "PREEMPTED") in _GONE
             ]
             if state in _LOST or (state == "ACTIVE" and gone):
-                self.log(f"the machines are lost ({', '.join(gone) or state}); giving them back")
-                self.gcloud(self.delete_command())
+                why = ", ".join(gone) if state == "ACTIVE" else f"{state}{_reason(found)}"
+                if state == "FAILED" and asked:
+                    raise Hopeless(f"what was asked for has failed: {why}; change it, or the same command asks again")
+                self.log(f"the machines are lost ({why}); giving them back")
+                self.gcloud(self.delete_command(), seconds=SLOW_SECONDS)
                 replaced = True
             elif state is None:
                 self.log(f"asking for {len(self.nodes)} x {self.job.topology.accelerator} in {self.values.zone}")
-                self.gcloud(self.create_command())
+                self.gcloud(self.create_command(), seconds=SLOW_SECONDS)
+                asked = True
             elif said != state:
                 self.log(f"waiting for the machines: {state.lower()}")
                 said = state
@@ -136,7 +154,7 @@ class TpuFleet:
             local.write_bytes(code_archive(self.job.commit))
             self.everywhere(lambda node: self.copy_command(node, str(local), archive))
         self.run_script(remote.unpack(self.layout, self.job, archive))
-        self.run_script(remote.install(self.layout, self.job, LOCK))
+        self.run_script(remote.install(self.layout, self.job, LOCK), seconds=SLOW_SECONDS)
 
     def start(self) -> list[Status]:
         if self.job.secrets:
@@ -169,8 +187,8 @@ class TpuFleet:
         self.sleep(self.values.poll)
 
     def replace(self) -> None:
-        if self.state() is not None:
-            self.gcloud(self.delete_command())
+        if self.resource() is not None:
+            self.gcloud(self.delete_command(), seconds=SLOW_SECONDS)
 
     def follow(self) -> subprocess.Popen:
         return subprocess.Popen(self.follow_command(), stdin=subprocess.DEVNULL, start_new_session=True)
@@ -183,23 +201,24 @@ class TpuFleet:
     def secrets_file(self) -> str:
         return f"/dev/shm/maxlm-{self.job.name}.env" if self.job.secrets else ""
 
-    def state(self) -> str | None:
-        """State of the queued resource; None: there is none.
+    def resource(self) -> dict[str, Any] | None:
+        """The queued resource as gcloud describes it; None: there is none.
 
-        Raises WrongMachines if it is there for other hardware than the job's.
+        Raises Hopeless if it is there for other hardware than the job's.
         """
         found = self.find("queued-resources", self.job.name)
         if found is None:
             return None
+        self.seen = True
         specs = found.get("tpu", {}).get("nodeSpec", [])
         for spec in specs:
             has = spec.get("node", {}).get("acceleratorType", self.job.topology.accelerator)
             if has != self.job.topology.accelerator:
-                raise WrongMachines(
+                raise Hopeless(
                     f"{self.job.name} is there as {has}, not {self.job.topology.accelerator}; delete it, or "
                     "say another --name"
                 )
-        return str(found.get("state", {}).get("state", "UNKNOWN"))
+        return found
 
     def node_states(self) -> dict[str, str]:
         """State by name of the job's nodes; counts their workers."""
@@ -213,24 +232,24 @@ class TpuFleet:
         rows = json.loads(self.gcloud(self.command(kind, "list", "--format=json")) or "[]")
         return next((row for row in rows if row["name"].rsplit("/", 1)[-1] == name), None)
 
-    def everywhere(self, command_of: Callable[[str], list[str]]) -> str:
+    def everywhere(self, command_of: Callable[[str], list[str]], *, seconds: float | None = None) -> str:
         """Runs a command for each slice, all at once; what they printed."""
         with ThreadPoolExecutor(min(32, len(self.nodes))) as pool:
-            return "\n".join(pool.map(lambda node: self.gcloud(command_of(node)), self.nodes))
+            return "\n".join(pool.map(lambda node: self.gcloud(command_of(node), seconds=seconds), self.nodes))
 
-    def run_script(self, script: str) -> str:
+    def run_script(self, script: str, *, seconds: float | None = None) -> str:
         """Runs a script on all workers; what they printed."""
-        return self.everywhere(lambda node: self.ssh_command(node, script))
+        return self.everywhere(lambda node: self.ssh_command(node, script), seconds=seconds)
 
-    def gcloud(self, command: Sequence[str]) -> str:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if done.returncode:
+    def gcloud(self, command: Sequence[str], *, seconds: float | None = None) -> str:
+        """What gcloud prints. Raises LaunchError: it has failed, or not ended in time; Hopeless: it always will."""
+        done = ask_tool(command, seconds=seconds or self.job.grace_seconds + TOOL_SECONDS)
+        if done.code:
             what = " ".join(word for word in command[1:5] if not word.startswith("-"))
-            last = done.stderr.strip().splitlines() or [
-                "no message"
-            ]  # what a worker has said comes before gcloud's own
-            raise LaunchError(f"gcloud {what} failed ({done.returncode}): {'; '.join(last[-3:])}")
-        return done.stdout
+            last = done.errors.strip().splitlines() or ["no message"]  # a worker's words come before gcloud's own
+            final = not self.seen and (done.code == _MISUSED or _FINAL.search(done.errors))
+            raise (Hopeless if final else LaunchError)(f"gcloud {what} failed ({done.code}): {'; '.join(last[-3:])}")
+        return done.output
 
     def plan(self) -> list[str]:
         """What `run` does on hardware that is not there yet, command by command."""
@@ -252,6 +271,17 @@ class TpuFleet:
                 lines += [printed(self.copy_command(node, "secrets.env", self.secrets_file()))]
             lines += [printed(self.ssh_command(node, script)) for script in scripts]
         return [*lines, printed(self.follow_command())]
+
+
+def _state(found: dict[str, Any] | None) -> str | None:
+    """State of a queued resource; None: there is none."""
+    return None if found is None else str(found.get("state", {}).get("state", "UNKNOWN"))
+
+
+def _reason(found: dict[str, Any] | None) -> str:
+    """Why a queued resource has failed, as far as it says."""
+    message = (found or {}).get("state", {}).get("failedData", {}).get("error", {}).get("message", "")
+    return f": {message}" if message else ""
 
 
 def runtime_of(accelerator: str) -> str:
@@ -309,9 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "delete": ([printed(fleet.delete_command())], lambda: _done(fleet.replace)),
     }
     plan, act = actions[values.action]
+    if values.spot and job.grace_seconds > SPOT_SECONDS and values.action == "run":
+        _log(spot_note(job, f"{SPOT_SECONDS} s"))
     if values.dry_run:
         print(job.describe(), *plan, sep="\n\n")
         return 0
+    there("gcloud")
     if values.action == "run":
         secret_values(job)
         if not values.no_check:
@@ -325,8 +358,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _status(fleet: TpuFleet) -> int:
-    state = fleet.state()
-    _log(f"{fleet.job.name}: {(state or 'there is none').lower()}")
+    found = fleet.resource()
+    state = _state(found)
+    _log(f"{fleet.job.name}: {(state or 'there is none').lower()}{_reason(found)}")
     if state == "ACTIVE":
         for node, node_state in fleet.node_states().items():
             _log(f"{node}: {node_state.lower()}")

@@ -1,7 +1,9 @@
 """What the launchers' tests share: a commit that is there, and hosts that are folders of this machine."""
 
+import contextlib
 import os
 import secrets
+import signal
 import subprocess
 from pathlib import Path
 
@@ -40,6 +42,13 @@ def make_home(home: Path) -> Path:
         (home / "bin" / name).chmod(0o755)
     (home / "plan").write_text(os.environ.get("PLAN", "") + "\n" if os.environ.get("PLAN") else "")
     return home
+
+
+def end_processes(folder: Path) -> None:
+    """Ends what jobs of the hosts below a folder still run."""
+    for pid in folder.rglob("jobs/*/pid"):
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
 def lines(path: Path) -> list[str]:

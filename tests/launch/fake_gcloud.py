@@ -1,7 +1,8 @@
 """gcloud as far as launch/tpu_vm.py uses it: its state is a file, its TPU VMs are folders, its answers can fail.
 
 $FAKE holds state.json: calls made, the calls at which it fails (before or after it has acted), queued resources and
-nodes. A queued resource moves on by one state each time it is listed. Unknown words are refused as gcloud does.
+nodes; how many of the next queued resources will fail; what it says to every call, if it refuses them all. A queued
+resource moves on by one state each time it is listed. Unknown words are refused as gcloud does.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.launch.common import make_home
+from tests.launch.common import end_processes, make_home
 
 FLAGS = {  # as `gcloud compute tpus ... --help` of release 500 and later lists them
     ("queued-resources", "create"): {
@@ -26,6 +27,7 @@ FLAGS = {  # as `gcloud compute tpus ... --help` of release 500 and later lists 
     ("tpu-vm", "scp"): {"zone", "project", "quiet", "worker"},
 }
 NEXT = {"ACCEPTED": "PROVISIONING", "PROVISIONING": "ACTIVE", "ACTIVE": "ACTIVE"}
+REASON = "the reservation has no such chips"
 
 
 def folder() -> Path:
@@ -43,6 +45,9 @@ def main(arguments: list[str]) -> int:
             state["calls"] -= 1
             failing = None
         (folder() / "state.json").write_text(json.dumps(state))
+        if state.get("refuses"):
+            print(state["refuses"], file=sys.stderr)
+            return 1
         if failing == "before":
             print("ERROR: (gcloud) it did not work", file=sys.stderr)
             return 1
@@ -84,6 +89,8 @@ def listed(state: dict) -> list[dict]:
     for name, resource in state["resources"].items():
         if resource["state"] in NEXT:
             resource["state"] = NEXT[resource["state"]]
+        if resource["fails"] and resource["state"] == "ACTIVE":
+            resource["state"] = "FAILED"
         if resource["state"] == "ACTIVE" and not resource["made"]:
             resource["made"] = True
             for node in resource["nodes"]:
@@ -91,7 +98,10 @@ def listed(state: dict) -> list[dict]:
                 for worker in range(2):
                     make_home(folder() / node / str(worker))
         spec = [{"node": {"acceleratorType": resource["accelerator"]}}]
-        rows.append({"name": f"a/b/{name}", "state": {"state": resource["state"]}, "tpu": {"nodeSpec": spec}})
+        told = {"state": resource["state"]}
+        if told["state"] == "FAILED":
+            told["failedData"] = {"error": {"code": 9, "message": REASON}}
+        rows.append({"name": f"a/b/{name}", "state": told, "tpu": {"nodeSpec": spec}})
     return rows
 
 
@@ -102,15 +112,17 @@ def create(state: dict, name: str, flags: dict[str, str]) -> None:
     nodes = [f"{flags['node-prefix']}-{number}" for number in range(count)] if count else [flags["node-id"]]
     assert flags["runtime-version"] == "v2-alpha-tpuv5-lite"
     kind = flags["accelerator-type"]
-    state["resources"][name] = {"state": "ACCEPTED", "nodes": nodes, "made": False, "accelerator": kind}
+    fails = state.get("fails", 0) > 0
+    state["fails"] = state.get("fails", 0) - fails
+    made = {"state": "ACCEPTED", "nodes": nodes, "made": False, "accelerator": kind, "fails": fails}
+    state["resources"][name] = made
     state["created"] += 1
 
 
 def delete(state: dict, name: str) -> None:
     for node in state["resources"].pop(name)["nodes"]:
         state["nodes"].pop(node, None)
-        for pid in (folder() / node).rglob("jobs/*/pid"):
-            subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+        end_processes(folder() / node)
         shutil.rmtree(folder() / node, ignore_errors=True)
 
 

@@ -124,6 +124,13 @@ def test_secrets_are_named_and_never_printed(capsys, monkeypatch):
         (["--accelerator=v5p", "--topology=2x2x1", "--workdir=/run"], "not all hosts see; give gs://"),
         (["--accelerator=v5p", "--topology=2x2x1", "--workdir=/r", "--mount-claim=c"], "an absolute path below /claim"),
         (["--accelerator=v5p", "--topology=2x2x1", "--workdir=/bucket/r", "--mount-claim=c"], "below /claim"),
+        (["--accelerator=v5p", "--topology=2x2x1", "--slices=2"], "slices of several hosts only"),
+        (["--accelerator=v6e", "--topology=2x4", "--chips=8", "--slices=2"], "slices of several hosts only"),
+        (["--accelerator=v6e", "--topology=4x4", "--chips=8"], "slices of one such host"),
+        (["--accelerator=v5e", "--topology=4x4", "--chips=1"], "slices of one such host"),
+        (["--accelerator=v5p", "--topology=2x2x2", "--chips=8"], "hosts of v5p have 4"),
+        (["--accelerator=v5p", "--topology=2x2x1", "--memory=lots"], "--memory is 'lots'"),
+        (["--accelerator=v5p", "--topology=2x2x1", "--pod_patch=/no/such"], "cannot be read: .*No such file"),
     ],
 )
 def test_what_cannot_be_is_refused(flags, message):
@@ -138,7 +145,118 @@ def test_xpk_gets_the_same_job(capsys):
     assert "--tpu-type=v5p-32" in text and "--num-slices=2" in text and "maxlm.cli train" in text
     assert "--restart-on-exit-codes=1,68,69,75" in text and "export JAX_PLATFORMS=tpu,cpu;" in text
     gke.main(["xpk", *COMMON, "--workdir=gs://bucket/run", "--accelerator=tpu7x", "--topology=4x4x4", *flags[3:]])
-    assert "--tpu-type=tpu7x-128" in capsys.readouterr().out
+    assert "--no-use-parallel-containers" not in text
+    text = capsys.readouterr().out
+    assert "--tpu-type=tpu7x-128" in text and "--no-use-parallel-containers" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mount-bucket=b1b", "--workdir=/bucket/run"], "without --mount-bucket: leave that out"),
+        (["--namespace=n", "--queue=q", "--service-account=s"], "--service-account and --queue and --namespace"),
+        (["--pod_patch=f"], "without --pod_patch"),
+    ],
+)
+def test_what_xpk_would_drop_is_refused(flags, message):
+    given = ["--accelerator=v5p", "--topology=2x2x4", "--cluster=c", "--workdir=gs://bucket/run", "--dry-run"]
+    with pytest.raises(LaunchError, match=message):
+        gke.main(["xpk", *COMMON, *given, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "hosts", "chips"),
+    [
+        (["--accelerator=v6e", "--topology=2x4"], 2, 4),
+        (["--accelerator=v6e", "--topology=2x4", "--chips=8"], 1, 8),
+        (["--accelerator=v5e", "--topology=1x1"], 1, 1),
+        (["--accelerator=tpu7x", "--topology=2x2x2"], 2, 4),
+    ],
+)
+def test_hosts_have_the_chips_of_their_machine_type(flags, hosts, chips, capsys):
+    found = made(capsys, flags)
+    assert found["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"] == hosts
+    assert pod_of(found)["containers"][0]["resources"]["limits"] == {"google.com/tpu": str(chips)}
+
+
+def test_pods_ask_for_processors_and_memory(capsys):
+    flags = TOPOLOGIES["tpu slice"][0]
+    asked = pod_of(made(capsys, flags))["containers"][0]["resources"]["requests"]
+    assert asked == {"google.com/tpu": "4", "cpu": "8", "memory": "32Gi"}  # none: Kubernetes puts such pods out first
+    asked = pod_of(made(capsys, flags, "--cpu=100", "--memory=300Gi"))["containers"][0]["resources"]["requests"]
+    assert asked == {"google.com/tpu": "4", "cpu": "100", "memory": "300Gi"}
+
+
+PATCH = """
+metadata:
+  annotations: {networking.gke.io/default-interface: eth0}
+spec:
+  hostNetwork: true
+  containers:
+  - name: maxlm
+    env:
+    - {name: NCCL_SOCKET_IFNAME, value: "eth1,eth2"}
+    - {name: PYTHONUNBUFFERED, value: "0"}
+    resources: {requests: {memory: 1Ti}}
+    volumeMounts:
+    - {name: libraries, mountPath: /usr/local/nvidia}
+  initContainers:
+  - {name: daemon, image: daemon:1, restartPolicy: Always}
+  tolerations:
+  - {key: mine, operator: Exists}
+  volumes:
+  - {name: libraries, hostPath: {path: /home/kubernetes/bin/nvidia}}
+"""
+
+
+def test_a_pod_patch_is_merged_and_the_manifest_still_follows_the_schemas(tmp_path, capsys):
+    (tmp_path / "patch.yaml").write_text(PATCH)
+    flags = [*TOPOLOGIES["gpus"][0], f"--pod_patch={tmp_path / 'patch.yaml'}"]
+    plain, found = made(capsys, flags[:-1]), made(capsys, flags)
+    template = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert template["metadata"]["annotations"] == {
+        "gke-gcsfuse/volumes": "true",
+        "networking.gke.io/default-interface": "eth0",
+    }
+    pod, (container,) = template["spec"], template["spec"]["containers"]
+    (before,) = pod_of(plain)["containers"]
+    assert pod["hostNetwork"] and [each["name"] for each in pod["initContainers"]] == ["daemon"]
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    was = {entry["name"]: entry.get("value") for entry in before["env"]}
+    assert environment == was | {"NCCL_SOCKET_IFNAME": "eth1,eth2", "PYTHONUNBUFFERED": "0"}
+    assert container["command"] == before["command"] and container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    assert container["resources"]["requests"]["memory"] == "1Ti"
+    paths = [each["mountPath"] for each in container["volumeMounts"]]
+    assert paths == ["/dev/shm", "/bucket", "/claim", "/usr/local/nvidia"]
+    assert [each["name"] for each in pod["volumes"]] == ["shm", "bucket", "claim", "libraries"]
+    assert [each["key"] for each in pod["tolerations"]] == ["nvidia.com/gpu", "mine"]
+    assert found["metadata"]["annotations"] != plain["metadata"]["annotations"]  # `apply` sees that it is another
+    validate = pytest.importorskip("kubernetes_validate").validate
+    (jobs,) = found["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": jobs["template"]["spec"]}
+    validate(job, "1.31", strict=True)
+
+
+def test_a_pod_patch_of_something_else_is_refused(tmp_path):
+    (tmp_path / "patch.yaml").write_text("containers: []\n")
+    flags = [*TOPOLOGIES["gpus"][0], f"--pod_patch={tmp_path / 'patch.yaml'}", "--workdir=gs://bucket/run"]
+    with pytest.raises(LaunchError, match="has containers at its top; give metadata: and spec:"):
+        gke.main(["manifest", *COMMON, *flags])
+
+
+def test_what_the_cluster_does_otherwise_is_said(tmp_path, capsys):
+    (tmp_path / "patch.yaml").write_text(PATCH)
+    common = ["apply", *COMMON, "--workdir=gs://bucket/run", "--dry-run"]
+    gpus = [*TOPOLOGIES["gpus"][0][:2], "--gpus=8"]
+
+    def said(*flags):
+        gke.main([*common, *flags])
+        return capsys.readouterr().err
+
+    assert "4 GPU NODES WITHOUT --pod_patch: NCCL GOES OVER ONE ORDINARY SOCKET" in said(*gpus)
+    assert said(*gpus, f"--pod_patch={tmp_path / 'patch.yaml'}") == said(*gpus[:1], "--nodes=1") == ""
+    assert "of the 300 s of --grace_seconds a preempted process gets 15 to 25 s" in said(*TOPOLOGIES["tpu slice"][0])
+    assert said(*TOPOLOGIES["tpu slices"][0]) == ""
 
 
 KUBECTL = """#!/bin/bash

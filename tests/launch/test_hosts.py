@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from launch import hosts
 from launch import job as jobs
 from launch.job import LaunchError
 from maxlm.train.metrics import read_metrics
-from tests.launch.common import COMMIT, ROOT, SECRET, lines, make_home
+from tests.launch.common import COMMIT, ROOT, SECRET, end_processes, lines, make_home
 from tests.runs import Runs
 
 COMMON = [f"--commit={COMMIT}", "--config=configs/quickstart.py", "--name=run", "--no-check", "--poll=0"]
@@ -50,8 +51,7 @@ def far(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("TOKEN", SECRET)
     yield tmp_path
-    for pid in tmp_path.rglob("jobs/*/pid"):
-        subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+    end_processes(tmp_path)
 
 
 def make(far, monkeypatch, codes):
@@ -87,16 +87,26 @@ def test_a_host_that_cannot_be_reached_is_named(far, monkeypatch):
 def test_a_part_that_runs_alone_is_ended_and_all_begin_together(far, monkeypatch, capfd):
     make(far, monkeypatch, [])
     job = [*COMMON, "--workdir=/w", "--retries=0", "--grace_seconds=5"]
-    watcher = threading.Thread(target=lambda: pytest.raises(LaunchError, hosts.main, ["run", "--hosts=a,b", *job]))
+    outcomes: list[object] = []
+
+    def watch():
+        try:
+            outcomes.append(hosts.main(["run", "--hosts=a,b", *job]))
+        except LaunchError as error:
+            outcomes.append(error)
+
+    watcher = threading.Thread(target=watch)
     watcher.start()
     deadline = time.monotonic() + 30
     while not all(lines(far / host / "trained") for host in "ab"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    pid = (far / "b/maxlm/jobs/run/pid").read_text().strip()
-    subprocess.run(["kill", "-KILL", "--", f"-{pid}"], check=True)  # as if the machine had been started anew
+    os.killpg(
+        int((far / "b/maxlm/jobs/run/pid").read_text()), signal.SIGKILL
+    )  # as if the machine had been started anew
     watcher.join(timeout=30)
-    assert not watcher.is_alive()
+    (outcome,) = outcomes
+    assert isinstance(outcome, LaunchError) and "given up after 1 failures" in str(outcome)
     assert (far / "a/maxlm/jobs/run/exit").read_text() == "75\n"  # it was asked to leave, and could save
     for host in "ab":
         (far / host / "plan").write_text("0\n")
@@ -174,9 +184,41 @@ def test_a_host_without_the_python_gets_one_though_its_own_is_not_to_be_changed(
     assert run("run") == 0
     assert all(len(lines(far / host / "trained")) == 1 for host in "ab")
     (far / "a" / "no network").touch()
-    subprocess.run(["rm", "-rf", str(far / "a" / "maxlm")], check=True)
+    shutil.rmtree(far / "a" / "maxlm")
     with pytest.raises(LaunchError, match="ssh a failed .1.: no network"):
         run("run", "--retries=0", "--patience=0")
+
+
+def test_every_call_of_ssh_has_an_end(far, monkeypatch):
+    make(far, monkeypatch, [0])
+    really, limits = subprocess.run, []
+
+    def noted(command, **kwargs):
+        if command[0] == "ssh":
+            limits.append(kwargs["timeout"])
+        return really(command, **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", noted)
+    assert run("run", "--grace_seconds=7") == 0
+    assert sorted(set(limits)) == [127.0, 1800.0] and limits.count(1800.0) == 4  # unpack and install on two hosts
+
+
+def test_a_host_that_never_answers_is_named(far, monkeypatch):
+    make(far, monkeypatch, [0])
+    monkeypatch.setattr(hosts, "TOOL_SECONDS", 0.3)
+    monkeypatch.setattr(hosts.SshFleet, "command", staticmethod(lambda host, script="": ["sleep", "30"]))
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match="^a: sleep 30 has not ended within 1 s; given up"):
+        run("run", "--grace_seconds=1", "--patience=0")
+    assert time.monotonic() - began < 10
+
+
+def test_without_ssh_here_there_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "git").symlink_to(shutil.which("git"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for action in ("run", "logs"):
+        with pytest.raises(LaunchError, match="ssh is not installed here"):
+            run(action)
 
 
 @pytest.mark.parametrize(

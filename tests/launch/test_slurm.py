@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -123,6 +124,15 @@ def test_what_the_scheduler_is_told(folder, capsys, monkeypatch):
         assert f"#SBATCH --{line}\n" in text
     assert "#SBATCH --export=PATH,HOME,LANG,HF_TOKEN\n" in text and "hush" not in whole
     assert "--container-image=reg#maxlm:1" in text and ",/shared/run:/shared/run,/data:/data" in text
+    text, _ = written(capsys, *flags, "--config=/home/me/mine.py")  # a file of its own, that no commit holds
+    assert ",/home/me/mine.py:/home/me/mine.py,/data:/data" in text
+
+
+def test_without_slurm_here_there_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "git").symlink_to(shutil.which("git"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="sbatch is not installed here"):
+        slurm.main([*COMMON, f"--folder={tmp_path}", f"--workdir={tmp_path}/run", "--no-check"])
 
 
 @pytest.mark.parametrize(
@@ -137,6 +147,7 @@ def test_what_the_scheduler_is_told(folder, capsys, monkeypatch):
         (["--workdir=runs/mine"], "not all hosts see; give an absolute path"),
         (["--workdir=~/mine"], "not all hosts see"),
         (["--container-image=x", "--container-mount=/a:/b"], "cannot be mounted"),
+        (["--container-image=x", "--config=/a,b/x.py"], "'/a,b/x.py' cannot be mounted"),
         (["--config.name=a\nb"], "control character"),
         (["--config=configs/none.py"], "not in commit"),
     ],

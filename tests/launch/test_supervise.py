@@ -13,7 +13,7 @@ JOB = make_job(name="run", config="configs/quickstart.py", workdir="gs://bucket/
 
 
 class Machines:
-    """One worker; `looks` are what it says in turn, an error being a look that fails."""
+    """One worker; `looks` are what it says in turn, an error being a look that fails. A look takes a second."""
 
     workers = 1
 
@@ -25,6 +25,7 @@ class Machines:
         return False
 
     def status(self):
+        self.now += 1.0
         said = self.looks.pop(0) if self.looks else "no answer"
         if said == "no answer":
             raise LaunchError("gcloud tpu-vm ssh failed (255): no answer")
@@ -74,6 +75,34 @@ def test_the_wait_for_machines_is_no_healthy_run():
     with pytest.raises(LaunchError, match="exit code 1; given up after 4 failures"):
         go()
     assert machines.did.count("start") == 4 and machines.did.count("restart") == machines.did.count("replace") == 1
+
+
+def test_a_long_run_with_looks_that_fail_now_and_then_is_a_healthy_one():
+    """Weeks at a stretch, four times over: each ends badly, and none is the fourth failure in a row."""
+    weeks = ["absent", "running", *["running"] * 20, *["no answer", "running", *["running"] * 20] * 10, "exited 1"]
+    machines = Machines([*weeks * 5, "absent", "running", "exited 0"])
+    said, go = machines.run(poll=60.0)
+    assert go() == 0 and machines.did.count("start") == 6
+    assert sum("failure 1, 3 are allowed" in line for line in said) == 5
+
+
+def test_a_run_that_was_there_is_judged_by_how_long_it_was_watched():
+    machines = Machines(["running", "no answer", "running", "exited 1"] * 6)
+    _, go = machines.run()
+    with pytest.raises(LaunchError, match="given up after 4 failures"):
+        go()
+
+
+@pytest.mark.parametrize("ready", [10.0, 10 * 3600.0])
+def test_the_time_in_the_queue_does_not_count_as_silence(ready):
+    """The machines come after ten hours in which Google was asked all the time; then their ssh is not up yet."""
+    machines = Machines(["no answer", "no answer", "absent", "running", "exited 0"], ready=ready)
+    _, go = machines.run(patience=3000.0)
+    assert go() == 0 and machines.did.count("start") == 1
+    machines = Machines([], ready=ready)
+    _, go = machines.run(patience=3000.0)
+    with pytest.raises(LaunchError, match="no answer; given up after 3[0-9]{3} s"):
+        go()
 
 
 def test_machines_that_cannot_be_made_ready_are_tried_for_a_while_only():

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +15,9 @@ import pytest
 from launch import job as jobs
 from launch import tpu_vm
 from launch.job import LaunchError
+from launch.supervise import Hopeless
 from tests.launch import fake_gcloud
-from tests.launch.common import COMMIT, ROOT, SECRET, lines
+from tests.launch.common import COMMIT, ROOT, SECRET, end_processes, lines
 
 FLAGS = [
     *("run", "--zone=here-a", "--accelerator=v5litepod-8", "--slices=2", "--name=run", f"--commit={COMMIT}"),
@@ -35,8 +38,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKEN", SECRET)
     yield tmp_path
     write(tmp_path)  # ends what still runs
-    for pid in tmp_path.rglob("jobs/*/pid"):
-        subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+    end_processes(tmp_path)
 
 
 def write(cloud, **fail):
@@ -80,8 +82,10 @@ def test_nothing_fails(cloud, monkeypatch, capfd):
 
 
 def quickly(monkeypatch):
-    """The same stand-in without a process for each call, of which a sweep makes hundreds."""
+    """The same stand-in without a process for each call, and little code to unpack: a sweep makes hundreds of both."""
     really = subprocess.run
+    little = jobs._git(ROOT, "archive", "--format=tar.gz", COMMIT, "maxlm/cli.py", "launch/tpu.lock")
+    monkeypatch.setattr(tpu_vm, "code_archive", lambda commit: little)
 
     def called(command, **kwargs):
         if command[0] != "gcloud":
@@ -93,9 +97,9 @@ def quickly(monkeypatch):
             except SystemExit as end:
                 code = 1
                 print(end.code, file=errors)
-        return subprocess.CompletedProcess(command, code, output.getvalue(), errors.getvalue())
+        return subprocess.CompletedProcess(command, code, output.getvalue().encode(), errors.getvalue().encode())
 
-    monkeypatch.setattr(tpu_vm.subprocess, "run", called)
+    monkeypatch.setattr(subprocess, "run", called)
     monkeypatch.setattr(tpu_vm.TpuFleet, "follow", lambda fleet: subprocess.Popen(["true"], start_new_session=True))
 
 
@@ -106,13 +110,21 @@ def calls_of_a_run(cloud, monkeypatch):
     return state(cloud)["calls"]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_each_call_fails_in_turn_twice(cloud, monkeypatch, capfd, when):
+@pytest.mark.parametrize(
+    ("when", "first", "step"),
+    [
+        ("before", 1, 2),
+        ("after", 2, 2),
+        pytest.param("before", 1, 1, marks=pytest.mark.slow),
+        pytest.param("after", 1, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_each_call_fails_in_turn_twice(cloud, monkeypatch, capfd, when, first, step):
     """The program is ended by each failure and started again by hand, as its message says."""
     quickly(monkeypatch)
     total = calls_of_a_run(cloud, monkeypatch)
     assert total >= 9
-    for number in range(1, total + 1):
+    for number in range(first, total + 1, step):
         clean(cloud)
         # The same call is the first of those that follow a new start, or comes somewhat later: fail at both places.
         write(cloud, **{f"n{number}": when, f"n{number + 2}": when})
@@ -142,9 +154,8 @@ def test_it_mends_itself_where_it_is_allowed_to(cloud, monkeypatch, capfd, when)
 
 def clean(cloud):
     for node in ("run", "run-0", "run-1"):
-        for pid in (cloud / node).rglob("jobs/*/pid"):
-            subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
-        subprocess.run(["rm", "-rf", str(cloud / node)], check=True)
+        end_processes(cloud / node)
+        shutil.rmtree(cloud / node, ignore_errors=True)
 
 
 def check_right(cloud, number, ladder=False):
@@ -197,6 +208,88 @@ def test_other_hardware_of_that_name_is_not_touched(cloud, monkeypatch):
     with pytest.raises(LaunchError, match="is there as v5litepod-8, not v5litepod-16"):  # at once
         tpu_vm.main([word.replace("v5litepod-8", "v5litepod-16") for word in FLAGS] + ["--retries=0"])
     assert state(cloud)["created"] == 1
+
+
+def test_a_request_that_fails_is_told_why_and_not_made_again_and_again(cloud, monkeypatch, capfd):
+    quickly(monkeypatch)
+    write(cloud)
+    change(cloud, fails=2)
+    make_machines(cloud, monkeypatch, [0])
+    with pytest.raises(LaunchError, match=f"has failed: FAILED: {fake_gcloud.REASON}; change it"):
+        run("--slices=1")
+    assert state(cloud)["created"] == 1
+    assert tpu_vm.main(["status", *FLAGS[1:], "--slices=1"]) == 0
+    with pytest.raises(LaunchError, match="has failed"):  # the one that is there is given back, another asked for
+        run("--slices=1")
+    assert state(cloud)["created"] == 2
+    assert run("--slices=1") == 0 and state(cloud)["created"] == 3
+    said = capfd.readouterr().out
+    assert said.count(f"lost (FAILED: {fake_gcloud.REASON}); giving") == 2 and f"failed: {fake_gcloud.REASON}" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ERROR: (gcloud.compute.tpus) You do not currently have an active account selected.",
+        "ERROR: (gcloud.compute.tpus) PERMISSION_DENIED: Permission on 'locations/here-a' denied (or it may not exist)",
+        "ERROR: (gcloud.compute.tpus) RESOURCE_EXHAUSTED: Quota limit 'TPUV5sPerProjectPerZone' has been exceeded.",
+        "ERROR: (gcloud.compute.tpus) INVALID_ARGUMENT: Accelerator v5litepod-8 is not available",
+    ],
+)
+def test_what_gcloud_will_never_grant_is_asked_for_once(cloud, monkeypatch, words):
+    quickly(monkeypatch)
+    write(cloud)
+    change(cloud, refuses=words)
+    with pytest.raises(Hopeless, match=re.escape(words)):
+        run("--slices=1")
+    assert state(cloud)["calls"] == 1
+    write(cloud)  # of machines that were there the same words may be a trouble that passes: they are waited for
+    make_machines(cloud, monkeypatch, [])
+    follow = tpu_vm.TpuFleet.follow
+
+    def refused(fleet):
+        change(cloud, refuses=words)
+        return follow(fleet)
+
+    monkeypatch.setattr(tpu_vm.TpuFleet, "follow", refused)
+    with pytest.raises(LaunchError, match="given up after .*may still be there"):
+        run("--slices=1", "--patience=0")
+
+
+def test_without_gcloud_here_there_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "git").symlink_to(shutil.which("git"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for action in ("run", "logs", "delete"):
+        with pytest.raises(LaunchError, match="gcloud is not installed here"):
+            tpu_vm.main([action, *FLAGS[1:]])
+
+
+def test_every_call_of_gcloud_has_an_end(cloud, monkeypatch):
+    quickly(monkeypatch)
+    write(cloud)
+    make_machines(cloud, monkeypatch, [0])
+    called, limits = subprocess.run, {}
+
+    def noted(command, **kwargs):
+        if command[0] == "gcloud":
+            installs = any("pip install" in word for word in command)
+            what = "install" if installs else " ".join(command[3:5])
+            limits.setdefault(what, set()).add(kwargs["timeout"])
+        return called(command, **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", noted)
+    assert run("--slices=1") == tpu_vm.main(["delete", *FLAGS[1:], "--slices=1"]) == 0
+    slow = {"install", "queued-resources create", "queued-resources delete"}
+    assert {what for what, given in limits.items() if given == {1800.0}} == slow
+    assert all(given == {125.0} for what, given in limits.items() if what not in slow)  # 5 s are for the save
+
+
+def test_spot_machines_are_gone_before_the_grace_is_over(cloud, capsys):
+    write(cloud)
+    assert run("--dry-run", "--spot", "--grace_seconds=300") == 0
+    assert "of the 300 s of --grace_seconds a preempted process gets 30 s, no more" in capsys.readouterr().out
+    assert run("--dry-run", "--grace_seconds=300") == run("--dry-run", "--spot") == 0
+    assert "no more" not in capsys.readouterr().out
 
 
 def test_what_is_stopped_is_not_started_again_until_run_is_typed(cloud, monkeypatch, capfd):
