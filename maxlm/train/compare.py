@@ -121,11 +121,6 @@ def distances(got: Computed, expected: Computed) -> list[Distance]:
     return sorted(found, reverse=True)
 
 
-def too_far(got: Computed, expected: Computed) -> set[str]:
-    """The names of losses, and the paths of gradients, that are farther away than allowed."""
-    return {distance.what for distance in distances(got, expected) if distance.share > 1}
-
-
 def _share(apart: float, allowed: float) -> float:
     return apart / allowed if math.isfinite(apart) else math.inf
 

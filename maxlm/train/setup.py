@@ -30,7 +30,7 @@ from maxlm.parallel.pipeline.branches import refuse_permutes_in_branches
 from maxlm.parallel.sharding import constrainer, named_sharding
 from maxlm.train.pipeline import make_pipeline
 from maxlm.train.state import TrainState, abstract_state, state_shardings
-from maxlm.train.step import TrainStep, WatchFn, make_train_step, separates_documents
+from maxlm.train.step import GradientsFn, TrainStep, WatchFn, make_gradients, make_train_step, separates_documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Setup:
     eval_runtime: Runtime
     attention: str  # the name of the attention back end that was chosen
     shardings: TrainState
+    gradients: GradientsFn  # of the step
     train_step: TrainStep
 
     def abstract_state(self) -> TrainState:
@@ -154,6 +155,7 @@ def make_setup(
         config, mesh, segments=separates_documents(config.data), experts_limited=bool(config.model.moe.capacity_factor)
     )
     runtime = runtime or own_runtime
+    pipeline = make_pipeline(config, parts, runtime, mesh)
     eval_runtime, _ = make_runtime(config, mesh, segments=True)  # several windows share a row
     return Setup(
         config=config,
@@ -164,9 +166,8 @@ def make_setup(
         eval_runtime=eval_runtime,
         attention=backend,
         shardings=state_shardings(config, parts, optimizer, mesh),
-        train_step=make_train_step(
-            config, parts, optimizer, runtime, pipeline=make_pipeline(config, parts, runtime, mesh), watch=watch
-        ),
+        gradients=make_gradients(config, parts, runtime, pipeline=pipeline),
+        train_step=make_train_step(config, parts, optimizer, runtime, pipeline=pipeline, watch=watch),
     )
 
 

@@ -6,7 +6,7 @@ Shapes: A microbatches, B rows, S positions, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,26 @@ from maxlm.train.state import TrainState
 Metrics = dict[str, Any]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 PipelineFn = Callable[[dict, Batch, jax.Array, jax.Array, jax.Array], tuple[Metrics, dict]]
-"""(params, batch (A, B/A, S), denominator, scale, longest row) -> what `gradients` gives."""
+"""(params, batch (A, B/A, S), denominator, scale, longest row) -> loss terms and gradients of the whole batch."""
 
 
 WatchFn = Callable[[Metrics], Metrics]
+
+
+class Gradients(NamedTuple):
+    """terms: what the loss is made of, and what was seen on the way; grads: float32, without the loss scale; tokens:
+    loss-bearing positions, float32 ()."""
+
+    terms: Metrics
+    grads: dict[str, Any]
+    tokens: jax.Array
+
+
+GradientsFn = Callable[[dict, Batch, jax.Array], Gradients]
+"""(params, batch (B, S), loss scale) -> loss and gradients of the whole batch."""
+
+LossFn = Callable[[dict, tuple[Batch, ...], jax.Array, jax.Array, jax.Array], tuple[jax.Array, Metrics]]
+"""(params, microbatch and those of `mtp`, denominators, scale, longest row) -> its share of the loss, and terms."""
 
 
 def make_train_step(
@@ -51,75 +67,12 @@ def make_train_step(
     every `norms_every` steps. `pipeline` takes the place of accumulation where layers are spread over stages. What
     `watch` makes of the terms of the loss is among the metrics too.
     """
+    gradients = make_gradients(config, parts, runtime, pipeline=pipeline)
     schedule = make_schedule(config.optim, config.train.steps)
-    separate = separates_documents(config.data)
     shifts = jnp.array([phase.from_step for phase in config.data.phases.values()], jnp.int32)
 
-    def loss(
-        params: dict, batches: tuple[Batch, ...], denominators: jax.Array, scale: jax.Array, longest: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """A microbatch's share of the loss, times the loss scale; all but `batches` is of the whole batch."""
-        model, (batch, *more) = merge(parts.graphdef, params), batches
-        rows: Any = {
-            "positions_BS": batch.positions,
-            "segments_BS": batch.segments if separate else None,
-            "real_BS": batch.segments > 0,
-            "runtime": runtime,
-            "longest": longest,
-        }
-        out = model.hidden(batch.tokens, **rows)
-        total, terms = head_loss(config, model, out.hidden_BSD, batch, denominator=denominators[0], runtime=runtime)
-        counts = out.aux
-        if more:
-            ahead = model.further(out.hidden_BSD, [one.tokens for one in more], **rows)
-            counts = jax.tree.map(lambda *layers: jnp.concatenate(layers), counts, ahead.aux)
-            found = [
-                head_loss(config, model, hidden, one, denominator=denominator, runtime=runtime)
-                for hidden, one, denominator in zip(ahead.hidden, more, denominators[1:], strict=True)
-            ]
-            total += config.train.mtp_weight * sum(part for part, _ in found) / len(more)
-            terms["mtp_loss"] = sum(own["loss"] for _, own in found) / len(more)
-        # Of the rows of the whole batch, as the denominator is of its positions.
-        aux = moe.auxiliary_losses(config.model.moe, counts, rows=batch.tokens.shape[0] * config.train.accumulation)
-        return (total + aux.total) * scale, terms | {"experts": aux.terms, "activations": out.norms}
-
-    def gradients(
-        params: dict, batches: tuple[Batch, ...], denominators: jax.Array, scale: jax.Array, longest: jax.Array
-    ) -> tuple[Metrics, dict]:
-        """Loss terms and float32 gradients of the whole batch, a microbatch at a time."""
-        count = config.train.accumulation
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        if count == 1 and pipeline is None:
-            (_, terms), grads = value_and_grad(params, batches, denominators, scale, longest)
-            return terms, grads
-
-        def split(x: jax.Array) -> jax.Array:
-            # Row r goes to microbatch r % A, so that every device keeps the rows that it already holds.
-            x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-            return runtime.constrain(x, (None, "batch", "seq"))
-
-        def add(total: tuple, micro: tuple[Batch, ...]) -> tuple[tuple, None]:
-            (_, terms), grads = value_and_grad(params, micro, denominators, scale, longest)
-            return jax.tree.map(jnp.add, total, (terms, grads)), None
-
-        micros = jax.tree.map(split, batches)
-        if pipeline is not None:
-            return pipeline(params, micros[0], denominators[0], scale, longest)
-        shapes = jax.eval_shape(
-            lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), denominators, scale, longest)
-        )
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
-        (terms, grads), _ = jax.lax.scan(add, zeros, micros)
-        terms["activations"] = jax.tree.map(lambda x: x / count, terms["activations"])
-        return terms, grads
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batches = with_further(batch, config.model.mtp_layers)
-        counted = jnp.stack([one.weights.sum() for one in batches])
-        with jax.named_scope("loss_and_gradients"):
-            denominators, longest = jnp.maximum(counted, 1.0), longest_row(batch.positions)
-            terms, grads = gradients(state.params, runtime.arrange(batches), denominators, state.scale.scale, longest)
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / state.scale.scale, grads)
+        terms, grads, tokens = gradients(state.params, batch, state.scale.scale)
 
         with jax.named_scope("optimizer"):
             clipped = clip_by_global_norm(grads, config.optim.clip_norm)
@@ -150,34 +103,122 @@ def make_train_step(
             )
 
         with jax.named_scope("metrics"):
-            norms: dict[str, Callable[[], Any]] = {
-                "weights": lambda: layer_rms(state.params),
-                "gradients": lambda: layer_rms(grads),
-                "updates": lambda: layer_rms(updates),
-                "activations": lambda: terms["activations"],
-            }
-            experts = terms["experts"]
-            if experts:
-                norms["experts"] = lambda: moe.layer_loads(experts)
             metrics = {
-                "loss": terms["loss"],
-                "z_loss": terms["z_loss"],
-                **{name: terms[name] for name in ("mtp_loss",) if name in terms},
-                **moe.scalars(experts),
+                **loss_metrics(terms),
                 "grad_norm": clipped.norm,
                 "lr": lr,
-                "tokens": counted[0],
+                "tokens": tokens,
                 "batch": digest_array(batch.tokens)[0],  # which tokens these were, on any mesh
                 "accepted": accept,
                 "rejections_in_row": new.guard.in_row,
                 "updates": new.updates,
                 "loss_scale": state.scale.scale,
-                "norms": every(config.train.norms_every, state.step, norms),
+                "norms": every(
+                    config.train.norms_every, state.step, layer_norms(state.params, grads, updates, terms=terms)
+                ),
                 **(watch(terms) if watch else {}),
             }
         return new, metrics
 
     return train_step
+
+
+def make_gradients(
+    config: Config, parts: ModelParts, runtime: Runtime, *, pipeline: PipelineFn | None = None
+) -> GradientsFn:
+    """Loss and gradients of a step, a microbatch at a time, or by `pipeline`, which takes the place of accumulation."""
+    count = config.train.accumulation
+    value_and_grad = jax.value_and_grad(make_loss(config, parts, runtime), has_aux=True)
+
+    def whole(params: dict, batches: tuple[Batch, ...], *of_all: jax.Array) -> tuple[Metrics, dict]:
+        if count == 1 and pipeline is None:
+            (_, terms), grads = value_and_grad(params, batches, *of_all)
+            return terms, grads
+
+        def split(x: jax.Array) -> jax.Array:
+            # Row r goes to microbatch r % A, so that every device keeps the rows that it already holds.
+            x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+            return runtime.constrain(x, (None, "batch", "seq"))
+
+        def add(total: tuple, micro: tuple[Batch, ...]) -> tuple[tuple, None]:
+            (_, terms), grads = value_and_grad(params, micro, *of_all)
+            return jax.tree.map(jnp.add, total, (terms, grads)), None
+
+        micros = jax.tree.map(split, batches)
+        if pipeline is not None:
+            denominators, scale, longest = of_all
+            return pipeline(params, micros[0], denominators[0], scale, longest)
+        shapes = jax.eval_shape(lambda: value_and_grad(params, jax.tree.map(lambda x: x[0], micros), *of_all))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+        (terms, grads), _ = jax.lax.scan(add, zeros, micros)
+        terms["activations"] = jax.tree.map(lambda x: x / count, terms["activations"])
+        return terms, grads
+
+    def gradients(params: dict, batch: Batch, scale: jax.Array) -> Gradients:
+        batches = with_further(batch, config.model.mtp_layers)
+        counted = jnp.stack([one.weights.sum() for one in batches])
+        with jax.named_scope("loss_and_gradients"):
+            denominators, longest = jnp.maximum(counted, 1.0), longest_row(batch.positions)
+            terms, grads = whole(params, runtime.arrange(batches), denominators, scale, longest)
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
+        return Gradients(terms, grads, counted[0])
+
+    return gradients
+
+
+def make_loss(config: Config, parts: ModelParts, runtime: Runtime) -> LossFn:
+    """A microbatch's share of the loss, times the loss scale; all but the microbatch is of the whole batch."""
+    separate = separates_documents(config.data)
+
+    def loss(
+        params: dict, batches: tuple[Batch, ...], denominators: jax.Array, scale: jax.Array, longest: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        model, (batch, *more) = merge(parts.graphdef, params), batches
+        rows: Any = {
+            "positions_BS": batch.positions,
+            "segments_BS": batch.segments if separate else None,
+            "real_BS": batch.segments > 0,
+            "runtime": runtime,
+            "longest": longest,
+        }
+        out = model.hidden(batch.tokens, **rows)
+        total, terms = head_loss(config, model, out.hidden_BSD, batch, denominator=denominators[0], runtime=runtime)
+        counts = out.aux
+        if more:
+            ahead = model.further(out.hidden_BSD, [one.tokens for one in more], **rows)
+            counts = jax.tree.map(lambda *layers: jnp.concatenate(layers), counts, ahead.aux)
+            found = [
+                head_loss(config, model, hidden, one, denominator=denominator, runtime=runtime)
+                for hidden, one, denominator in zip(ahead.hidden, more, denominators[1:], strict=True)
+            ]
+            total += config.train.mtp_weight * sum(part for part, _ in found) / len(more)
+            terms["mtp_loss"] = sum(own["loss"] for _, own in found) / len(more)
+        # Of the rows of the whole batch, as the denominator is of its positions.
+        aux = moe.auxiliary_losses(config.model.moe, counts, rows=batch.tokens.shape[0] * config.train.accumulation)
+        return (total + aux.total) * scale, terms | {"experts": aux.terms, "activations": out.norms}
+
+    return loss
+
+
+def loss_metrics(terms: Metrics) -> Metrics:
+    """The scalars among the terms of the loss."""
+    scalars = {name: terms[name] for name in ("loss", "z_loss", "mtp_loss") if name in terms}
+    return scalars | moe.scalars(terms["experts"])
+
+
+def layer_norms(
+    params: dict[str, Any], grads: dict[str, Any], updates: dict[str, Any], *, terms: Metrics
+) -> dict[str, Callable[[], Any]]:
+    """What computes the per-layer norms of a step, by kind."""
+    norms: dict[str, Callable[[], Any]] = {
+        "weights": lambda: layer_rms(params),
+        "gradients": lambda: layer_rms(grads),
+        "updates": lambda: layer_rms(updates),
+        "activations": lambda: terms["activations"],
+    }
+    if experts := terms["experts"]:
+        norms["experts"] = lambda: moe.layer_loads(experts)
+    return norms
 
 
 def head_loss(

@@ -20,8 +20,9 @@ from maxlm.model.decoder import merge, split_model
 from maxlm.parallel import experts
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
-from maxlm.train.compare import drawn_params, loss_and_gradients, too_far
+from maxlm.train.compare import drawn_params, loss_and_gradients
 from maxlm.train.setup import make_setup
+from tests.compared import too_far
 from tests.tiny import MODEL, random_batch, tiny_config
 
 ROWS, LENGTH = 8, 32

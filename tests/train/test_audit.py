@@ -1,6 +1,9 @@
 """The audit: sound devices pass on any mesh, and a bit that comes out otherwise is put down to the right cause."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,6 +63,31 @@ def test_sound_devices_pass_and_the_state_stays(tmp_path, monkeypatch, name):
 def test_every_device_does_the_work_of_another():
     mesh = make_mesh(resolve(tiny_config("x", parallel__data=2, parallel__tensor=2)).parallel, jax.devices()[:4])
     assert (turned(mesh).devices != mesh.devices).all() and turned(mesh).shape == mesh.shape
+
+
+def test_a_gradient_is_compared_where_the_guard_would_refuse_it(tmp_path, monkeypatch):
+    """A microbatch has the noise of few rows: of an accumulating run's gradients its own is an outlier."""
+    setup, state, batch = world(tmp_path, MESHES["replicas"])
+    tiny = jnp.full_like(state.guard.norms, 1e-6)
+    state = dataclasses.replace(state, guard=state.guard._replace(norms=tiny, accepted=jnp.int32(tiny.size)))
+    flip = []
+
+    def made(*args, **kwargs):
+        own = make_setup(*args, **kwargs)
+
+        def gradients(params, batch, scale):
+            found = own.gradients(params, batch, scale)
+            up = found.grads["layers"]["mlp"]["up"]
+            bits = jax.lax.bitcast_convert_type(up, jnp.uint32).at[0, 0, 0].add(jnp.uint32(len(flip)))
+            found.grads["layers"]["mlp"]["up"] = jax.lax.bitcast_convert_type(bits, jnp.float32)
+            return found
+
+        flip.append(None)  # every program another bit
+        return dataclasses.replace(own, gradients=gradients)
+
+    monkeypatch.setattr(module, "make_setup", made)
+    there, here = (module._Program(setup, setup.mesh)(state, batch) for _ in range(2))
+    assert module._differing(there, here) == ["layers/mlp/up"]
 
 
 def test_faults_are_told_apart(tmp_path, monkeypatch):

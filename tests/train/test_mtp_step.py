@@ -16,8 +16,9 @@ from maxlm.model.decoder import merge, split_model
 from maxlm.model.moe import auxiliary_losses
 from maxlm.model.runtime import Runtime
 from maxlm.resolve import resolve
-from maxlm.train.compare import drawn_params, loss_and_gradients, too_far
+from maxlm.train.compare import drawn_params, loss_and_gradients
 from maxlm.train.step import with_further
+from tests.compared import too_far
 from tests.tiny import MODEL, random_batch, tiny_config
 
 ROWS, LENGTH = 8, 32

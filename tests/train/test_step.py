@@ -13,9 +13,10 @@ from maxlm.data.batch import Batch
 from maxlm.model.decoder import split_model
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
-from maxlm.train.compare import drawn_params, loss_and_gradients, too_far
+from maxlm.train.compare import drawn_params, loss_and_gradients
 from maxlm.train.setup import make_setup, place_batch
 from maxlm.train.state import TrainState, make_state
+from tests.compared import too_far
 from tests.tiny import random_batch, tiny_config
 
 ROWS, POSITIONS = 8, 64
