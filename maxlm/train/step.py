@@ -87,7 +87,12 @@ def make_train_step(
             # A phase of other data has other losses: what was usual before says nothing about them.
             history = guard.restart(state.guard, jnp.isin(state.step, shifts))
             verdict = guard.judge(
-                config.optim.guard, history, loss=terms["loss"], grad_norm=clipped.norm, excused=overflow
+                config.optim.guard,
+                history,
+                loss=terms["loss"],
+                grad_norm=clipped.norm,
+                updates=updates,
+                excused=overflow,
             )
             accept = verdict.accept
             new = TrainState(
