@@ -76,6 +76,7 @@ class Ledger:
         self._step = 0
         self._lock = threading.RLock()
         self._closed = threading.Event()
+        self._goes_on = False  # this account is a later one of the same process
         self._torn = False  # the last line may be cut short
         self._path = None if workdir is None else Path(workdir) / FILE_NAME
         self._earlier = [] if self._path is None else _read(self._path)
@@ -90,8 +91,11 @@ class Ledger:
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.break_off()
 
     @property
     def standing(self) -> tuple[int, str]:
@@ -131,9 +135,9 @@ class Ledger:
     def begin_anew(self, step: int) -> None:
         """This process goes back to the checkpoint of `step` by itself: a new account begins, as in a new process."""
         with self._lock:
-            self._append(mark=True)
+            self._append()
             self._earlier = [] if self._path is None else _read(self._path)
-            self._process += 1
+            self._process, self._goes_on = self._process + 1, True
             self._begun = self._now()
             self._seconds = dict.fromkeys(BUCKETS, 0.0)
             self.restored(step)
@@ -157,11 +161,19 @@ class Ledger:
             return summarise([*self._earlier, self._record(mark=True)])
 
     def close(self) -> None:
-        """Writes the last line; safe to call twice."""
+        """Writes the last line of a process that has done its work: nothing of it need be done again."""
+        self._end(mark=True)
+
+    def break_off(self) -> None:
+        """Writes the last line of a process that fails or leaves: what came after its last checkpoint is not kept."""
+        self._end(mark=False)
+
+    def _end(self, *, mark: bool) -> None:
+        """Writes the last line; whoever comes second has nothing to add."""
         if not self._closed.is_set():
             self._closed.set()
             with self._lock:
-                self._append(mark=True)
+                self._append(mark=mark)
 
     def _account(self) -> None:
         """Gives the time since the last call to the bucket that holds."""
@@ -173,6 +185,7 @@ class Ledger:
         self._account()
         return {
             "process": self._process,
+            "goes_on": self._goes_on,
             "begun": self._begun,
             "time": self._now(),
             "start_step": self._start_step,
@@ -213,7 +226,10 @@ def process_age() -> float:
 
 
 def summarise(records: list[dict[str, Any]]) -> Summary:
-    """The account of a run from the records of its processes, in the order written."""
+    """The account of a run from the records of its processes, in the order written.
+
+    A process that goes back to a checkpoint by itself begins another account, which is told by `goes_on`.
+    """
     processes: dict[int, list[dict[str, Any]]] = {}
     for record in records:
         processes.setdefault(record["process"], []).append(record)
@@ -237,7 +253,8 @@ def summarise(records: list[dict[str, Any]]) -> Summary:
         ended = last["time"]
     wall = sum(seconds.values())
     fractions = {name: value / wall if wall else 0.0 for name, value in seconds.items()}
-    return Summary(seconds=seconds, fractions=fractions, wall=wall, down=down, processes=len(processes))
+    begun = sum(not account[-1].get("goes_on") for account in processes.values())
+    return Summary(seconds=seconds, fractions=fractions, wall=wall, down=down, processes=begun)
 
 
 def _useful(account: list[dict[str, Any]], step: int) -> dict[str, float]:

@@ -71,7 +71,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
     first_process = jax.process_index() == 0
     log, workdir = log if first_process else _silent, home.folder
     with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:
-        heartbeat.last_words = goodput.close
+        heartbeat.last_words = goodput.break_off
         heartbeat.standing = lambda: Standing(*goodput.standing)
         # --- devices, data, model
         use_compilation_cache(config.train.compilation_cache)

@@ -1,5 +1,6 @@
 """Every second belongs to one bucket, in one process and over many that were killed."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -197,6 +198,28 @@ def test_a_run_that_ended_well_loses_nothing_when_the_command_is_repeated(tmp_pa
     second.restored(10)
     assert second.summary().seconds["lost"] == 0
     assert second.summary().seconds["evaluation"] == 3
+
+
+@pytest.mark.parametrize("end", ["exception", "last words"])
+def test_a_process_that_fails_right_after_its_restore_has_done_nothing_of_use(tmp_path, end):
+    clock = Clock()
+    with ledger(tmp_path, clock) as first:
+        first.restored(0)
+        with first.bucket("step"):
+            clock.tick(5)
+        first.checkpoint(10)
+    second = ledger(tmp_path, clock)
+    with contextlib.suppress(KeyError), second:
+        second.restored(10)
+        with second.bucket("step"):
+            clock.tick(7)  # on a step that hangs or fails
+        if end == "last words":
+            second.break_off()
+        raise KeyError
+    third = ledger(tmp_path, clock)
+    third.restored(10)
+    account = third.summary()
+    assert (account.seconds["step"], account.seconds["lost"], account.processes) == (5, 7, 3)
 
 
 def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):

@@ -101,6 +101,7 @@ def test_the_ledger_counts_what_a_rollback_gave_up_as_lost(tmp_path):
     account = ledger.summary()
     assert account.seconds["lost"] == 5.0 and account.seconds["step"] == 2.0 + 4.0
     assert account.seconds["restore"] == 5.0 and account.wall == now[0] - 100.0 and account.down == 0
+    assert account.processes == 1
 
 
 @pytest.fixture(scope="module")
