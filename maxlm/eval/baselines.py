@@ -10,13 +10,21 @@ from __future__ import annotations
 import concurrent.futures
 import lzma
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 LEVEL = 9
 MIN_DICTIONARY, MAX_DICTIONARY = 1 << 20, 1 << 26  # bytes; the upper one is that of xz's level 9
-# About fifteen seconds on two cores. Documents come in the order of their hash, so the first ones are a fair sample.
+# About fifteen seconds on two cores. A store's documents are in the order of their hash, so that the first ones of each
+# are a fair sample.
 MAX_BYTES = 16_000_000
+
+
+class Text(NamedTuple):
+    """Held-out documents of a store, in an order that has nothing to do with their content, and their bytes in all."""
+
+    documents: Iterable[bytes]
+    bytes: int
 
 
 class Baselines(NamedTuple):
@@ -31,25 +39,21 @@ class Baselines(NamedTuple):
     sampled: bool  # whether documents were left out because of `max_bytes`
 
 
-def compression_baselines(documents: Iterable[bytes], *, max_bytes: int = MAX_BYTES) -> Baselines:
+def compression_baselines(texts: Sequence[Text], *, max_bytes: int = MAX_BYTES) -> Baselines:
     """Compresses documents with xz and zlib at level 9, alone and joined.
 
     Args:
-      documents: the held-out documents, in an order that has nothing to do with their content.
-      max_bytes: the first documents up to this many bytes are used, but always at least one; `sampled` says whether
-        any was left out.
+      texts: of each store.
+      max_bytes: of all documents used. Each store gives its first ones, in proportion to its bytes, but always at least
+        one; `sampled` says whether any was left out.
 
     Raises:
       ValueError: when there is no byte to compress.
     """
-    chosen: list[bytes] = []
-    total, sampled = 0, False
-    for document in documents:
-        if chosen and total + len(document) > max_bytes:
-            sampled = True
-            break
-        chosen.append(document)
-        total += len(document)
+    whole = sum(text.bytes for text in texts)
+    share = min(max_bytes / whole, 1.0) if whole else 1.0
+    chosen = [document for text in texts for document in _first(text.documents, share * text.bytes)]
+    total = sum(map(len, chosen))
     if not total:
         raise ValueError("no held-out bytes to compress; raise heldout_permille of the store, or skip the baselines")
 
@@ -67,8 +71,18 @@ def compression_baselines(documents: Iterable[bytes], *, max_bytes: int = MAX_BY
         zlib_joined=bits * zlib_joined.result(),
         documents=len(chosen),
         bytes=total,
-        sampled=sampled,
+        sampled=total < whole,
     )
+
+
+def _first(documents: Iterable[bytes], most: float) -> Iterator[bytes]:
+    """The first documents up to so many bytes, but always one."""
+    taken = 0
+    for document in documents:
+        if taken and taken + len(document) > most:
+            return
+        taken += len(document)
+        yield document
 
 
 def _xz_size(data: bytes) -> int:

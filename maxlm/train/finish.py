@@ -9,7 +9,7 @@ import jax
 
 from maxlm.data.prepare import heldout_documents
 from maxlm.errors import UserError
-from maxlm.eval.baselines import Baselines, compression_baselines
+from maxlm.eval.baselines import Baselines, Text, compression_baselines
 from maxlm.infer.generate import check_prompts, encode_prompts, generate_text
 from maxlm.infer.load import runnable
 from maxlm.infer.sampling import Sampling
@@ -74,7 +74,8 @@ def measure_baselines(run: Run, stores: tuple[str, ...]) -> Baselines | None:
     """What general compressors make of the held-out documents."""
     if not stores:
         return None
-    return compression_baselines(document for name in stores for document in heldout_documents(run.data.stores[name]))
+    chosen = [run.data.stores[name] for name in stores]
+    return compression_baselines([Text(heldout_documents(store), store.split("heldout").num_bytes) for store in chosen])
 
 
 def facts(run: Run, samples: list[Sample], baselines: Baselines | None) -> Facts:
