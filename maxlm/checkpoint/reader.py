@@ -61,6 +61,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used as asked; the message says what to do."""
 
 
+class NoneWhole(CheckpointError):
+    """All the checkpoints that were asked for are damaged."""
+
+
 class ArrayInfo(NamedTuple):
     """What a record says of one array."""
 
@@ -186,7 +190,8 @@ class CheckpointReader:
         """The whole state of one checkpoint, for a look at it beside the run.
 
         Raises:
-            CheckpointError: it is not there, has other arrays, or is damaged.
+            CheckpointError: it is not there or has other arrays.
+            NoneWhole: it is damaged.
         """
         search = self._search(abstract_state, step=step, prefix="")
         assert search is not None  # an absent step has raised
@@ -244,9 +249,9 @@ class CheckpointReader:
             )
         return steps
 
-    def _none_whole(self, damaged: Sequence[Damage]) -> CheckpointError:
+    def _none_whole(self, damaged: Sequence[Damage]) -> NoneWhole:
         listed = "".join(f"\n  {d.step}: {d.reason}" for d in damaged)
-        return CheckpointError(
+        return NoneWhole(
             f"no whole checkpoint was found in {self.directory}:{listed}\nIf the disk is at fault, mend it and run "
             "again; else put a copy of one in its place, or delete them or choose another workdir to start anew. "
             "Nothing was deleted or renamed."

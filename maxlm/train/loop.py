@@ -189,7 +189,7 @@ class Run:
         peak = run_peak(devices, self.config.train.precision)
         flops = flop_ledger(self.config.model, sequence_length=self.loader.shape(start)[1])
         cost = Cost(flops.six_n, flops.causal_exact, peak.flops if peak else None)
-        record = {"peak_source": peak.source if peak else "", **describe_place(self.setup.mesh)}
+        record = {"peak_source": peak.source if peak else "", **describe_place(self.config, self.setup.mesh)}
         self.writer.write("cost", start, {**dataclasses.asdict(cost), **record})
         return cost
 

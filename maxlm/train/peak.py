@@ -13,6 +13,8 @@ to compute in float32.
 from __future__ import annotations
 
 import collections
+import hashlib
+import json
 import os
 import platform
 import time
@@ -26,10 +28,33 @@ from jax.sharding import Mesh
 
 import maxlm
 from maxlm.chips import chip_of_kind
+from maxlm.config import Config
+from maxlm.resolve import leaves
 from maxlm.rollcall import code_digest
 
 SIZE = 1024  # rows and columns of the products measured: large enough for full speed, a few milliseconds each
 SECONDS = 0.35  # of measuring, for each dtype
+
+# Settings that no step's bits depend on. (What the stores hold is in the digest of the batch.)
+NOT_OF_A_STEP = (
+    "name",
+    "checkpoint.",
+    "eval.",
+    "data.cache_dir",
+    "data.prefetch",
+    "data.stores.",
+    "data.tokenizer.",
+    "data.workers",
+    "optim.guard.max_rejections",
+    "optim.guard.rollback",
+    "train.audit_every",
+    "train.budget_seconds",
+    "train.compilation_cache",
+    "train.log_every",
+    "train.profile",
+    "train.wandb_project",
+    "train.watchdog",
+)
 
 
 class Peak(NamedTuple):
@@ -86,14 +111,21 @@ def measured_flops(dtype: str, *, size: int = SIZE, seconds: float = SECONDS) ->
     return best
 
 
-def describe_place(mesh: Mesh) -> dict[str, str]:
-    """Where and by what steps are computed, as far as their bits depend on it: devices, mesh, code, JAX."""
+def describe_place(config: Config, mesh: Mesh) -> dict[str, str]:
+    """Where and by what steps are computed, as far as their bits depend on it: devices, mesh, code, JAX, settings."""
     return {
         "devices": describe_devices(list(mesh.devices.flat)),
         "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device",
         "code": code_digest(Path(maxlm.__file__).parent),
         "jax": jax.__version__,
+        "config": step_settings(config),
     }
+
+
+def step_settings(config: Config) -> str:
+    """A digest of the settings of a resolved config that a step's bits may depend on."""
+    kept = {path: value for path, _, value in leaves(config) if not path.startswith(NOT_OF_A_STEP)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe_devices(devices: Sequence[Any]) -> str:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from maxlm.checkpoint.bucket import open_reader
 from maxlm.checkpoint.digest import array_paths
-from maxlm.checkpoint.reader import CheckpointReader, digest_each
+from maxlm.checkpoint.reader import CheckpointReader, NoneWhole, digest_each
 from maxlm.compilation import settle_cpu_devices
 from maxlm.config import Config, ParallelConfig
 from maxlm.convert.weights import open_weights
@@ -43,6 +43,7 @@ from maxlm.train.setup import Setup, make_setup, place_batch
 from maxlm.train.state import TrainState, as_configured, make_state
 
 COMPARED = ("loss", "grad_norm")  # figures of a step that are held against those written down
+UNDAMAGED = "every file of the stores has the bytes that were written"
 _SHOWN = 8  # arrays that a report lists
 Log = Callable[[str], None]
 
@@ -50,8 +51,8 @@ Log = Callable[[str], None]
 class Replay(NamedTuple):
     """What was found, as it goes into --json.
 
-    verdict: "data", "hardware", "numerics", "nothing", or "unlike" (the run was on another mesh, other devices or
-      other code, so that its bits cannot be compared with these).
+    verdict: "data", "hardware", "numerics", "nothing", or "unlike" (the run was on another mesh, other devices,
+      other code or with other settings, so that its bits cannot be compared with these).
     why: that in a sentence.
     step: which, as in metrics.jsonl: the first is 1.
     start: batches consumed by the checkpoint that was started from; 0 may be the beginning.
@@ -105,14 +106,15 @@ def replay(place: str | Path, step: int, *, log: Log) -> Replay:
     loader = Loader(data.stores, config.data, seed=config.seed, skips=skips)
     setup = make_setup(config, make_mesh(config.parallel))
     checkpoints = open_reader(home.checkpoints, log=log)
-    start = _start(checkpoints, step - 1)
-    log(f"replaying step {step} twice from {f'the checkpoint of step {start}' if start else 'the beginning'}")
     bench = _Bench(config, setup, loader, checkpoints)
-    first = bench.execute(start, step, norms=True)
-    second = bench.execute(start, step, norms=False)
+    start, state = bench.begin(step - 1, log=log)
+    log(f"replaying step {step} twice from {f'the checkpoint of step {start}' if start else 'the beginning'}")
+    first = bench.execute(start, state, step, norms=True)
+    second = bench.execute(start, bench.state(start), step, norms=False)
     differing = [path for path in first.after if first.after[path] != second.after[path]]
+    unlike = _unlike(workdir, setup, start, step)
     verdict, why = _judge(
-        _Evidence(records, first, second, differing, _unlike(workdir, setup, start, step), _non_finite(first, step)),
+        _Evidence(records, first, second, differing, unlike, _non_finite(first, step)),
         step,
         damaged=lambda: _damage(data),
     )
@@ -148,17 +150,6 @@ def _config(workdir: Path, *, log: Log) -> Config:
         return resolve(given, devices=jax.device_count())
 
 
-def _start(checkpoints: CheckpointReader, before: int) -> int:
-    """The step of the newest checkpoint of step `before` or earlier with a readable record; 0: the beginning."""
-    for step in reversed([step for step in checkpoints.steps() if step <= before]):
-        try:
-            checkpoints.record(step)
-        except (OSError, ValueError):
-            continue
-        return step
-    return 0
-
-
 @dataclasses.dataclass
 class _Bench:
     """What executes steps: the programs are compiled once and serve both executions."""
@@ -169,9 +160,18 @@ class _Bench:
     checkpoints: CheckpointReader
     programs: dict[tuple[int, int], jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
-    def execute(self, start: int, stop: int, *, norms: bool) -> _Execution:
-        """Steps `start` + 1 to `stop`, the state read anew."""
-        state, figures, measured = self.state(start), {}, {}
+    def begin(self, before: int, *, log: Log) -> tuple[int, TrainState]:
+        """The step of the newest whole checkpoint of step `before` or earlier, and its state; 0: the beginning."""
+        for step in reversed([step for step in self.checkpoints.steps() if step <= before]):
+            try:
+                return step, self.state(step)
+            except NoneWhole:  # which one and why, the reader has said
+                log(f"going back further than the checkpoint of step {step}")
+        return 0, self.state(0)
+
+    def execute(self, start: int, state: TrainState, stop: int, *, norms: bool) -> _Execution:
+        """Steps `start` + 1 to `stop` from the state after `start`, which is consumed."""
+        figures, measured = {}, {}
         for step in range(start + 1, stop + 1):
             read = functools.partial(self.loader.batch, step - 1)
             batch = place_batch(self.setup.mesh, self.loader.shape(step - 1), read)
@@ -246,7 +246,7 @@ def _judge(found: _Evidence, step: int, *, damaged: Callable[[], str]) -> tuple[
         if was is not None and was["batch"] != now["batch"]:
             return "data", (
                 f"the batch of step {number} has the digest {now['batch']}, and {was['batch']} was written down: the "
-                f"store, or what the order follows from, has changed{damaged()}"
+                f"store, or what the order follows from, has changed; {damaged() or UNDAMAGED}"
             )
     for number in steps:
         one, other = found.first.figures[number], found.second.figures[number]
@@ -269,11 +269,13 @@ def _judge(found: _Evidence, step: int, *, damaged: Callable[[], str]) -> tuple[
         )
     if other_then:
         number = other_then[0]
-        return "hardware", (
+        otherwise = (
             f"two executions agree here, and the run wrote down something else for step {number}: "
-            f"{_both(found.records[number], found.first.figures[number])}; it was computed wrongly then, by a device "
-            "of the hosts that it ran on"
+            f"{_both(found.records[number], found.first.figures[number])}; "
         )
+        if damage := damaged():  # where documents begin is in no batch's digest
+            return "data", f"{otherwise}{damage}"
+        return "hardware", f"{otherwise}it was computed wrongly then, by a device of the hosts that it ran on"
     figures = found.first.figures[step]
     if found.non_finite or not figures["accepted"]:
         what = f"the first tensor that is not finite is {found.non_finite}" if found.non_finite else "all is finite"
@@ -297,8 +299,8 @@ def _both(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def _unlike(workdir: Path, setup: Setup, start: int, step: int) -> str:
-    """How the devices, mesh or code that made the steps after `start` differ from these, in words."""
-    here = describe_place(setup.mesh)
+    """How the devices, mesh, code or settings that made the steps after `start` differ from these, in words."""
+    here = describe_place(setup.config, setup.mesh)
     places = {record["step"]: record for record in read_metrics(workdir, "cost") if record["step"] < step}
     began = max((at for at in places if at <= start), default=start)
     then = [record for at, record in places.items() if at >= began]
@@ -310,13 +312,13 @@ def _unlike(workdir: Path, setup: Setup, start: int, step: int) -> str:
 
 
 def _damage(data: Prepared) -> str:
-    """Which store's files are not what was written, in words."""
+    """Which store's files are not what was written, in words; "": all are."""
     for store in data.stores.values():
         try:
             store.verify()
         except StoreError as error:
-            return f"; {error}"
-    return "; every file of the stores has the bytes that were written"
+            return str(error)
+    return ""
 
 
 def _non_finite(execution: _Execution, step: int) -> str:

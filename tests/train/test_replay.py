@@ -1,5 +1,6 @@
 """Replay: a step again, and whether the hardware, the data or the numbers were at fault. Each fault is put there."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,13 +8,15 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.checkpoint.reader import CheckpointReader
 from maxlm.cli import main
 from maxlm.errors import UserError
+from maxlm.parallel.mesh import make_mesh
 from maxlm.train import replay as module
 from maxlm.train.metrics import FILE_NAME, read_metrics
 from maxlm.train.replay import replay
 from maxlm.train.run import train
-from maxlm.train.setup import Setup
+from maxlm.train.setup import Setup, make_setup
 from tests.tiny import tiny_config, write_corpus
 
 STEPS = 5
@@ -106,6 +109,38 @@ def test_a_store_that_has_changed_is_found_and_the_file_named(runs):
     tokens.tofile(shard)
     found = replay(workdir, 4, log=lambda _: None)
     assert found.verdict == "data" and "the batch of step 4" in found.why and "train-00000.bin is damaged" in found.why
+
+
+def test_a_damaged_file_that_no_digest_of_a_batch_shows_is_found_before_hardware_is_blamed():
+    """Where documents begin is in a file of its own: the tokens of a batch are the same, what they see is not."""
+    figures = {4: {"loss": 1.0, "grad_norm": 2.0, "batch": 7, "accepted": True}}
+    execution = module._Execution(figures, {}, {})
+    records = {4: {**figures[4], "loss": 1.5}}
+    evidence = module._Evidence(records, execution, execution, [], "", "")
+    verdict, why = module._judge(evidence, 4, damaged=lambda: "offsets.bin is damaged")
+    assert verdict == "data" and "offsets.bin is damaged" in why and "step 4" in why
+    assert module._judge(evidence, 4, damaged=lambda: "")[0] == "hardware"
+
+
+def test_other_settings_are_told_from_faults_and_a_damaged_checkpoint_is_gone_past(runs):
+    workdir, said = copied(runs, "settings"), []
+    config = module._config(workdir, log=said.append)
+    setup = make_setup(config, make_mesh(config.parallel))
+    assert module._unlike(workdir, setup, 3, 5) == ""
+    told = dataclasses.replace(config, name="other", checkpoint=dataclasses.replace(config.checkpoint, keep_latest=9))
+    assert module._unlike(workdir, dataclasses.replace(setup, config=told), 3, 5) == ""
+    later = dataclasses.replace(config, optim=dataclasses.replace(config.optim, peak_lr=0.5))
+    assert module._unlike(workdir, dataclasses.replace(setup, config=later), 3, 5).startswith("config was ")
+
+    reader = CheckpointReader(workdir / "checkpoints", log=said.append)
+    bench = module._Bench(config, setup, None, reader)
+    assert reader.steps() == [3, 5] and bench.begin(5, log=said.append)[0] == 5
+    for path in (workdir / "checkpoints" / "5" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    start, state = bench.begin(5, log=said.append)
+    assert start == int(state.step) == 3 and "checkpoint 5 is damaged" in said[0]
+    assert bench.begin(2, log=said.append)[0] == 0
 
 
 @pytest.mark.slow
