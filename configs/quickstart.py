@@ -49,7 +49,7 @@ def get_config():
                 final_lr_ratio=0.0,
                 weight_decay=0.05,
             ),
-            train=TrainConfig(steps=5000, budget_seconds=260.0, precision="float32"),
+            train=TrainConfig(steps=5000, budget_seconds=300.0, precision="float32"),
             checkpoint=CheckpointConfig(every_steps=500),
             eval=EvalConfig(
                 overlap=128,

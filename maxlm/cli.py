@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib.metadata
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -20,22 +22,6 @@ from maxlm.errors import UserError
 from maxlm.files import asked_file, check_asked, write_asked
 from maxlm.resolve import ConfigError, differences, resolve
 
-USAGE = """usage: maxlm <command> [flags]
-
-  train      --config=FILE --workdir=DIR [--config.section.key=value ...]   train, or continue, a run
-  check      --config=FILE [--devices=N] [--config.section.key=value ...]   resolve a config; say what follows from it
-  plan       --config=FILE --topology=v5p-128 [--search|--html=PATH ...]     memory, traffic, time and cost of a run
-  explain    --config=FILE --topology=v5p-128                               which device holds what
-  prepare    --config=FILE --workdir=DIR                                    make the tokenizer and the token stores
-  tokenizer  --config=FILE --workdir=DIR --out=FILE                         train a tokenizer on a config's sources
-  convert    from-hf FOLDER OUT | to-hf CHECKPOINT OUT [--dtype=...]       weights from and to Hugging Face
-  generate   --workdir=DIR|--model=PATH --prompt=TEXT [--chat ...]          sample from a run or any weights
-  replay     --workdir=DIR --step=N [--json=FILE]                            a past step again, twice: what was at fault
-  study      plan|run|fit|predict|judge|report STUDY.py [--dir=DIR ...]      many small runs, and what they foretell
-
-`maxlm <command> --help` lists the command's flags."""
-
-
 _ON_DEVICES = ("train", "generate", "replay")  # commands that compute on accelerators, where there are some
 
 
@@ -43,8 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code of the process."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(_usage())
         return 0 if args else 2
+    if args[0] == "--version":
+        print(importlib.metadata.version("maxlm"))
+        return 0
     command = _COMMANDS.get(args[0])
     if command is None:
         print(f"maxlm: {args[0]!r} is not a command; known: {', '.join(_COMMANDS)}", file=sys.stderr)
@@ -56,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         faulthandler.enable()  # a process that dies in C++ says where its threads were
     flags.FLAGS.mark_as_parsed()  # libraries below read absl's global flags, which this program does not use
     try:
-        return command([f"maxlm {args[0]}", *args[1:]])
+        return command.run([f"maxlm {args[0]}", *args[1:]])
     except _expected_errors() as error:
         print(f"maxlm {args[0]}: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 1
@@ -102,7 +91,7 @@ def _parse(
             f"the config file {' '.join(found)} cannot be loaded ({why}); give the path of a Python file"
         ) from error
     if values.help:
-        print(values.get_help())
+        print(_help(values, args[0].split()[-1]))
         raise SystemExit(0)
     if len(rest) - 1 > len(words):
         raise UserError(f"{rest[len(words) + 1]!r} was not understood; flags are written as --name=value")
@@ -111,6 +100,27 @@ def _parse(
     if missing:
         raise UserError(f"--{missing[0]} is missing; see `maxlm {args[0].split()[-1]} --help`")
     return rest[1:]
+
+
+def _usage() -> str:
+    """All commands, a line each."""
+    width = max(len(command.words) for command in _COMMANDS.values())
+    lines = [f"  {name:10} {command.words:{width}}  {command.does}" for name, command in _COMMANDS.items()]
+    end = "`maxlm <command> --help` lists the command's flags, `maxlm --version` says which MaxLM this is."
+    return "\n".join(["usage: maxlm <command> [flags]", "", *lines, "", end])
+
+
+def _help(values: flags.FlagValues, name: str) -> str:
+    """How a command is typed, and its own flags: not those that absl and a config's settings add."""
+    command = _COMMANDS[name]
+    lines = [f"usage: maxlm {name} {command.words}", "", command.does, ""]
+    for own in sorted(own for own in values if "." not in own and own not in ("h", "flagfile", "undefok")):
+        flag = values[own]
+        default = "" if flag.default in (None, [], False) else f" (default: {flag.default})"
+        lines += [f"  --{own}" + ("" if flag.boolean else "=VALUE"), f"      {flag.help}{default}"]
+    if "config" in values:
+        lines += ["  --config.section.key=VALUE", "      one setting of the config; maxlm/config.py lists them all"]
+    return "\n".join(lines)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -370,17 +380,39 @@ def _log(line: str) -> None:
     print(line, flush=True)
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "check": _check,
-    "plan": _plan,
-    "explain": _explain,
-    "prepare": _prepare,
-    "tokenizer": _tokenizer,
-    "generate": _generate,
-    "convert": _convert,
-    "replay": _replay,
-    "study": _study,
+class _Command(NamedTuple):
+    """run: takes the words of the command line, the command's own name first. words: how it is typed."""
+
+    run: Callable[[list[str]], int]
+    words: str
+    does: str
+
+
+_COMMANDS = {
+    "train": _Command(
+        _train, "--config=FILE --workdir=DIR [--config.section.key=VALUE ...]", "train, or continue, a run"
+    ),
+    "check": _Command(_check, "--config=FILE [--devices=N]", "resolve a config; say what follows from it"),
+    "plan": _Command(
+        _plan,
+        "--config=FILE --topology=v5p-128 [--search] [--html=PATH]",
+        "memory, traffic, time and cost of a run, before it",
+    ),
+    "explain": _Command(_explain, "--config=FILE --topology=v5p-128", "which device holds what"),
+    "prepare": _Command(_prepare, "--config=FILE --workdir=DIR", "make the tokenizer and the token stores"),
+    "tokenizer": _Command(
+        _tokenizer, "--config=FILE --workdir=DIR --out=FILE", "train a tokenizer on a config's sources"
+    ),
+    "convert": _Command(
+        _convert, "from-hf FOLDER OUT | to-hf CHECKPOINT OUT [--dtype=...]", "weights from and to Hugging Face"
+    ),
+    "generate": _Command(
+        _generate, "--workdir=DIR | --model=PATH --prompt=TEXT [--chat]", "sample from a run or any weights"
+    ),
+    "replay": _Command(_replay, "--workdir=DIR --step=N", "a past step again, twice: what was at fault"),
+    "study": _Command(
+        _study, "plan|run|fit|predict|judge|report STUDY.py [--dir=DIR]", "many small runs, and what they foretell"
+    ),
 }
 
 if __name__ == "__main__":

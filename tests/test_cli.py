@@ -47,7 +47,7 @@ def test_a_run_takes_the_memory_that_plans_count_with(monkeypatch):
         return 0
 
     for command in ("check", "train", "generate", "replay"):
-        monkeypatch.setitem(cli._COMMANDS, command, note)
+        monkeypatch.setitem(cli._COMMANDS, command, cli._COMMANDS[command]._replace(run=note))
     assert main(["check"]) == main(["train"]) == 0
     assert seen[0] == [None, None]
     chip = CHIPS["h100"]
@@ -109,13 +109,10 @@ def test_the_commands_of_a_run(tmp_path, capsys):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"] == 6
 
-    first = ["generate", workdir, "--prompt=document 1", "--max_tokens=8", "--temperature=0"]
-    assert main(first) == 0
-    alone = capsys.readouterr().out
-    assert alone.startswith("document 1")
-    assert main([*first, "--prompt=the cat sees a"]) == 0
+    prompts = ["--prompt=document 1", "--prompt=the cat sees a"]
+    assert main(["generate", workdir, *prompts, "--max_tokens=8", "--temperature=0"]) == 0
     both = capsys.readouterr().out
-    assert alone.strip() in both and "the cat sees a" in both
+    assert "document 1" in both and "the cat sees a" in both
 
     # The saved config is one that runs, and says the same run is complete.
     assert main(["train", f"--config={tmp_path / 'run' / 'config.py'}", workdir]) == 0
@@ -127,7 +124,7 @@ def test_the_commands_of_a_run(tmp_path, capsys):
     ("leaves", "message"),
     [
         (
-            {"model__learned_positions": 64, "eval__sample_tokens": 60},
+            {"model__learned_positions": 64, "eval__prompts": ("document 1\n",), "eval__sample_tokens": 60},
             "has 12 tokens and 60 more are asked for, but the model has 64 learned",
         ),
         (

@@ -20,16 +20,24 @@ def runs(tmp_path_factory) -> Runs:
     return runs
 
 
-def test_a_whole_run_accounts_for_its_time_and_reports(runs):
-    report = json.loads((runs.folder / "whole" / "report.json").read_text())
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Runs:
+    samples = {"eval__prompts": ("document 1\n",), "eval__sample_tokens": 8}
+    runs = Runs(tmp_path_factory.mktemp("short"), steps=20, **samples)
+    runs.finish("whole")
+    return runs
+
+
+def test_a_whole_run_accounts_for_its_time_and_reports(short):
+    report = json.loads((short.folder / "whole" / "report.json").read_text())
     assert set(report["goodput"]) == set(BUCKETS)
     assert sum(report["goodput"].values()) == pytest.approx(report["wall_seconds"], abs=0.01)
-    assert report["steps"] == report["updates"] == STEPS
+    assert report["steps"] == report["updates"] == short.total
     assert 0 < report["heldout_bits_per_byte"] < 8
     assert report["xz_bits_per_byte"] > 0
     assert report["samples"][0]["prompt"] == "document 1\n"
-    losses = [record["loss"] for record in runs.steps("whole")]
-    assert len(losses) == STEPS and losses[-1] < losses[0]
+    losses = [record["loss"] for record in short.steps("whole")]
+    assert len(losses) == short.total and losses[-1] < losses[0]
 
 
 @pytest.mark.slow
@@ -75,18 +83,18 @@ def test_sigterm_saves_and_leaves_with_its_own_exit_code(runs):
     assert runs.arrays("stopped") == runs.arrays("whole")
 
 
-def test_finished_and_started_again_it_changes_nothing(runs):
-    before = runs.arrays("whole")
-    runs.finish("whole")
-    assert runs.arrays("whole") == before
-    assert len(runs.steps("whole")) == STEPS
+def test_finished_and_started_again_it_changes_nothing(short):
+    before = short.arrays("whole")
+    short.finish("whole")
+    assert short.arrays("whole") == before
+    assert len(short.steps("whole")) == short.total
 
 
-def test_another_corpus_is_refused(runs):
-    (runs.folder / "corpus" / "new.txt").write_text("a document that was not there before\n")
+def test_another_corpus_is_refused(short):
+    (short.folder / "corpus" / "new.txt").write_text("a document that was not there before\n")
     try:
-        process = runs.start("whole")
+        process = short.start("whole")
         assert process.wait(timeout=100) == 1
-        assert "Traceback" not in runs.log("whole")
+        assert "Traceback" not in short.log("whole")
     finally:
-        (runs.folder / "corpus" / "new.txt").unlink()
+        (short.folder / "corpus" / "new.txt").unlink()

@@ -8,7 +8,8 @@ step: our training step, the same model in PyTorch (Hugging Face's LlamaForCausa
   the median turn; a ratio is the median over rounds of the quotient of two neighbours. Peaks are the best turn's.
 start: from the start of the process `maxlm train` to its first step done, with an empty compilation cache and with the
   one that this left behind.
-save: what one asynchronous checkpoint takes from the loop.
+save: what one asynchronous checkpoint takes from the loop. That it is written on cores which the next steps use as well
+  is not counted.
 loader: batches alone, without prefetch.
 
 This file is the config of the runs that `start` measures as well: `maxlm train --config=tools/bench.py`.
@@ -163,7 +164,7 @@ def _peer_variant(*, compiled: bool, weights: str, autocast: bool) -> Subject:
 
     config = resolve(bench_config())
     model, optim, attention = config.model, config.optim, config.model.attention
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     torch.manual_seed(0)
     dims: dict[str, Any] = {
         "vocab_size": model.vocab_size,
@@ -231,6 +232,11 @@ def random_tokens(rows: int, positions: int, vocab: int) -> Any:
     import numpy as np
 
     return np.random.default_rng(0).integers(0, vocab, (rows, positions), np.int32)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -353,6 +359,7 @@ def measure_start(folder: Path, corpus: Path) -> dict[str, float]:
     """Seconds from the start of `maxlm train` to the line of its first step, its data being prepared already."""
     flags = ["--config=tools/bench.py", f"--config.data.cache_dir={folder / 'data'}"]
     environment = {**os.environ, "MAXLM_BENCH_CORPUS": str(corpus)}
+    environment.pop("GLIBC_TUNABLES", None)  # a user's command has to set it itself, which takes a second start
     maxlm = [sys.executable, "-m", "maxlm.cli"]
     prepare = [*maxlm, "prepare", *flags, f"--workdir={folder / 'prepare'}"]
     subprocess.run(prepare, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -472,7 +479,7 @@ def main() -> None:
             figures |= measure_save(folder)
         if "loader" in parts:
             figures |= measure_loader(folder, corpus, seconds=3.0)
-    machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "load": os.getloadavg()[0]}
+    machine = {"cores": cores(), "machine": platform.machine(), "load": os.getloadavg()[0]}
     notes.append(f"{machine['cores']} cores ({machine['machine']}), load average {machine['load']:.1f} at the end")
     report(console, figures, notes)
     if given.json:

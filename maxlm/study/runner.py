@@ -218,7 +218,7 @@ class _Queue:
             left += (1 - part) * item.run.seconds
             predicted += max(part - item.begun_at, 0.0) * item.run.seconds
             taken += time.monotonic() - item.began
-        pace = taken / predicted if predicted > 1 and taken > 20 else 1.0  # against the prediction, so far
+        pace = taken / predicted if predicted > 30 else 1.0  # against the prediction, so far
         ended = len(self.done)
         failed = f", {len(self.outcome.failed)} failed" if self.outcome.failed else ""
         eta = format_duration(left * pace / width)

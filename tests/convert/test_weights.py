@@ -99,7 +99,6 @@ def test_a_run_begins_with_them_and_hands_them_back(place, tmp_path):
         optim__peak_lr=0.0,  # the weights stay what they are
         optim__weight_decay=0.0,
         checkpoint__every_steps=2,
-        eval__prompts=(),
     )
     assert train(config, tmp_path / "run", log=quiet) == 0
     to_hf(tmp_path / "run", tmp_path / "back", dtype="bfloat16", log=quiet)
@@ -150,7 +149,6 @@ def test_processes_with_a_pipeline_begin_with_them(tmp_path, source):
         parallel=ParallelConfig(data=1, fsdp=2, pipeline=2),
         optim__peak_lr=0.0,
         optim__weight_decay=0.0,
-        eval__prompts=(),
     )
     processes = runs.start_together("run", processes=2, devices=2)
     assert [process.wait(timeout=600) for process in processes] == [0, 0], runs.log("run")

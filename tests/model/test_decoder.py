@@ -195,16 +195,20 @@ def _gradients(tiny, built, runtime):
     return jax.jit(jax.grad(total))(built.params)
 
 
-def test_remat_changes_no_gradient(tiny):
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        pytest.param(Runtime(remat="full"), marks=pytest.mark.slow),  # as many cases of tests/test_equivalence.py do
+        pytest.param(Runtime(remat="matmuls"), marks=pytest.mark.slow),
+        Runtime(remat="custom", remat_names=("attention_qkv", "mlp_up")),
+    ],
+    ids=lambda runtime: runtime.remat,
+)
+def test_remat_changes_no_gradient(tiny, runtime):
     built = tiny.build(tiny.config(**VARIANTS["everything"]), noise=0.1)
     expected = tree.paths(_gradients(tiny, built, Runtime()))
-    for runtime in (
-        Runtime(remat="full"),
-        Runtime(remat="matmuls"),
-        Runtime(remat="custom", remat_names=("attention_qkv", "mlp_up")),
-    ):
-        for path, got in tree.paths(_gradients(tiny, built, runtime)).items():
-            np.testing.assert_allclose(got, expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
+    for path, got in tree.paths(_gradients(tiny, built, runtime)).items():
+        np.testing.assert_allclose(got, expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
 def test_compute_dtype_leaves_gradients_in_float32(tiny):

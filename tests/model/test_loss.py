@@ -27,7 +27,8 @@ def _inputs(batch, sequence, *, dim=7, vocab=19, seed=0, dtype=jnp.float32):
     return hidden, jax.random.normal(keys[1], (dim, vocab)), targets, weights
 
 
-@settings(max_examples=4, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
 @given(
     batch=st.integers(1, 4),
     sequence=st.integers(1, 13),
@@ -35,7 +36,20 @@ def _inputs(batch, sequence, *, dim=7, vocab=19, seed=0, dtype=jnp.float32):
     softcap=st.sampled_from([0.0, 2.5]),
     z_loss=st.sampled_from([0.0, 0.3]),
 )
+def test_whatever_the_shape_it_is_the_naive_loss(batch, sequence, chunk, softcap, z_loss):
+    check_against_naive(batch, sequence, chunk, softcap, z_loss)
+
+
+@pytest.mark.parametrize(
+    ("batch", "sequence", "chunk", "softcap", "z_loss"),
+    [(3, 13, 10, 2.5, 0.3), (2, 8, 60, 0.0, 0.0)],
+    ids=["ragged chunks, all terms", "one chunk, plain"],
+)
 def test_value_and_gradients_equal_the_naive_loss(batch, sequence, chunk, softcap, z_loss):
+    check_against_naive(batch, sequence, chunk, softcap, z_loss)
+
+
+def check_against_naive(batch, sequence, chunk, softcap, z_loss):
     hidden, head, targets, weights = _inputs(batch, sequence)
 
     def chunked(hidden, head):

@@ -32,7 +32,6 @@ def runs(tmp_path_factory):
         train__norms_every=0,
         train__compilation_cache=str(folder / "xla"),
         checkpoint__every_steps=3,
-        eval__prompts=(),
     )
     train(config, folder / "whole", log=lambda _: None)
     return folder

@@ -116,7 +116,6 @@ def world(tmp_path_factory):
         checkpoint__every_steps=3,
         checkpoint__keep_latest=4,
         optim__guard__rollback=(2, 6, 2),
-        eval__prompts=(),
     )
     config = replace(config, ["data", "prefetch"], 0)
     data = prepare_data(resolve(config), folder)

@@ -182,7 +182,10 @@ def test_float16_overflow_lowers_the_scale_and_is_not_held_against_the_run():
     assert float(runner.state.scale.scale) < start
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", pytest.param("lion", marks=pytest.mark.slow), "muon"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param("adafactor", marks=pytest.mark.slow), pytest.param("lion", marks=pytest.mark.slow), "muon"],
+)
 def test_every_optimizer_gives_the_same_losses_on_a_mesh(optimizer):
     one = Runner(ParallelConfig(data=1), optim__optimizer=optimizer)
     mesh = Runner(ParallelConfig(data=1, fsdp=2, tensor=2), optim__optimizer=optimizer)
