@@ -2,8 +2,8 @@
 
 maxlm study run configs/scaling/stdlib_ladder.py && maxlm study fit configs/scaling/stdlib_ladder.py
 
-Five budgets that span a factor of 8, at each four sizes around the one expected to be best: 20 models of 0.05M to 2M
-parameters besides embeddings. Planned for two CPU cores, one run on each at a time, in less than an hour.
+Five budgets that span a factor of 8, at each four sizes around the one expected to be best: 20 models of 0.05M to 0.6M
+parameters besides embeddings. What came of it is in docs/scaling.md: 72 minutes on two cores that were busy besides.
 
 At budgets so small a run has few steps, and what makes more of them wins: at 1.6e12 FLOPs and width 96 the held-out
 loss is 2.21 nats a byte with AdamW and batches of 3,072 tokens, 1.88 with 1,024, 1.56 with Muon, and 1.52 with 512 (in

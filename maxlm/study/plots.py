@@ -34,7 +34,7 @@ def draw_isoflops(fit: StudyFit) -> bytes:
             axes.plot(sizes, curve, color=colour, linewidth=1.2)
             if parabola.inside:
                 axes.plot(parabola.params, parabola.loss, "*", color=colour, markersize=13, markeredgecolor="white")
-    axes.set_xscale("log")
+    _logarithmic(axes, "x")
     axes.set(title="Slices of equal compute (star: the minimum)", xlabel=f"parameters, {fit.counted}", ylabel=_NATS)
     axes.legend(frameon=False)
     return _png(figure)
@@ -61,7 +61,7 @@ def draw_optima(fit: StudyFit) -> bytes:
         right.errorbar(
             held.flops, held.predicted, reach, fmt="D", color=COLOURS[1], capsize=4, label="foretold from the others"
         )
-    right.set_xscale("log")
+    _logarithmic(right, "x")
     right.set(title="Loss against compute", xlabel="training FLOPs", ylabel=_NATS)
     right.legend(frameon=False)
     return _png(figure)
@@ -88,7 +88,7 @@ def draw_law(fit: StudyFit) -> bytes:
     right.plot(budgets, [law.optimum(budget).loss for budget in budgets], color=COLOURS[0], label="law, C = 6 N D")
     right.fill_between(budgets, *_ends(drawn), color=COLOURS[0], alpha=0.2, linewidth=0, label=f"{LEVEL:.0%} band")
     right.plot([row.planned.flops for row in rows], found, ".", color=QUIET, label="runs")
-    right.set_xscale("log")
+    _logarithmic(right, "x")
     right.set(title="Loss of the best split", xlabel="training FLOPs", ylabel=_NATS)
     right.legend(frameon=False)
     return _png(figure)
@@ -139,9 +139,20 @@ def _draw_power(axes: Any, fit: IsoflopFit, name: str, title: str) -> None:
             drawn = np.stack([getattr(draw, name)(span) for draw in fit.replicates])
             axes.fill_between(span, *_ends(drawn), color=COLOURS[0], alpha=0.2, linewidth=0, label=f"{LEVEL:.0%} band")
         axes.legend(frameon=False)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes, "xy")
     axes.set(title=title, xlabel="training FLOPs")
+
+
+def _logarithmic(axes: Any, directions: str) -> None:
+    """Logarithmic axes with so few numbers that they do not run into each other."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for direction in directions:
+        getattr(axes, f"set_{direction}scale")("log")
+        axis = getattr(axes, f"{direction}axis")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e").replace("e0", "e")))
+        axis.set_minor_locator(NullLocator())
 
 
 def _ends(drawn: np.ndarray) -> np.ndarray:
