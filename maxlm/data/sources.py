@@ -140,7 +140,7 @@ def _need(module: str, extra: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         name = module.partition(".")[0]
-        raise SourceError(f"{what} needs the package {name}: pip install 'maxlm[{extra}]'") from None
+        raise SourceError(f"{what} needs the package {name}: pip install '.[{extra}]'") from None
 
 
 # Files found by name.

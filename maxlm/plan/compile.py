@@ -179,7 +179,7 @@ def check_installed(config: Config, topology: Topology) -> None:
     )
     if not any(map(_installed, packages)):
         raise NotHere(
-            f"to compile for {topology.name}, {packages[0]} has to be installed; type: pip install 'maxlm[{extra}]'"
+            f"to compile for {topology.name}, {packages[0]} has to be installed; type: pip install '.[{extra}]'"
         )
     if not gpu:
         return

@@ -11,7 +11,7 @@ from tests.convert.cases import peer
 from tools import check_parity
 from tools.check_parity import agreement, main
 
-MISSING = "parity with Hugging Face NOT tested: pip install maxlm[parity]"
+MISSING = "parity with Hugging Face NOT tested: pip install -e '.[parity]'"
 pytest.importorskip("torch", reason=MISSING)
 pytest.importorskip("transformers", reason=MISSING)
 

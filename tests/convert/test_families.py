@@ -28,7 +28,7 @@ from maxlm.model.table import bind, to_ours, to_theirs
 from tests.convert.cases import CASES, SHARED, VOCAB, peer
 from tests.model.test_flops import as_computed
 
-MISSING = "parity with Hugging Face NOT tested: pip install maxlm[parity]"
+MISSING = "parity with Hugging Face NOT tested: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=MISSING)
 transformers = pytest.importorskip("transformers", reason=MISSING)
 safetensors_torch = pytest.importorskip("safetensors.torch", reason=MISSING)

@@ -21,7 +21,7 @@ from maxlm.model.runtime import Runtime
 from maxlm.model.table import to_ours
 from tests.convert.cases import CASES, SHARED, VOCAB
 
-MISSING = "parity with Hugging Face NOT tested: pip install maxlm[parity]"
+MISSING = "parity with Hugging Face NOT tested: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=MISSING)
 transformers = pytest.importorskip("transformers", reason=MISSING)
 

@@ -31,7 +31,9 @@ def made(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_files_give_the_same_ids(kind, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="NOT tested with transformers: pip install maxlm[parity]")
+    transformers = pytest.importorskip(
+        "transformers", reason="NOT tested with transformers: pip install -e '.[parity]'"
+    )
     ours = made(kind)
     write_tokenizer(ours, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

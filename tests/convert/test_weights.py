@@ -126,7 +126,9 @@ def test_a_run_begins_with_them_and_hands_them_back(place, tmp_path):
     lines = []
     to_hf(tmp_path / "run", tmp_path / "alone", family="llama", log=lines.append)
     assert not any("no tokenizer" in line for line in lines)
-    transformers = pytest.importorskip("transformers", reason="NOT tested with transformers: pip install maxlm[parity]")
+    transformers = pytest.importorskip(
+        "transformers", reason="NOT tested with transformers: pip install -e '.[parity]'"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "alone")
     assert tokenizer("Grüße\n")["input_ids"] == [256, *"Grüße\n".encode()]
     peer, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "alone", output_loading_info=True)

@@ -143,7 +143,9 @@ def test_a_template_reaches_nothing_but_the_messages(place, tmp_path, template, 
 
 def test_templates_have_what_those_of_transformers_have(tmp_path):
     """gpt-oss and Mistral Small ask for the date, others mark what the model says, or write tools as JSON."""
-    transformers = pytest.importorskip("transformers", reason="NOT tested with transformers: pip install maxlm[parity]")
+    transformers = pytest.importorskip(
+        "transformers", reason="NOT tested with transformers: pip install -e '.[parity]'"
+    )
     template = (
         "{{ strftime_now('%Y') }}|{% for m in messages %}{% set t = m.content %}\n"
         "{% generation %}<{{ m.role }}>{{ m | tojson(indent=2, sort_keys=True) }}{% endgeneration %}{{ t }}"

@@ -164,9 +164,9 @@ def test_what_is_published_has_a_preset():
 
 @pytest.mark.parametrize("name", one_each())
 def test_transformers_counts_the_same(name):
-    torch = pytest.importorskip("torch", reason="parity with Hugging Face NOT tested: pip install maxlm[parity]")
+    torch = pytest.importorskip("torch", reason="parity with Hugging Face NOT tested: pip install -e '.[parity]'")
     transformers = pytest.importorskip(
-        "transformers", reason="parity with Hugging Face NOT tested: pip install maxlm[parity]"
+        "transformers", reason="parity with Hugging Face NOT tested: pip install -e '.[parity]'"
     )
     family = next(family for family in families().values() if name in family.presets)
     if family.name in FOREIGN:
