@@ -202,11 +202,12 @@ def test_preempted_machines_are_given_back_and_asked_for_anew(cloud, monkeypatch
 
 
 def test_other_hardware_of_that_name_is_not_touched(cloud, monkeypatch):
+    quickly(monkeypatch)
     write(cloud)
     make_machines(cloud, monkeypatch, [0])
-    assert run() == 0
+    assert run("--slices=1") == 0
     with pytest.raises(LaunchError, match="is there as v5litepod-8, not v5litepod-16"):  # at once
-        tpu_vm.main([word.replace("v5litepod-8", "v5litepod-16") for word in FLAGS] + ["--retries=0"])
+        tpu_vm.main([word.replace("v5litepod-8", "v5litepod-16") for word in FLAGS] + ["--slices=1"])
     assert state(cloud)["created"] == 1
 
 
@@ -342,11 +343,12 @@ def test_named_secrets_that_did_not_come_are_no_start(cloud, monkeypatch):
 
 
 def test_delete_ends_the_costs_and_may_be_said_twice(cloud, monkeypatch):
+    quickly(monkeypatch)
     write(cloud)
     make_machines(cloud, monkeypatch, [0])
-    assert run() == 0
+    assert run("--slices=1") == 0
     for _ in range(2):
-        assert tpu_vm.main(["delete", *FLAGS[1:]]) == 0
+        assert tpu_vm.main(["delete", *FLAGS[1:], "--slices=1"]) == 0
         assert state(cloud)["resources"] == {} == state(cloud)["nodes"]
 
 
