@@ -2,8 +2,9 @@
 
 A device is what JAX calls one: a TPU7x chip is two of them, a v4 or v5p chip is one (its two TensorCores work as one).
 All figures are of one device, in bytes, seconds and FLOP/s (a multiplication and an addition are two); rates of links
-are one way. They are what vendors print, so no run reaches them. JAX sends float32 products to bfloat16 passes on TPUs
-and to TF32 tensor cores on NVIDIA GPUs unless told otherwise, so that is what `float32` says.
+are one way. They are what vendors print, so no run reaches them. `float32` is that of products which keep all bits, as
+those of MaxLM do (`kernels.matmul.precision_of`): six passes in bfloat16 on TPUs, and the units for FP32, not the
+tensor cores' TF32, on NVIDIA GPUs.
 
 Prices are of on-demand lists, a start where nobody has a better one: they differ by region and contract.
 """
@@ -25,6 +26,9 @@ MIB = 2**20
 
 GPU_SHARE = 0.95
 """Of a GPU's memory, what runs take (`cli` tells JAX, which takes 0.75 unless told) and plans count with."""
+
+FLOAT32_PASSES = 6
+"""Products of bfloat16 parts by which a TPU's matrix units make one of float32 operands (`lax.Precision.HIGHEST`)."""
 
 _CLOUD = "cloud.google.com/tpu/docs, page of the generation, read 2026-11"
 _LIBTPU = "what libtpu 0.0.42 says is available when a program needs too much"
@@ -96,7 +100,8 @@ def _tpu(name: str, kinds: tuple[str, ...], *, tflops: float, int8: float, gib: 
         "clock": "peak over the FLOPs that the matrix units do a cycle",
         "price": _GCP_PRICE,
     }
-    rates = {"bfloat16": tflops * TERA, "float32": tflops * TERA, "int8": int8 * TERA, "float8": tflops * TERA}
+    whole = tflops * TERA
+    rates = {"bfloat16": whole, "float32": whole / FLOAT32_PASSES, "int8": int8 * TERA, "float8": whole}
     figures = {"devices_per_host": 4, "sources": sources, "flops": rates, **figures}
     return Chip(name=name, platform="tpu", kinds=kinds, usable_bytes=gib * GIB, **figures)
 
@@ -104,7 +109,7 @@ def _tpu(name: str, kinds: tuple[str, ...], *, tflops: float, int8: float, gib: 
 def _gpu(
     name: str, kinds: tuple[str, ...], *, tflops: tuple[float, float, float, float], mib: float, **figures: Any
 ) -> Chip:
-    """tflops: of TF32, bfloat16, int8, float8; mib: what nvidia-smi prints as the total."""
+    """tflops: of FP32, bfloat16, int8, float8; mib: what nvidia-smi prints as the total."""
     sources = {
         "flops, hbm_bandwidth, link_bandwidth": _NVIDIA,
         "hbm_bytes": "nvidia-smi, memory.total",
@@ -127,7 +132,7 @@ def _variant(base: Chip, name: str, *kinds: str, **figures: Any) -> Chip:
 _A100 = _gpu(
     "a100",
     ("NVIDIA A100-SXM4-80GB",),
-    tflops=(156.0, 312.0, 624.0, 312.0),
+    tflops=(19.5, 312.0, 624.0, 312.0),
     mib=81_920,
     hbm_bandwidth=2039 * GIGA,
     link_bandwidth=300 * GIGA,
@@ -137,7 +142,7 @@ _A100 = _gpu(
 _H100 = _gpu(
     "h100",
     ("NVIDIA H100 80GB HBM3",),
-    tflops=(494.7, 989.4, 1978.9, 1978.9),
+    tflops=(66.9, 989.4, 1978.9, 1978.9),
     mib=81_559,
     hbm_bandwidth=3350 * GIGA,
     link_bandwidth=450 * GIGA,
@@ -217,7 +222,7 @@ CHIPS: Mapping[str, Chip] = {
             tflops=1153.5,
             int8=1153.5,
             gib=94.75,
-            flops={"bfloat16": 1153.5e12, "float32": 1153.5e12, "int8": 1153.5e12, "float8": 2307e12},
+            flops={"bfloat16": 1153.5e12, "float32": 1153.5e12 / FLOAT32_PASSES, "int8": 1153.5e12, "float8": 2307e12},
             hbm_bytes=96 * GIB,
             hbm_bandwidth=3690 * GIGA,
             link_bandwidth=50 * GIGA,  # the chip's links have 100; two devices share them
@@ -254,7 +259,7 @@ CHIPS: Mapping[str, Chip] = {
         _gpu(
             "h100-pcie",
             ("NVIDIA H100 PCIe",),
-            tflops=(378.0, 756.0, 1513.0, 1513.0),
+            tflops=(51.2, 756.0, 1513.0, 1513.0),
             mib=81_559,
             hbm_bandwidth=2000 * GIGA,
             link_bandwidth=64 * GIGA,
@@ -272,7 +277,7 @@ CHIPS: Mapping[str, Chip] = {
         _gpu(
             "b200",
             ("NVIDIA B200",),
-            tflops=(1100.0, 2250.0, 4500.0, 4500.0),
+            tflops=(75.0, 2250.0, 4500.0, 4500.0),
             mib=183_359,
             hbm_bandwidth=8000 * GIGA,
             link_bandwidth=900 * GIGA,
@@ -282,7 +287,7 @@ CHIPS: Mapping[str, Chip] = {
         _gpu(
             "l4",
             ("NVIDIA L4",),
-            tflops=(60.5, 121.0, 242.5, 242.5),
+            tflops=(30.3, 121.0, 242.5, 242.5),
             mib=23_034,
             hbm_bandwidth=300 * GIGA,
             link_bandwidth=32 * GIGA,
@@ -291,7 +296,7 @@ CHIPS: Mapping[str, Chip] = {
         _gpu(
             "l40s",
             ("NVIDIA L40S",),
-            tflops=(183.0, 362.0, 733.0, 733.0),
+            tflops=(91.6, 362.0, 733.0, 733.0),
             mib=46_068,
             hbm_bandwidth=864 * GIGA,
             link_bandwidth=32 * GIGA,

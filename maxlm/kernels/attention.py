@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
-FEATURES = ("windows", "softcap", "segments", "decode", "row_offsets", "bidirectional", "sinks", "alibi", "value_dim")
+FEATURES = ("windows", "softcap", "segments", "decode", "sinks", "alibi", "value_dim")
 # 16 MiB of float32, about a core's share of a large cache: all pairs of 2,048 positions, or 512 queries by 8,192 keys.
 SCORES_LIMIT = 2**22
 
@@ -74,7 +74,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     # jax counts the positions to the left of the query, without the query's own.
     window = (mask.window - 1, 0) if mask.window else None
     return jax.nn.dot_product_attention(
-        q, k, v, scale=mask.scale, is_causal=mask.causal, local_window_size=window, implementation="cudnn"
+        q, k, v, scale=mask.scale, is_causal=True, local_window_size=window, implementation="cudnn"
     )
 
 
@@ -99,8 +99,6 @@ def features(mask: Mask, *, head_dim: int = 0, value_dim: int = 0) -> frozenset[
         "softcap": bool(mask.softcap),
         "segments": mask.segments_q is not None or mask.segments_k is not None,
         "decode": mask.q_offset is not None,
-        "row_offsets": jnp.ndim(0 if mask.q_offset is None else mask.q_offset) > 0,
-        "bidirectional": not mask.causal,
         "sinks": mask.sinks is not None,
         "alibi": mask.slopes is not None,
         "value_dim": head_dim != value_dim,
@@ -179,7 +177,7 @@ BACKENDS: tuple[Backend, ...] = (
         max_head_dim=128,
         head_dim_multiple=8,
         length_multiple=64,
-        features=frozenset({"segments", "bidirectional"}),
+        features=frozenset({"segments"}),
     ),
     Backend(
         "splash",
@@ -187,13 +185,13 @@ BACKENDS: tuple[Backend, ...] = (
         platforms=("tpu",),
         dtypes=("bfloat16", "float32"),
         length_multiple=128,
-        features=_EVERYTHING - {"decode", "row_offsets", "alibi"},
+        features=_EVERYTHING - {"decode", "alibi"},
     ),
     Backend(
         "heads_loop",
         heads_loop,
         platforms=("cpu",),
-        features=_EVERYTHING - {"decode", "row_offsets", "alibi"},
+        features=_EVERYTHING - {"decode", "alibi"},
         scores=lambda queries, keys: min(queries, BLOCK_ROWS[1]) * keys,
     ),
     Backend("plain", plain, features=_EVERYTHING, scores=lambda queries, keys: queries * keys),
@@ -201,9 +199,9 @@ BACKENDS: tuple[Backend, ...] = (
         "chunked_loop",
         functools.partial(chunked, together=False),
         platforms=("cpu",),
-        features=_EVERYTHING - {"row_offsets"},
+        features=_EVERYTHING,
     ),
-    Backend("chunked", functools.partial(chunked, together=True), features=_EVERYTHING - {"row_offsets"}),
+    Backend("chunked", functools.partial(chunked, together=True), features=_EVERYTHING),
 )
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.mask import MASKED, Mask, biases, static, visible, with_sinks
-from maxlm.kernels.matmul import ATTENTION_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME, dot
 from maxlm.kernels.opaque import opaque
 
 BLOCK = 512  # rows of a block at most: positions of keys, or positions times G of queries
@@ -163,23 +163,17 @@ def _segment_blocks(segments: jax.Array | None, size: int, *, kv_heads: int, str
 
 def meet(mask: Mask, query: jax.Array, queries: int, key: jax.Array, keys: int) -> jax.Array:
     """Whether by their places any of `queries` queries from `query` on sees any of `keys` keys from `key` on."""
-    seen = jnp.bool_(True)
-    if mask.causal:
-        seen &= key <= query + queries - 1
+    seen = key <= query + queries - 1
     if mask.window:
         seen &= query - (key + keys - 1) < mask.window
     return seen
-
-
-def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
 def _scores(
     mask: Mask, queries: Queries, start: jax.Array, keys: Keys, place: Places
 ) -> tuple[jax.Array, jax.Array | float]:
     """Masked float32 scores (G, s, t) of a pair of blocks, and the soft-cap's derivative at them (1.0 without one)."""
-    scores = _dot("gsh,th->gst", queries.rows, keys.keys) * mask.scale
+    scores = dot("gsh,th->gst", queries.rows, keys.keys) * mask.scale
     slope: jax.Array | float = 1.0
     if mask.softcap:
         tanh = jnp.tanh(scores / mask.softcap)
@@ -191,7 +185,7 @@ def _scores(
         q_offset=start - place.starts,
     )
     if queries.slopes is not None:
-        scores += biases(local, queries.slopes, *scores.shape[1:])[0]
+        scores += biases(local, queries.slopes, *scores.shape[1:])
     seen = visible(local, *scores.shape[1:])
     if place.counts is not None:
         seen &= jnp.arange(scores.shape[2]) < place.counts
@@ -205,7 +199,7 @@ def _absorb_pair(
     top = jnp.maximum(running.top, scores.max(axis=2))
     shrink = jnp.exp(running.top - top)
     weights = jnp.exp(scores - top[..., None])
-    out = _dot("gst,tv->gsv", weights.astype(keys.values.dtype), keys.values)
+    out = dot("gst,tv->gsv", weights.astype(keys.values.dtype), keys.values)
     return Running(running.out * shrink[..., None] + out, top, running.total * shrink + weights.sum(axis=2))
 
 
@@ -221,12 +215,12 @@ def _pull_pair(
     dtype = queries.rows.dtype
     scores, slope = _scores(mask, queries, start, keys, place)
     weights = jnp.exp(scores - cotangents.normaliser[..., None])
-    pull = _dot("gsv,tv->gst", cotangents.out, keys.values) - cotangents.delta[..., None]
+    pull = dot("gsv,tv->gst", cotangents.out, keys.values) - cotangents.delta[..., None]
     scores = (weights * pull * slope * mask.scale).astype(dtype)
     return Gradients(
-        sums.queries + _dot("gst,th->gsh", scores, keys.keys),
-        sums.keys + _dot("gst,gsh->th", scores, queries.rows),
-        sums.values + _dot("gst,gsv->tv", weights.astype(dtype), cotangents.out),
+        sums.queries + dot("gst,th->gsh", scores, keys.keys),
+        sums.keys + dot("gst,gsh->th", scores, queries.rows),
+        sums.values + dot("gst,gsv->tv", weights.astype(dtype), cotangents.out),
     )
 
 

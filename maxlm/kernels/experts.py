@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.kernels.grouped import PLAIN, Backend, grouped_product, row_groups
+from maxlm.kernels.grouped import PLAIN, Backend, Cut, grouped_product, row_groups
 from maxlm.kernels.matmul import SAVED_NAME
 
 
@@ -125,20 +125,33 @@ def weighted(parts: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def through_experts(
-    rows: jax.Array, sizes: jax.Array, experts: Experts, *, hidden: Hidden, dtype: Any, backend: Backend
+    rows: jax.Array,
+    sizes: jax.Array,
+    experts: Experts,
+    *,
+    hidden: Hidden,
+    dtype: Any,
+    backend: Backend,
+    gathered: str = "",
 ) -> jax.Array:
-    """Rows (N, D), sorted by expert, through their experts: (N, D) in `dtype`; undefined for rows of none."""
+    """Rows (N, D), sorted by expert, through their experts: (N, D) in `dtype`; undefined for rows of none.
 
-    def project(x: jax.Array, linear: Linear, name: str) -> jax.Array:
-        y = checkpoint_name(grouped_product(x, linear.kernel, sizes, backend=backend, dtype=dtype), SAVED_NAME)
+    Args:
+      gathered: the mesh axis that D of the kernels, not of the biases, is cut along; empty: they are whole.
+    """
+    inward, outward = (Cut(gathered, 1), Cut(gathered, 2)) if gathered else (None, None)
+
+    def project(x: jax.Array, linear: Linear, name: str, cut: Cut | None) -> jax.Array:
+        y = grouped_product(x, linear.kernel, sizes, backend=backend, dtype=dtype, cut=cut)
+        y = checkpoint_name(y, SAVED_NAME)
         if linear.bias is not None:  # in float32, so that its gradient adds up in float32
             # Rows of no group get no bias, and their cotangents, which may be anything, reach none.
             own = jnp.take(linear.bias, row_groups(sizes, x.shape[0]), axis=0, mode="fill", fill_value=0)
             y = (y.astype(jnp.float32) + own).astype(dtype)
         return checkpoint_name(y, name)
 
-    gate = None if experts.gate is None else project(rows, experts.gate, "mlp_gate")
-    return project(hidden(gate, project(rows, experts.up, "mlp_up")), experts.down, "mlp_out")
+    gate = None if experts.gate is None else project(rows, experts.gate, "mlp_gate", inward)
+    return project(hidden(gate, project(rows, experts.up, "mlp_up", inward)), experts.down, "mlp_out", outward)
 
 
 def local_experts(
@@ -150,15 +163,18 @@ def local_experts(
     capacity: int = 0,
     dtype: Any,
     backend: Backend = PLAIN,
+    gathered: str = "",
 ) -> jax.Array:
     """Tokens (B, S, D) through the experts that they are sent to, all on one device: (B, S, D) float32.
 
     Args:
       capacity: entries of one expert in a row of the batch at most; nothing depends on it here.
+      gathered: as of `through_experts`.
     """
     del capacity
     tokens = x.astype(dtype).reshape(-1, x.shape[-1])
     place = order(routes.experts.reshape(-1), experts.up.kernel.shape[0])
     rows = to_rows(tokens, place)
-    y = from_rows(through_experts(rows, place.sizes, experts, hidden=hidden, dtype=dtype, backend=backend), place)
+    y = through_experts(rows, place.sizes, experts, hidden=hidden, dtype=dtype, backend=backend, gathered=gathered)
+    y = from_rows(y, place)
     return weighted(y, routes.weights.reshape(tokens.shape[0], -1)).reshape(x.shape)

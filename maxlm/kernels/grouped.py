@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from maxlm.kernels.matmul import dot, exactly, precision_of
+
 LARGEST_BLOCK = 128
-MEGABLOX_TILES = (512, 1024, 1024)  # rows, contracted, out; smaller where a dim is
 
 RowsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -43,33 +44,56 @@ class Backend:
     dtypes: tuple[str, ...] = ()
 
 
-def grouped_product(x: jax.Array, w: jax.Array, sizes: jax.Array, *, backend: Backend, dtype: Any) -> jax.Array:
+class Cut(NamedTuple):
+    """How matrices (E, D, F) are cut of which a device holds a part: dim `dim` of each along the mesh axis `axis`."""
+
+    axis: str
+    dim: int
+
+
+def grouped_product(
+    x: jax.Array, w: jax.Array, sizes: jax.Array, *, backend: Backend, dtype: Any, cut: Cut | None = None
+) -> jax.Array:
     """(N, D) by (E, D, F) -> (N, F) in `dtype`, each row by its group's matrix; rows of no group come out undefined.
 
     Operands are cast to `dtype` and sums are float32, in the gradients as well, which come back in the dtypes in which
     x and w came: a float32 master weight gets a gradient that was never rounded.
+
+    Args:
+      cut: of `w`, whose other parts are gathered in `dtype`, for the forward pass and again for the backward pass:
+        what is kept in between is the device's part. Its gradient is summed over the axis in float32.
     """
-    return _product(backend, jnp.dtype(dtype), x.astype(dtype), w, sizes)
+    return _product(backend, jnp.dtype(dtype), cut, x.astype(dtype), w, sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(backend: Backend, dtype: Any, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return grouped_rows(x, w.astype(dtype), sizes, backend=backend, transposed=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(backend: Backend, dtype: Any, cut: Cut | None, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    return grouped_rows(x, _whole(w.astype(dtype), cut), sizes, backend=backend, transposed=False)
 
 
-def _forward(backend: Backend, dtype: Any, x: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
-    return _product(backend, dtype, x, w, sizes), (x, w, sizes)
+def _forward(backend: Backend, dtype: Any, cut: Cut | None, x: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
+    return _product(backend, dtype, cut, x, w, sizes), (x, w, sizes)
 
 
-def _backward(backend: Backend, dtype: Any, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(
+    backend: Backend, dtype: Any, cut: Cut | None, kept: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, w, sizes = kept
     g = g.astype(dtype)
-    dx = grouped_rows(g, w.astype(dtype), sizes, backend=backend, transposed=True)
-    dw = grouped_outer(x, g, sizes, backend=backend)
+    dx = grouped_rows(g, _whole(w.astype(dtype), cut), sizes, backend=backend, transposed=True)
+    dw = _own(grouped_outer(x, g, sizes, backend=backend), cut)
     return dx, dw.astype(w.dtype), None
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _whole(w: jax.Array, cut: Cut | None) -> jax.Array:
+    return lax.all_gather(w, cut.axis, axis=cut.dim, tiled=True) if cut else w
+
+
+def _own(dw: jax.Array, cut: Cut | None) -> jax.Array:
+    return lax.psum_scatter(dw, cut.axis, scatter_dimension=cut.dim, tiled=True) if cut else dw
 
 
 def row_groups(sizes: jax.Array, rows: int) -> jax.Array:
@@ -99,11 +123,11 @@ def grouped_outer(x: jax.Array, g: jax.Array, sizes: jax.Array, *, backend: Back
 
 def _plain_rows(spec: str, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     own = jnp.take(w, row_groups(sizes, x.shape[0]), axis=0, mode="clip")
-    return jnp.einsum(spec, x, own, preferred_element_type=jnp.float32)
+    return dot(spec, x, own)
 
 
 def _plain_outer(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
-    products = jnp.einsum("nd,nf->ndf", x, g, preferred_element_type=jnp.float32)
+    products = dot("nd,nf->ndf", x, g)
     zeros = jnp.zeros((sizes.shape[0], *products.shape[1:]), jnp.float32)
     return zeros.at[row_groups(sizes, x.shape[0])].add(products, mode="drop")
 
@@ -133,7 +157,7 @@ def _blocked_rows(contract: int, x: jax.Array, w: jax.Array, sizes: jax.Array) -
     A group's last block goes on into the rows of the groups after it, which are written again when their turn comes.
     """
     rows, block = x.shape[0], block_rows(x.shape[0], w.shape[0])
-    x = _padded(x, block)
+    x, spec = _padded(x, block), ("nd,df->nf", "nf,df->nd")[contract]
 
     def group(out: jax.Array, this: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         w, first, count = this
@@ -141,8 +165,7 @@ def _blocked_rows(contract: int, x: jax.Array, w: jax.Array, sizes: jax.Array) -
         def one(index: jax.Array, out: jax.Array) -> jax.Array:
             start = first + index * block
             part = lax.dynamic_slice_in_dim(x, start, block)
-            y = lax.dot_general(part, w, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32)
-            return lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
+            return lax.dynamic_update_slice_in_dim(out, dot(spec, part, w), start, axis=0)
 
         return lax.fori_loop(0, count, one, out), None
 
@@ -163,7 +186,7 @@ def _blocked_outer(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
             own = (index * block + jnp.arange(block) < size)[:, None]
             parts = (lax.dynamic_slice_in_dim(y, start, block) for y in (x, g))
             left, right = (jnp.where(own, part, 0) for part in parts)
-            return total + lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            return total + dot("nd,nf->df", left, right)
 
         return None, lax.fori_loop(0, count, one, jnp.zeros((x.shape[1], g.shape[1]), jnp.float32))
 
@@ -177,21 +200,70 @@ def _ragged_rows(contract: int, x: jax.Array, w: jax.Array, sizes: jax.Array) ->
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
-    return lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=jnp.float32)
+    precision = precision_of(x.dtype)
+    return lax.ragged_dot_general(x, w, sizes, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _ragged_outer(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
-    return lax.ragged_dot_general(x, g, sizes, numbers, preferred_element_type=jnp.float32)
+    precision = precision_of(x.dtype)
+    return lax.ragged_dot_general(x, g, sizes, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _megablox(x: jax.Array, contracted: int, out: int) -> tuple[jax.Array, tuple[int, int, int]]:
-    """The rows filled up to whole tiles, and the tiles: multiples of the lanes' 128, no larger than the dims need."""
-    limits = zip(MEGABLOX_TILES, (x.shape[0], contracted, out), strict=True)
-    rows, inner, outer = (min(limit, -(-size // 128) * 128) for limit, size in limits)
-    return jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0))), (rows, inner, outer)
+# --- megablox --------------------------------------------------------------------------------------------------------
+
+LARGEST_TILES = (512, 1024, 1024)  # rows, contracted, out
+VMEM = 16 * 2**20
+"""Bytes of vector memory that XLA grants a kernel by default, on v4 and later. More is to be had only by an option
+(`compilation.COMPILER_OPTIONS`), which programs of evaluation and generation are not compiled with."""
+
+
+class Tiles(NamedTuple):
+    """Of x (rows, inner) by a matrix (inner, outer) or, for `outer`, of x (rows, inner) and g (rows, outer)."""
+
+    rows: int
+    inner: int
+    outer: int
+
+
+def vmem_bytes(tiles: Tiles, *, itemsize: int, into_matrices: bool) -> int:
+    """What a kernel with these tiles takes of the vector memory, by what it holds.
+
+    That is two buffers for each operand and for the result, the float32 sums, and float32 copies: of the sums and of
+    what they are written over where rows are multiplied, and of both operands where they go into matrices. Float32
+    operands are multiplied as three bfloat16 parts each. (Compiled for v5e, what fits by this count did.)
+    """
+    rows, inner, outer = tiles
+    operands = rows * inner + (rows * outer if into_matrices else inner * outer)
+    parts = 3 * 2 * operands if itemsize == 4 else 0
+    if into_matrices:
+        return parts + 2 * (operands * itemsize + inner * outer * 4) + inner * outer * 4 + operands * 4
+    return parts + 2 * (operands + rows * outer) * itemsize + 3 * rows * outer * 4
+
+
+def choose_tiles(rows: int, inner: int, outer: int, *, itemsize: int, into_matrices: bool) -> Tiles:
+    """The largest tiles whose kernel fits: multiples of the lanes' 128, no larger than the dims need.
+
+    Dims of tiles are halved, the largest first and of equal ones the contracted one, which costs the least traffic.
+
+    Args:
+      itemsize: of the operands, bytes.
+      into_matrices: whether the kernel is `outer`, whose result is float32; the rows of others are in x's dtype.
+    """
+    limits = zip(LARGEST_TILES, (rows, inner, outer), strict=True)
+    tiles = Tiles(*(min(limit, -(-size // 128) * 128) for limit, size in limits))
+    order = (0, 1, 2) if into_matrices else (1, 0, 2)
+    while vmem_bytes(tiles, itemsize=itemsize, into_matrices=into_matrices) > VMEM:
+        place = max(order, key=lambda i: (tiles[i], -order.index(i)))
+        tiles = tiles._replace(**{Tiles._fields[place]: -(-tiles[place] // 256) * 128})
+    return tiles
+
+
+def _filled(x: jax.Array, tiles: Tiles) -> jax.Array:
+    """The rows filled up to whole tiles."""
+    return jnp.pad(x, ((0, -x.shape[0] % tiles.rows), (0, 0)))
 
 
 def _megablox_rows(
@@ -203,17 +275,22 @@ def _megablox_rows(
     """
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    filled, tiles = _megablox(x, x.shape[1], w.shape[1 if transposed else 2])
-    out = gmm(filled, w, sizes, x.dtype, tiles, transpose_rhs=transposed, interpret=interpret)
-    return out[: x.shape[0]]
+    rows, inner = x.shape
+    out = w.shape[1 if transposed else 2]
+    tiles = choose_tiles(rows, inner, out, itemsize=x.dtype.itemsize, into_matrices=False)
+    with exactly(x.dtype):
+        y = gmm(_filled(x, tiles), w, sizes, x.dtype, tuple(tiles), transpose_rhs=transposed, interpret=interpret)
+    return y[:rows]
 
 
 def _megablox_outer(x: jax.Array, g: jax.Array, sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """The same; it visits empty groups too, and writes zeros there."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    (x, tiles), (g, _) = _megablox(x, x.shape[1], g.shape[1]), _megablox(g, x.shape[1], g.shape[1])
-    out = tgmm(x.T, g, sizes, jnp.float32, tiles, interpret=interpret)
-    return jnp.where((sizes > 0)[:, None, None], out, 0.0)  # of an empty group it writes nothing
+    rows, inner = x.shape
+    tiles = choose_tiles(rows, inner, g.shape[1], itemsize=x.dtype.itemsize, into_matrices=True)
+    with exactly(x.dtype):
+        return tgmm(_filled(x, tiles).T, _filled(g, tiles), sizes, jnp.float32, tuple(tiles), interpret=interpret)
 
 
 def megablox(*, interpret: bool = False) -> Backend:

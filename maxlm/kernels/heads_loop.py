@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.mask import MASKED, Mask, static, visible, with_sinks
-from maxlm.kernels.matmul import ATTENTION_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME, dot
 from maxlm.kernels.opaque import opaque
 
 # The least and the most query rows of a block, and how many widths of keys there are.
@@ -44,7 +44,7 @@ def _tiers(mask: Mask, queries: int, keys: int) -> list[_Tier]:
     """Cuts the queries into blocks of one size and these into a few tiers.
 
     A tier is a loop, so memory is one block's and the program does not grow with S; tiers differ in the width of
-    their keys, so a causal mask costs (TIERS + 1) / (2 * TIERS) of all pairs.
+    their keys, so that causality costs (TIERS + 1) / (2 * TIERS) of all pairs.
     """
     size = max(BLOCK_ROWS[0], min(BLOCK_ROWS[1], queries // TIERS))
     blocks, rest = divmod(queries, size)
@@ -54,8 +54,8 @@ def _tiers(mask: Mask, queries: int, keys: int) -> list[_Tier]:
         cuts.append((blocks * size, 1, rest))
     tiers = []
     for first, count, rows in cuts:
-        width = min(first + count * rows, keys) if mask.causal else keys
-        if mask.causal and mask.window:
+        width = min(first + count * rows, keys)
+        if mask.window:
             width = min(width, rows + mask.window - 1)
         tiers.append(_Tier(first, count, rows, width))
     return tiers
@@ -84,16 +84,12 @@ def _rows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).reshape(-1, *x.shape[2:])
 
 
-def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-
-
 def _scores(
     head: _Head, mask: Mask, tier: _Tier, row: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array | float]:
     """Masked float32 scores (G*s, t) of a block, and the soft-cap's derivative at them (1.0 without one)."""
     slice_ = jax.lax.dynamic_slice_in_dim
-    scores = _dot("qh,kh->qk", _rows(head.q, row, tier.size), slice_(head.k, start, tier.width)) * mask.scale
+    scores = dot("qh,kh->qk", _rows(head.q, row, tier.size), slice_(head.k, start, tier.width)) * mask.scale
     slope: jax.Array | float = 1.0
     if mask.softcap:
         tanh = jnp.tanh(scores / mask.softcap)
@@ -119,7 +115,7 @@ def _head_forward(mask: Mask, head: _Head) -> tuple[jax.Array, jax.Array]:
         weights = jnp.exp(scores - top)
         total = weights.sum(axis=1, keepdims=True)
         v = jax.lax.dynamic_slice_in_dim(head.v, start, tier.width)
-        out = (_dot("qk,kh->qh", weights.astype(v.dtype), v) / total).astype(head.q.dtype)
+        out = (dot("qk,kh->qh", weights.astype(v.dtype), v) / total).astype(head.q.dtype)
         return out, (top + jnp.log(total))[:, 0]
 
     tiers = _tiers(mask, queries, keys)
@@ -151,11 +147,11 @@ def _head_backward(
         q_rows, g_rows, delta_rows = (_rows(x, row, tier.size) for x in (head.q, g, delta))
         scores, slope = _scores(head, mask, tier, row, start)
         weights = jnp.exp(scores - _rows(normaliser, row, tier.size)[:, None])
-        dscores = weights * (_dot("qh,kh->qk", g_rows, v) - delta_rows[:, None]) * slope * mask.scale
+        dscores = weights * (dot("qh,kh->qk", g_rows, v) - delta_rows[:, None]) * slope * mask.scale
         dscores, weights = dscores.astype(dtype), weights.astype(dtype)
-        dk = add(sums[0], _dot("qk,qh->kh", dscores, q_rows), start)
-        dv = add(sums[1], _dot("qk,qh->kh", weights, g_rows), start)
-        return (dk, dv), _dot("qk,kh->qh", dscores, k).astype(dtype)
+        dk = add(sums[0], dot("qk,qh->kh", dscores, q_rows), start)
+        dv = add(sums[1], dot("qk,qh->kh", weights, g_rows), start)
+        return (dk, dv), dot("qk,kh->qh", dscores, k).astype(dtype)
 
     sums, dq = (jnp.zeros(head.k.shape, jnp.float32), jnp.zeros(head.v.shape, jnp.float32)), []
     for tier in _tiers(mask, queries, keys):

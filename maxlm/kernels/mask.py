@@ -18,23 +18,22 @@ MASKED = -1e30
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["segments_q", "segments_k", "q_offset", "sinks", "slopes"],
-    meta_fields=["scale", "window", "softcap", "causal"],
+    meta_fields=["scale", "window", "softcap"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """What a query sees and how scores are formed. A pytree: arrays are leaves, the rest is static.
 
-    A key is seen if it does not come after the query (`causal`), lies fewer than `window` positions before it, and
-    has the same segment. Positions are row indexes, query i standing at `q_offset + i` among the keys.
+    A key is seen if it does not come after the query, lies fewer than `window` positions before it, and has the same
+    segment. Positions are row indexes, query i standing at `q_offset + i` among the keys.
     """
 
     scale: float  # factor on q·k
     window: int = 0  # positions seen, the query's own included; 0: all
     softcap: float = 0.0  # scores become c*tanh(score/c); 0: left alone
-    causal: bool = True
     segments_q: jax.Array | None = None  # (B, S) int32; None: one document
     segments_k: jax.Array | None = None  # (B, T) int32
-    q_offset: jax.Array | int | None = None  # () or (B,) int32, in decoding; None: 0
+    q_offset: jax.Array | int | None = None  # () int32, in decoding; None: 0
     sinks: jax.Array | None = None  # (H,) float32: a logit a head that joins the softmax's sum and has no value
     slopes: jax.Array | None = None  # (H,) float32: a position of distance takes so much off a (capped) score (ALiBi)
 
@@ -42,9 +41,7 @@ class Mask:
 def visible(mask: Mask, queries: int, keys: int) -> jax.Array:
     """Which keys each query sees: bool (B or 1, S, T)."""
     q, k = _places(mask, queries, keys)
-    seen = jnp.ones((1, queries, keys), bool)
-    if mask.causal:
-        seen &= k <= q
+    seen = (k <= q)[None]
     if mask.window:
         seen &= q - k < mask.window
     if mask.segments_q is not None and mask.segments_k is not None:
@@ -53,16 +50,15 @@ def visible(mask: Mask, queries: int, keys: int) -> jax.Array:
 
 
 def biases(mask: Mask, slopes: jax.Array, queries: int, keys: int) -> jax.Array:
-    """What heads with these slopes (...) add to their scores: (B or 1, ..., S, T) float32 (Press et al. 2022)."""
+    """What heads with these slopes (...) add to their scores: (..., S, T) float32 (Press et al. 2022)."""
     q, k = _places(mask, queries, keys)
-    distance = -jnp.abs(q - k).astype(jnp.float32)
-    return slopes[..., None, None] * distance.reshape(distance.shape[0], *[1] * slopes.ndim, queries, keys)
+    return slopes[..., None, None] * -jnp.abs(q - k).astype(jnp.float32)
 
 
 def _places(mask: Mask, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
-    """Where queries (B or 1, S, 1) and keys (1, 1, T) stand among the keys."""
-    offset = jnp.asarray(0 if mask.q_offset is None else mask.q_offset)
-    return (jnp.atleast_1d(offset)[:, None] + jnp.arange(queries))[:, :, None], jnp.arange(keys)[None, None, :]
+    """Where queries (S, 1) and keys (1, T) stand among the keys."""
+    offset = 0 if mask.q_offset is None else mask.q_offset
+    return (offset + jnp.arange(queries))[:, None], jnp.arange(keys)[None, :]
 
 
 def static(mask: Mask) -> Mask:

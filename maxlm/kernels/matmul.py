@@ -2,11 +2,16 @@
 
 Every product of the model goes through `einsum`. Left to itself, automatic differentiation multiplies a float32
 cotangent by a bfloat16 operand, which is a float32 product on a GPU and a slow path on a CPU.
+
+Float32 operands are multiplied in float32. Left to itself, XLA rounds them to bfloat16 on a TPU, and to TF32 on an
+NVIDIA GPU: a run in float32, and the router of any run, would compute with 8 or 11 bits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,9 +58,43 @@ def _terms(spec: str) -> tuple[str, str, str]:
     return left, right, out
 
 
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """What XLA is asked for with operands of `dtype`: all bits of float32 ones; 16-bit ones lose none as they are."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """An einsum of operands of one dtype, summed in float32 and left so: for kernels with a gradient of their own."""
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=precision_of(x.dtype))
+
+
+def exactly(dtype: Any) -> contextlib.AbstractContextManager[Any]:
+    """`precision_of` for what others have written: their products take the precision that is set where it is traced."""
+    return jax.default_matmul_precision("highest") if precision_of(dtype) else contextlib.nullcontext()
+
+
+def exact(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    """The function traced `exactly`, and its gradient too, which is traced later."""
+
+    @jax.custom_vjp
+    def run(*args: Any) -> Any:
+        with exactly(dtype):
+            return function(*args)
+
+    def forward(*args: Any) -> Any:
+        with exactly(dtype):
+            return jax.vjp(function, *args)
+
+    def backward(pull: Any, g: Any) -> Any:
+        with exactly(dtype):
+            return pull(g)
+
+    run.defvjp(forward, backward)
+    return run if precision_of(dtype) else function
+
+
 def _dot(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, out_dtype: Any) -> jax.Array:
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return jnp.einsum(spec, x.astype(dtype), w.astype(dtype), preferred_element_type=wide).astype(out_dtype)
+    return dot(spec, x.astype(dtype), w.astype(dtype)).astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -5,13 +5,15 @@ Shapes: B batch, S positions, H query heads, K kv heads, h head dim, v head dim 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from maxlm.kernels.mask import Mask
-from maxlm.kernels.matmul import ATTENTION_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME, exact
 
 # The longest that fit into the vector memory that XLA grants a kernel by default, on v4 and later; longer ones gain
 # about a fifth of the cycles and need --xla_tpu_scoped_vmem_limit_kib, which training steps are compiled with on some
@@ -47,8 +49,10 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, interpret: b
         interpret=interpret,
     )
 
-    def row(q: jax.Array, k: jax.Array, v: jax.Array, segments: kernels.SegmentIds | None) -> jax.Array:
-        return run(q, k, v, segments, sinks=mask.sinks)
+    def rows(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: kernels.SegmentIds | None, sinks: jax.Array | None
+    ) -> jax.Array:
+        return jax.vmap(functools.partial(run, sinks=sinks))(q, k, v, segments)
 
     # The kernel takes heads first, and scores as they come.
     scaled = (q.astype(jnp.float32) * mask.scale).astype(q.dtype)
@@ -56,7 +60,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, interpret: b
     segments = None
     if mask.segments_q is not None and mask.segments_k is not None:
         segments = kernels.SegmentIds(mask.segments_q, mask.segments_k)
-    return jax.vmap(row)(q, k, v, segments).swapaxes(1, 2)
+    return exact(rows, q.dtype)(q, k, v, segments, mask.sinks).swapaxes(1, 2)
 
 
 def _seen(mask: Mask, length: int) -> masks.Mask:
@@ -64,5 +68,5 @@ def _seen(mask: Mask, length: int) -> masks.Mask:
     shape = (length, length)
     if mask.window:
         before = mask.window - 1  # positions to the left of the query, without its own
-        return masks.LocalMask(shape, (before, 0 if mask.causal else None), 0)
-    return masks.CausalMask(shape) if mask.causal else masks.FullMask(shape)
+        return masks.LocalMask(shape, (before, 0), 0)
+    return masks.CausalMask(shape)

@@ -31,7 +31,7 @@ def triton(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, interpret: b
     groups = q.shape[2] // k.shape[2]
     # The kernel knows one key a query head; the gradient of the repetition sums over a group.
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    return _attend(q, k, v, mask.segments_q, mask.scale, mask.causal, interpret)
+    return _attend(q, k, v, mask.segments_q, mask.scale, interpret)
 
 
 _SIZES = kernels.BlockSizes(
@@ -39,27 +39,27 @@ _SIZES = kernels.BlockSizes(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, scale: float, causal: bool, interpret: bool
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, scale: float, interpret: bool
 ) -> jax.Array:
-    return kernels.mha(q, k, v, segments, scale, causal, _SIZES, interpret=interpret)
+    return kernels.mha(q, k, v, segments, scale, True, _SIZES, interpret=interpret)
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, scale: float, causal: bool, interpret: bool
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, scale: float, interpret: bool
 ) -> tuple[jax.Array, Any]:
-    found = kernels.mha(q, k, v, segments, scale, causal, _SIZES, interpret=interpret, return_residuals=True)
+    found = kernels.mha(q, k, v, segments, scale, True, _SIZES, interpret=interpret, return_residuals=True)
     out, normalisers = (checkpoint_name(x, ATTENTION_NAME) for x in found)
     return out, (q, k, v, segments, out, normalisers)
 
 
-def _backward(scale: float, causal: bool, interpret: bool, kept: Any, g: jax.Array) -> Any:
+def _backward(scale: float, interpret: bool, kept: Any, g: jax.Array) -> Any:
     """The kernel's own, which takes what its `mha` takes: its defaults, in order."""
     warps, stages, grid, debug, residuals = None, 2, None, False, False
     options = "triton", warps, stages, grid, interpret, debug, residuals
     run: Any = kernels.mha.bwd  # of a type that leaves room for none
-    return run(scale, causal, _SIZES, *options, kept, g)
+    return run(scale, True, _SIZES, *options, kept, g)
 
 
 _attend.defvjp(_forward, _backward)

@@ -211,7 +211,8 @@ def _muon(optim: OptimConfig, specs: Mapping[str, ParamSpec]) -> optax.GradientT
     The matrix is (fan-in, fan-out) as declared, so attention's (L, D, H, h) counts as L matrices D x (H h). An update
     with singular values of 1 has an RMS of 1/sqrt(max(fan_in, fan_out)); it is scaled to AdamW's (Liu et al. 2025),
     so that one learning rate serves both. Newton-Schulz runs in float32 operands at the backend's default matrix
-    precision, which on TPU means bfloat16 products summed in float32.
+    precision, which on TPU means bfloat16 products summed in float32: its coefficients only bring singular values near
+    1, and the model's own products alone are exact in float32 (`kernels.matmul.precision_of`).
     """
     axes = {path: matrix_axes(spec) for path, spec in specs.items()}
     numbers = tree.from_paths({path: MuonDimensionNumbers(a.fan_in, a.fan_out) for path, a in axes.items()})

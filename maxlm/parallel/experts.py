@@ -4,7 +4,8 @@ Shapes: B batch, S sequence, T tokens of a device, k experts of a token, D embed
 along the mesh axis `expert`, C rows of the region that a device keeps for each sender.
 
 Outside of the experts, `expert` spreads the batch as `data` does. Inside, every device holds E / p experts, of whose
-hidden dims it has a part where `tensor` is above one, and whose weights it gathers from `fsdp` for the while.
+hidden dims it has a part where `tensor` is above one, and whose matrices each product gathers from `fsdp`, in the
+compute dtype and again in the backward pass: what the forward pass keeps is the device's own part.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from maxlm.kernels.experts import (
 )
 from maxlm.kernels.grouped import Backend
 from maxlm.parallel.islands import island
-from maxlm.parallel.sharding import partition, shards
+from maxlm.parallel.sharding import RULES, partition, shards
+
+(FSDP,) = RULES["embed"]
 
 RAGGED_PLATFORMS = ("tpu", "gpu", "cuda")
 """Those on which XLA has an all-to-all that sends only the rows there are."""
@@ -48,6 +51,11 @@ class _Settings:
     capacity: int
     dtype: Any
     backend: Backend
+
+    @property
+    def products(self) -> dict[str, Any]:
+        """What the products are told."""
+        return {"hidden": self.hidden, "dtype": self.dtype, "backend": self.backend}
 
 
 def sharded_experts(backend: Backend, mesh: Mesh, *, rows: str | None = "batch") -> Callable[..., jax.Array]:
@@ -97,19 +105,15 @@ def _logical(experts: Experts) -> Any:
     )
 
 
-def _whole(w: jax.Array, logical: tuple[str, ...]) -> jax.Array:
-    """The part of a projection that a device computes with: all of `embed`, which `fsdp` spreads."""
-    return lax.all_gather(w, "fsdp", axis=logical.index("embed"), tiled=True) if "embed" in logical else w
-
-
 def _on_device(settings: _Settings, x: jax.Array, routes: Routes, experts: Experts) -> jax.Array:
     """(B, S, D) of this device -> the same, float32, or the device's part of its positions."""
-    experts = jax.tree.map(_whole, experts, _logical(experts))
-    if experts.down.bias is not None:  # is added by one of those whose parts are summed
-        first = lax.axis_index("tensor") == 0
-        experts = experts._replace(down=experts.down._replace(bias=jnp.where(first, experts.down.bias, 0.0)))
+    if experts.down.bias is not None:
+        bias = lax.all_gather(experts.down.bias, FSDP, axis=1, tiled=True)
+        # is added by one of those whose parts are summed
+        bias = jnp.where(lax.axis_index("tensor") == 0, bias, 0.0)
+        experts = experts._replace(down=experts.down._replace(bias=bias))
     if settings.devices == 1:
-        y = local_experts(x, routes, experts, hidden=settings.hidden, dtype=settings.dtype, backend=settings.backend)
+        y = local_experts(x, routes, experts, gathered=FSDP, **settings.products)
     else:
         y = _travelling(settings, x, routes, experts)
     if settings.scattered:
@@ -133,9 +137,7 @@ def _travelling(settings: _Settings, x: jax.Array, routes: Routes, experts: Expe
 
     place = order(wanted, held)
     sorted_rows = to_rows(rows, place)
-    y = through_experts(
-        sorted_rows, place.sizes, experts, hidden=settings.hidden, dtype=settings.dtype, backend=settings.backend
-    )
+    y = through_experts(sorted_rows, place.sizes, experts, gathered=FSDP, **settings.products)
     y = _exchanged(settings, from_rows(y, place), arrived, outbound.sizes)
     return weighted(from_rows(y, outbound), routes.weights.reshape(-1, choices)).reshape(x.shape)
 

@@ -124,7 +124,7 @@ def mask_specs(mask: Mask, *, seq: str | None = None) -> Mask:
         mask,
         segments_q=spec(mask.segments_q, "batch", seq),
         segments_k=spec(mask.segments_k, "batch", seq),
-        q_offset=spec(mask.q_offset, "batch"),
+        q_offset=spec(mask.q_offset),
         sinks=spec(mask.sinks, "q_heads"),
         slopes=spec(mask.slopes, "q_heads"),
     )

@@ -1,9 +1,8 @@
 """The rate that MFU is a fraction of: the most floating-point operations a second that the devices can do.
 
 For accelerators it is the vendor's dense figure (no sparsity) of the fastest unit that products of the dtype go to
-(`maxlm.chips`).
-JAX sends float32 products to bfloat16 passes on TPUs and to TF32 tensor cores on NVIDIA GPUs unless told otherwise, so
-that is what float32 is measured against there: a fraction of anything slower could pass 100%.
+(`maxlm.chips`): of float32, which no product here rounds on its way in, that of six bfloat16 passes on TPUs and of the
+FP32 units on NVIDIA GPUs.
 
 CPUs have no trustworthy figure on paper. There the best of a few large matrix products is measured, over all cores of
 the process, in float32 and in the compute dtype with float32 accumulation; the faster one counts, since a run is free

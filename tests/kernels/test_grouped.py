@@ -58,7 +58,53 @@ def test_equals_a_sum_over_one_hot_groups(backend, sizes):
     np.testing.assert_allclose(dw, expected_dw, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [b for b in EVERY if b.name != "megablox"], ids=lambda backend: backend.name)
+def test_megablox_over_several_tiles(monkeypatch):
+    """Groups that begin and end within a tile, dims that tiles do not divide, and gradients added up over tiles."""
+    monkeypatch.setattr(grouped, "LARGEST_TILES", (128, 128, 128))
+    rows, inner, outer, sizes = 300, 200, 130, np.array([0, 5, 180, 0, 100])
+    draws = np.random.default_rng(1)
+    shapes = (rows, inner), (len(sizes), inner, outer), (rows, outer)
+    x, w, g = (jnp.asarray(draws.standard_normal(shape, np.float32)) for shape in shapes)
+    expected, pull = jax.vjp(lambda x, w: one_hot(x, w, sizes), x, w)
+    got = value_and_gradients(x, w, g, jnp.array(sizes, jnp.int32), backend=INTERPRETED)
+    (dx, dw), (expected_dx, expected_dw), used = got["gradients"], pull(g), sizes.sum()
+    # Float32 sums of up to 200 terms of order one, in another order.
+    np.testing.assert_allclose(got["y"][:used], expected[:used], rtol=2e-5, atol=5e-5)
+    np.testing.assert_allclose(dx[:used], expected_dx[:used], rtol=2e-5, atol=5e-5)
+    np.testing.assert_allclose(dw, expected_dw, rtol=2e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("into_matrices", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dims", [(4096, 4096, 14336), (8192, 14336, 4096), (300, 200, 130), (512, 1408, 2048)])
+def test_tiles_fit_the_memory_that_every_program_has(dims, itemsize, into_matrices):
+    tiles = grouped.choose_tiles(*dims, itemsize=itemsize, into_matrices=into_matrices)
+    assert grouped.vmem_bytes(tiles, itemsize=itemsize, into_matrices=into_matrices) <= 16 * 2**20
+    assert all(tile % 128 == 0 and tile < dim + 128 for tile, dim in zip(tiles, dims, strict=True))
+    # None could be twice as large: they are as large as they may be.
+    for i, (tile, dim, most) in enumerate(zip(tiles, dims, grouped.LARGEST_TILES, strict=True)):
+        larger = tiles._replace(**{tiles._fields[i]: 2 * tile})
+        fits = grouped.vmem_bytes(larger, itemsize=itemsize, into_matrices=into_matrices) <= grouped.VMEM
+        assert tile == most or tile >= dim or not fits or tile == max(tiles)
+
+
+def test_the_memory_of_tiles_is_counted_as_what_the_kernels_hold():
+    """By hand, in MiB, for the largest tiles: those of the products of rows fit in 16 bits, others do not."""
+    largest = grouped.Tiles(*grouped.LARGEST_TILES)
+    mib = {
+        (itemsize, into): grouped.vmem_bytes(largest, itemsize=itemsize, into_matrices=into) / 2**20
+        for itemsize in (2, 4)
+        for into in (False, True)
+    }
+    # Two buffers each of x (512 x 1024), w (1024 x 1024) and y (512 x 1024); sums, and two copies of them.
+    assert mib[2, False] == 2 * (1 + 2 + 1) + 2 + 4 <= 16
+    assert mib[4, False] == 2 * (2 + 4 + 2) + 2 + 4 + 1.5 * (2 + 4) > 16  # and three 16-bit parts of float32 operands
+    # Of x and g (512 x 1024 each) and the float32 matrix; sums, and float32 copies of x and g.
+    assert mib[2, True] == 2 * (1 + 1 + 4) + 4 + 4 > 16
+    assert mib[4, True] == 2 * (2 + 2 + 4) + 4 + 4 + 1.5 * (2 + 2) > 16
+
+
+@pytest.mark.parametrize("backend", EVERY, ids=lambda backend: backend.name)
 def test_bfloat16_operands_leave_a_float32_gradient(backend):
     x, w, g, counts = case(SIZES["uneven"])
     got = value_and_gradients(x, w, g, counts, backend=backend, dtype=jnp.bfloat16)

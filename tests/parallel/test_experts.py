@@ -14,6 +14,7 @@ from flax import nnx
 
 from maxlm import tree
 from maxlm.config import MoeConfig, ParallelConfig
+from maxlm.kernels import grouped
 from maxlm.model import moe
 from maxlm.model.attention import Sight
 from maxlm.model.decoder import merge, split_model
@@ -162,6 +163,37 @@ def test_experts_are_really_sharded():
     assert up.shard_shape((2, 8, 32, 32)) == (2, 4, 16, 16)
 
 
+WIDE = MoeConfig(experts=32, active=1, dim=128)
+GATHERED = 3 * 4 * WIDE.experts * MODEL.embed_dim * WIDE.dim  # bytes of a layer's experts, float32 and whole
+
+
+def wide_setup(**leaves):
+    config = resolve(config_of(WIDE, dict(data=1, fsdp=4), **leaves), devices=4)
+    return make_setup(config, make_mesh(config.parallel, jax.devices()[:4]))
+
+
+def test_no_layers_gathered_experts_are_kept_for_the_backward_pass():
+    """Without remat a step has of all layers' experts what one with remat has, whose layers are gathered again."""
+    layers = 6
+
+    def temporaries(remat):
+        leaves = {"model__num_layers": layers, "train__remat": remat}
+        compiled = wide_setup(**leaves).lower(4, LENGTH).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # What is kept of the tokens is far less than the experts: the hidden dims of a device's 32 tokens, 16 KiB each.
+    assert temporaries("none") - temporaries("full") < layers * GATHERED / 4
+
+
+def test_experts_are_gathered_in_the_compute_dtype_and_their_gradients_added_up_in_float32():
+    text = wide_setup(train__precision="bfloat16").lower(ROWS, LENGTH).as_text()
+    whole = rf"{WIDE.experts}x(?:{MODEL.embed_dim}x{WIDE.dim}|{WIDE.dim}x{MODEL.embed_dim})"
+    gathers = re.findall(rf"all_gather.*-> tensor<{whole}x(\w+)>", text)
+    assert len(gathers) == 6 and set(gathers) == {"bf16"}  # three matrices, forwards and backwards
+    summed = re.findall(rf"reduce_scatter[^>]*?.*?\n(?:.*\n)*?.*\(tensor<{whole}x(\w+)>\)", text)
+    assert len(summed) == 3 and set(summed) == {"f32"}
+
+
 def ragged_by_gathers(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """What `lax.ragged_all_to_all` is documented to do, for CPUs: every device has all, and picks out its own.
 
@@ -214,23 +246,12 @@ def test_a_doubled_auxiliary_loss_is_noticed():
 def test_a_missing_reduction_of_gradients_is_noticed():
     """The gradient of gathered weights without the sum over the devices that gathered them."""
 
-    def unreduced(w, logical):
-        if "embed" not in logical:
-            return w
-        axis, size = logical.index("embed"), w.shape[logical.index("embed")]
-
-        @jax.custom_vjp
-        def gather(w):
-            return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
-
-        def back(_, g):
-            start = jax.lax.axis_index("fsdp") * size
-            return (jax.lax.dynamic_slice_in_dim(g, start, size, axis=axis),)
-
-        gather.defvjp(lambda w: (gather(w), None), back)
-        return gather(w)
+    def unreduced(dw, cut):
+        size = dw.shape[cut.dim] // jax.lax.axis_size(cut.axis)
+        start = jax.lax.axis_index(cut.axis) * size
+        return jax.lax.dynamic_slice_in_dim(dw, start, size, axis=cut.dim)
 
     expected = reference(DROPLESS)
-    with mock.patch.object(experts, "_whole", unreduced):
+    with mock.patch.object(grouped, "_own", unreduced):
         found = too_far(computed("fsdp 2, expert 2, tensor 2, accumulation 2, remat"), expected)
     assert found >= {f"layers/mlp/{name}" for name in ("gate", "up", "down")}
