@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jax.extend import core
 
 from maxlm import tree
 from maxlm.config import ModelConfig
+from maxlm.jaxpr import manual_axes, opened, subprograms
 from maxlm.kernels import grouped
 from maxlm.model.decoder import STACKS, split_model
 from maxlm.model.param import ParamSpec
@@ -112,7 +113,7 @@ def count_matmul_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
     Raises:
       ValueError: a `while` with products in it, whose trips are not known before it runs.
     """
-    return sum(_equation_flops(equation) for equation in _open(jaxpr).eqns)
+    return sum(_equation_flops(equation) for equation in opened(jaxpr).eqns)
 
 
 def _equation_flops(equation: Any) -> int:
@@ -123,7 +124,7 @@ def _equation_flops(equation: Any) -> int:
         return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
     if name in ("jit", "pjit") and params["name"] in grouped.NAMES:
         return _grouped_flops(equation)
-    inner = [count_matmul_flops(sub) for sub in _subprograms(params)]
+    inner = [count_matmul_flops(sub) for sub in subprograms(params)]
     if name == "cond":
         return max(inner)
     if name == "while" and sum(inner):
@@ -133,9 +134,7 @@ def _equation_flops(equation: Any) -> int:
         )
     trips = params["length"] if name == "scan" else 1
     if name == "shard_map":
-        # The parameter's name differs between the versions of JAX that we support.
-        axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
-        trips = math.prod(params["mesh"].shape[axis] for axis in axes)
+        trips = math.prod(params["mesh"].shape[axis] for axis in manual_axes(params))
     return trips * sum(inner)
 
 
@@ -148,14 +147,3 @@ def _grouped_flops(equation: Any) -> int:
     matrices = [shape[1:] for shape in shapes if len(shape) == 3]
     rows = [shape[0] for shape in shapes if len(shape) == 2]
     return 2 * rows[0] * math.prod(matrices[0]) if rows and matrices else 0
-
-
-def _subprograms(params: Mapping[str, Any]) -> Iterator[core.Jaxpr | core.ClosedJaxpr]:
-    for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, (core.Jaxpr, core.ClosedJaxpr)):
-                yield item
-
-
-def _open(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from maxlm.model.flops import count_matmul_flops
 from maxlm.parallel.pipeline.split import LayerOut, split_layer
@@ -40,6 +41,12 @@ def of(remat: bool):
     params, x, shared, _ = arguments()
     block = jax.checkpoint(layer, prevent_cse=False) if remat else layer
     return split_layer(block, params, x, shared)
+
+
+def test_what_is_used_of_jax_is_there_in_the_oldest_version_that_is_declared(monkeypatch):
+    """`jaxprs_in_params` came with 0.10."""
+    monkeypatch.delattr(core, "jaxprs_in_params", raising=False)
+    assert of(remat=True).kept
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -92,3 +99,42 @@ def test_what_is_handed_on_holds_no_parameters_and_under_remat_the_input_alone()
     assert [k.shape for k in of(remat=True).kept] == [(ROWS, DIM)]
     pairs = sorted(p.shape for p in of(remat=False).pairs)
     assert pairs == [(ROWS, DIM), (ROWS, HIDDEN)]  # the gradients of both products; their inputs were kept
+
+
+def spread_layer(params, x, shared):
+    """The two matrices alone, in an island whose devices hold a part of the hidden dims each."""
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(x, up, down):
+        scale = 1.0 + jax.lax.axis_index("tensor")  # follows nothing, and is made in both parts
+        return jax.lax.psum(scale * jnp.tanh(x @ up) @ down, "tensor")
+
+    specs = (jax.P(), jax.P(None, "tensor"), jax.P("tensor", None))
+    island = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P(), check_vma=False)
+    return LayerOut(x + island(x * shared["angle"], params["up"], params["down"]), jnp.float32(0), {})
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_an_island_is_cut_where_the_units_are(remat):
+    params, x, shared, dy = arguments()
+    params = {name: params[name] for name in ("up", "down")}
+    block = jax.checkpoint(spread_layer, prevent_cse=False) if remat else spread_layer
+    split = split_layer(block, params, x, shared)
+    grads, dx = jax.jit(jax.grad(lambda p, x: jnp.sum(spread_layer(p, x, shared).x * dy), (0, 1)))(params, x)
+    ahead = jax.jit(split.forward)(params, x, shared)
+    back = jax.jit(split.input)(params, shared, ahead.kept, dy)
+    late = jax.jit(split.weight)(params, shared, ahead.kept, back.pairs)
+    whole = jax.jit(split.backward)(params, shared, ahead.kept, dy)
+    np.testing.assert_allclose(back.dx, dx, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(whole.dx, dx, rtol=1e-5, atol=1e-6)
+    assert back.grads == [None, None]
+    for after, both, wanted in zip(late, whole.grads, jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(after, wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(both, wanted, rtol=1e-5, atol=1e-6)
+
+    def flops(unit, *args):
+        return count_matmul_flops(jax.make_jaxpr(lambda *args: jax.tree.leaves(unit(*args)))(*args))
+
+    again = WEIGHTS // 2 if remat else 0  # of the first matrix: nobody asks for the output
+    assert flops(split.input, params, shared, ahead.kept, dy) == WEIGHTS + again
+    assert flops(split.weight, params, shared, ahead.kept, back.pairs) == WEIGHTS

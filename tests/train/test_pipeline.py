@@ -12,14 +12,17 @@ import pytest
 from maxlm import tree
 from maxlm.config import Config, MoeConfig, ParallelConfig, RopeConfig
 from maxlm.data.batch import Batch
+from maxlm.jaxpr import subprograms
 from maxlm.model import moe
 from maxlm.model.decoder import init_params, longest_row, merge, split_model
 from maxlm.model.flops import count_matmul_flops
 from maxlm.model.runtime import Runtime
 from maxlm.parallel.mesh import make_mesh
+from maxlm.parallel.pipeline import executor
 from maxlm.parallel.pipeline.branches import refuse_permutes_in_branches
 from maxlm.parallel.pipeline.executor import PipelineOut
 from maxlm.parallel.pipeline.schedule import Unit
+from maxlm.parallel.pipeline.split import split_layer
 from maxlm.parallel.sharding import named_sharding
 from maxlm.resolve import resolve
 from maxlm.train.pipeline import make_pipeline, plan
@@ -167,11 +170,11 @@ CASES = {
     ),
     "zero_bubble": (dict(pipeline=4, tensor=2, pipeline_schedule="zero_bubble"), {}),
 }
+EXPERTS = MoeConfig(experts=4, active=2, dim=24, router_z_loss=0.01, shared_dim=16)
+GATHERED = dict(pipeline=2, fsdp=2, tensor=2, pipeline_schedule="zero_bubble")
 MORE = {
-    "experts": (
-        dict(pipeline=2, expert=2, tensor=2, pipeline_schedule="zero_bubble"),
-        {"model__moe": MoeConfig(experts=4, active=2, dim=16, router_z_loss=0.01, shared_dim=16)},
-    ),
+    "experts": (dict(pipeline=2, expert=2, tensor=2, pipeline_schedule="zero_bubble"), {"model__moe": EXPERTS}),
+    "experts over fsdp": (GATHERED, {"model__moe": EXPERTS, "train__remat": "full"}),
     "context": (dict(pipeline=2, context=2, tensor=2, pipeline_schedule="1f1b"), {}),
     "gpipe of 2": (dict(pipeline=2, tensor=4, pipeline_schedule="gpipe"), {"model__attention__kv_heads": 4}),
     "1f1b of 4": (dict(pipeline=4, fsdp=2, pipeline_schedule="1f1b"), {"train__remat": "matmuls"}),
@@ -236,11 +239,8 @@ def test_planted_bugs_are_caught():
     assert worst(one(rows._replace(pair=np.zeros_like(rows.pair))), grads) > 100
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zero_bubble"])
-def test_executed_products_are_those_of_the_plain_step(name, remat):
-    """FLOPs of every unit's branch, times how often the table has it; head and loss on the last chunk alone."""
-    one = Piped(ParallelConfig(data=1, **CASES[name][0]), train__remat=remat)
+def branches_of(one: Piped):
+    """The traced program of every unit that the schedule has."""
     params, micros, rows = one.abstract()
     traced = jax.make_jaxpr(one.run)(params, micros, rows)
     (island,) = [e for e in equations(traced.jaxpr) if e.primitive.name == "shard_map" and "pipeline" in str(e.params)]
@@ -248,10 +248,20 @@ def test_executed_products_are_those_of_the_plain_step(name, remat):
         e for e in island.params["jaxpr"].eqns if e.primitive.name == "scan" and e.params["length"] == len(rows.unit)
     )
     branches = [e.params["branches"][1] for e in ticks.params["jaxpr"].jaxpr.eqns if e.primitive.name == "cond"]
-    schedule = one.plan.schedule
-    used = sorted({cell.unit for _, _, cell in schedule.cells()})
-    total = 0
-    for unit, branch in zip(used, branches, strict=True):
+    used = sorted({cell.unit for _, _, cell in one.plan.schedule.cells()})
+    return dict(zip(used, branches, strict=True))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zero_bubble", "experts"])
+def test_executed_products_are_those_of_the_plain_step(name, remat):
+    """FLOPs of every unit's branch, times how often the table has it; head and loss on the last chunk alone."""
+    parallel = GATHERED if name == "experts" else CASES[name][0]
+    leaves = {"model__moe": EXPERTS} if name == "experts" else {}
+    one = Piped(ParallelConfig(data=1, **parallel), train__remat=remat, **leaves)
+    params, micros, _ = one.abstract()
+    schedule, total = one.plan.schedule, 0
+    for unit, branch in branches_of(one).items():
         often = sum(cell.unit == unit for _, _, cell in schedule.cells())
         ends = sum(count_matmul_flops(b) for e in branch.jaxpr.eqns if e.primitive.name == "cond"
                    for b in e.params["branches"])  # fmt: skip
@@ -261,13 +271,36 @@ def test_executed_products_are_those_of_the_plain_step(name, remat):
     assert total == pytest.approx(wanted, rel=0.05)
 
 
-def equations(jaxpr):
+def equations(jaxpr, *, islands=False):
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns") and equation.primitive.name != "shard_map":
-                yield from equations(inner)
+        if islands or equation.primitive.name != "shard_map":
+            for inner in subprograms(equation.params):
+                yield from equations(inner, islands=islands)
+
+
+def test_experts_matrices_are_not_handed_on_and_their_gradients_wait_for_the_weight_unit(monkeypatch):
+    """On a mesh that gathers them over fsdp, a microbatch keeps none, neither whole nor as they are."""
+    found = []
+
+    def recorded(*args):
+        found.append(split_layer(*args))
+        return found[-1]
+
+    monkeypatch.setattr(executor, "split_layer", recorded)
+    one = Piped(ParallelConfig(data=1, **GATHERED), model__moe=EXPERTS)
+    units, embed = branches_of(one), one.config.model.embed_dim
+    (split,) = found
+    assert split.kept and split.pairs
+    for shape in (*split.kept, *split.pairs):
+        assert len(shape.shape) != 3 or set(shape.shape[1:]) not in ({embed, EXPERTS.dim}, {embed, EXPERTS.dim // 2})
+    # Three matrices, one after the other in the scan over a stage's layers.
+    names = {
+        unit: [e.params.get("name") for e in equations(branch.jaxpr, islands=True) if "name" in e.params]
+        for unit, branch in units.items()
+    }
+    counts = {unit: (of.count("grouped_rows"), of.count("grouped_outer")) for unit, of in names.items()}
+    assert counts == {Unit.FORWARD: (3, 0), Unit.INPUT: (3, 0), Unit.WEIGHT: (0, 3)}
 
 
 def compiled(name: str, *, microbatches: int, layers: int = 8):

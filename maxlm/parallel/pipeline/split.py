@@ -9,19 +9,23 @@ The layer and its gradient are traced together into one list of operations. Thre
 
 What one share makes and a later one uses is handed on: `kept` from forward, `pairs` from input to weight. Operations
 on parameters and on what a whole microbatch shares (casts of weights, rotary angles, masks) are cheap and are done
-again wherever they are needed, so that no copy of the parameters is handed on.
+again wherever they are needed, so that no copy of the parameters is handed on. A `shard_map` that would be in two of
+the shares, as that of the experts' backward pass, is cut in two before (`cut.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+
+from maxlm.jaxpr import subprograms
+from maxlm.parallel.pipeline.cut import cut_islands
+from maxlm.parallel.pipeline.program import Program, replayed
 
 LayerFn = Callable[[Any, jax.Array, Any], "LayerOut"]
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
@@ -100,13 +104,14 @@ def split_layer(layer: LayerFn, params: Any, x: Any, shared: Any) -> SplitLayer:
 
     traced, (out, _, _) = jax.make_jaxpr(joint, return_shape=True)(leaves, x, x)
     inlined = jax.make_jaxpr(lambda *args: _flat(traced.jaxpr, traced.consts, args))(*traced.in_avals)
-    return _share_out(inlined, out_tree=jax.tree.structure(out), count=count)
+    cut = cut_islands(inlined, chain=len(jax.tree.leaves(out)))
+    return _share_out(cut, out_tree=jax.tree.structure(out), count=count)
 
 
 def _share_out(closed: core.ClosedJaxpr, *, out_tree: Any, count: int) -> SplitLayer:
     """Args: closed: (*parameters, *shared, x, dy) -> (*out, dx, *grads). out_tree: of a LayerOut. count: parameters."""
-    program = _Program(closed)
     *given, x, dy = closed.jaxpr.invars
+    program = Program(closed.jaxpr, closed.consts, {x: frozenset([x]), dy: frozenset([dy])})
     outs, (dx, *grads) = closed.jaxpr.outvars[: out_tree.num_leaves], closed.jaxpr.outvars[out_tree.num_leaves :]
 
     forward = program.walk(outs, without=set())
@@ -154,69 +159,8 @@ def _share_out(closed: core.ClosedJaxpr, *, out_tree: Any, count: int) -> SplitL
     )
 
 
-class _Program:
-    """A flat list of operations; operations are named by their place in it."""
-
-    def __init__(self, closed: core.ClosedJaxpr):
-        jaxpr = closed.jaxpr
-        self.eqns, self.debug_info = jaxpr.eqns, jaxpr.debug_info
-        self.consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-        *given, x, dy = jaxpr.invars
-        self.maker = {var: i for i, eqn in enumerate(self.eqns) for var in eqn.outvars}
-        # Which of x and dy each value depends on; what depends on neither is free to be made anywhere.
-        self.roots: dict[Any, frozenset] = {var: frozenset() for var in (*given, *self.consts)}
-        self.roots |= {x: frozenset([x]), dy: frozenset([dy])}
-        for eqn in self.eqns:
-            found = frozenset().union(*(self.roots[v] for v in _vars(eqn.invars)))
-            self.roots |= {var: found for var in eqn.outvars}
-
-    def walk(self, outs: Iterable[Any], *, without: set[int]) -> set[int]:
-        """The operations that `outs` need, but for `without` and for those that are free."""
-        found: set[int] = set()
-        todo = _vars(outs)
-        while todo:
-            var = todo.pop()
-            i = self.maker.get(var)
-            if i is not None and i not in found and i not in without and self.roots[var]:
-                found.add(i)
-                todo += _vars(self.eqns[i].invars)
-        return found
-
-    def follows(self, i: int, root: Any) -> bool:
-        """Whether operation i depends on the root."""
-        return root in self.roots[self.eqns[i].outvars[0]]
-
-    def made(self, operations: set[int]) -> list[Any]:
-        """All that the operations give, in order."""
-        return [var for i in sorted(operations) for var in self.eqns[i].outvars]
-
-    def handed(self, values: Iterable[Any], *, to: set[int], outs: Iterable[Any]) -> list[Any]:
-        """Those of the values that later operations use, or that are results themselves."""
-        used = set(_vars(outs)) | {var for i in to for var in _vars(self.eqns[i].invars)}
-        return [var for var in values if var in used and self.roots[var]]
-
-    def part(self, operations: set[int], ins: list[Any], outs: list[Any]) -> Callable[..., list[jax.Array]]:
-        """The operations as a function from `ins` to `outs`, with the free ones that they need."""
-        have = {*ins, *self.consts}
-        chosen, todo = set(operations), _vars([*outs, *(v for i in operations for v in self.eqns[i].invars)])
-        while todo:
-            var = todo.pop()
-            i = self.maker.get(var)
-            if var not in have and i is not None and i not in chosen:
-                assert not self.roots[var], "a share of the program uses what was not handed to it"
-                chosen.add(i)
-                todo += _vars(self.eqns[i].invars)
-        eqns = [self.eqns[i] for i in sorted(chosen)]
-        function = _function(eqns, [*self.consts, *ins], outs, self.debug_info)
-        return functools.partial(function, *self.consts.values())
-
-
 def _leaves(params: Any, shared: Any) -> list[jax.Array]:
     return jax.tree.leaves((params, shared))
-
-
-def _vars(atoms: Iterable[Any]) -> list[Any]:
-    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
 
 
 def _shape(var: Any) -> jax.ShapeDtypeStruct:
@@ -225,31 +169,18 @@ def _shape(var: Any) -> jax.ShapeDtypeStruct:
 
 def _is_product(eqn: core.JaxprEqn) -> bool:
     """A matrix product, or a loop, island or kernel that may hold some."""
-    return "dot" in eqn.primitive.name or any(True for _ in core.jaxprs_in_params(eqn.params))
+    return "dot" in eqn.primitive.name or any(True for _ in subprograms(eqn.params))
 
 
 def _flat(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Performs a program, with calls and rematerialised parts dissolved into what they are made of."""
+
+    def dissolved(eqn: core.JaxprEqn, args: list[Any]) -> list[Any] | None:
+        if eqn.primitive.name not in _INLINED:
+            return None
+        inner = next(v for v in eqn.params.values() if isinstance(v, (core.Jaxpr, core.ClosedJaxpr)))
+        closed = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
+        return _flat(closed.jaxpr, closed.consts, args)
+
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _INLINED:
-            inner = next(v for v in eqn.params.values() if isinstance(v, (core.Jaxpr, core.ClosedJaxpr)))
-            closed = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
-            results = _flat(closed.jaxpr, closed.consts, [read(atom) for atom in eqn.invars])
-        else:
-            ins = list(dict.fromkeys(_vars(eqn.invars)))
-            results = _function([eqn], ins, eqn.outvars, jaxpr.debug_info)(*(env[var] for var in ins))
-        env |= dict(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _function(
-    eqns: Sequence[core.JaxprEqn], ins: Sequence[Any], outs: Sequence[Any], debug_info: Any
-) -> Callable[..., list[jax.Array]]:
-    effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    jaxpr = core.Jaxpr([], ins, list(outs), list(eqns), effects, debug_info.with_unknown_names())
-    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))
+    return replayed(jaxpr.eqns, env, jaxpr.outvars, instead=dissolved, debug_info=jaxpr.debug_info)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from maxlm.data.batch import Batch
+from maxlm.jaxpr import opened, subprograms
 from maxlm.kernels.experts import local_experts
 from maxlm.kernels.grouped import Backend
 from maxlm.kernels.matmul import ATTENTION_NAME
@@ -199,20 +200,9 @@ class _Flattener:
         return [read(atom) for atom in jaxpr.outvars]
 
 
-def _open(value: Any) -> core.Jaxpr:
-    return value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
-
-
-def _programs(eqn: Any) -> Iterator[core.Jaxpr]:
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, (core.Jaxpr, core.ClosedJaxpr)):
-                yield _open(item)
-
-
 def _called(eqn: Any) -> core.Jaxpr | None:
     """The program that a call stands for."""
-    return next((inner for inner in _programs(eqn) if len(inner.invars) == len(eqn.invars)), None)
+    return next((inner for inner in subprograms(eqn.params) if len(inner.invars) == len(eqn.invars)), None)
 
 
 def _loop(eqn: Any) -> dict[str, Any]:
@@ -221,14 +211,14 @@ def _loop(eqn: Any) -> dict[str, Any]:
         case "scan":
             p = eqn.params
             return {
-                "jaxpr": _open(p["jaxpr"]),
+                "jaxpr": opened(p["jaxpr"]),
                 "given": p["num_consts"],
                 "carried": p["num_carry"],
                 "trips": p["length"],
             }
         case "while":
-            body = _open(eqn.params["body_jaxpr"])
+            body = opened(eqn.params["body_jaxpr"])
             return {"jaxpr": body, "given": eqn.params["body_nconsts"], "carried": len(eqn.outvars), "trips": 1}
         case _:  # a conditional: its dearest branch
-            branch = max(map(_open, eqn.params["branches"]), key=lambda b: len(b.eqns))
+            branch = max(map(opened, eqn.params["branches"]), key=lambda b: len(b.eqns))
             return {"jaxpr": branch, "given": len(branch.invars), "carried": 0, "trips": 1}
