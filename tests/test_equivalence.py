@@ -100,6 +100,8 @@ def test_parts_are_joined_into_one_table(tmp_path, monkeypatch, capsys, page):
     text = page.read_text()
     assert f"{len(results)} cases agree with one device" in text and "2 on 64 devices" in text and "old" not in text
     assert re.search(r"^\| alibi \| 1 \| 3 \| 2 \| 2 \|  \| 4 \|$", text, re.MULTILINE)
+    first, further = text.split("Further models")
+    assert "refused when" in first and "not refused" in further.split("\n")[0]  # where nothing was run, nothing is said
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     kept[0].write_text(kept[0].read_text().replace("0.1", "1.5"))
     before = page.read_text()
