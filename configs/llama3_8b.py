@@ -7,8 +7,8 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. 
 for a folder that holds the published tokenizer.json.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): on v5p-128 40.2 of 95.7 GiB a chip, all
-but a layer's gate kept for the backward pass, 4.2 s a step, 3,900 tokens/s a chip; on v6e-256 24.2 of 31.2 GiB, block
-inputs alone kept, 4.6 s, 7,100 tokens/s a chip. By the analytical model alone (docs/plan.md), on h100x8 24.3 of 75.7
+but a layer's gate kept for the backward pass, 3.8 s a step, 4,300 tokens/s a chip; on v6e-256 24.2 of 31.2 GiB, block
+inputs alone kept, 4.2 s, 7,800 tokens/s a chip. By the analytical model alone (docs/plan.md), on h100x8 24.3 of 75.7
 GiB a GPU, 1.87 s, 8,770 tokens/s a GPU.
 """
 

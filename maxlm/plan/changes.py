@@ -20,6 +20,7 @@ from maxlm.plan.topology import Topology
 from maxlm.resolve import relations
 
 SHOWN = 3
+LEAST = 1e-3  # of the memory: what saves less saves nothing
 LIKE: Mapping[str, Chip] = {
     "tpu": CHIPS["v5p"],
     "gpu": CHIPS["h100"],
@@ -62,7 +63,7 @@ def cheapest(config: Config, topology: Topology, *, needs: float = 0.0, usable: 
         if relations(candidate, devices=topology.devices):
             continue
         after = estimator(candidate)
-        if after.memory.total * scale < usable and after.memory.total < before.memory.total:
+        if after.memory.total * scale < usable and after.memory.total < (1 - LEAST) * before.memory.total:
             slower = _slower(after, before)
             found.append(Change(words, overrides(config, candidate), slower, after.memory.total * scale))
     found.sort(key=lambda change: change.slower)
