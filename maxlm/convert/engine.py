@@ -335,9 +335,11 @@ def _with_tokenizer(
         what = "the tokenizer that came along, not the run's own, is written" if other else "no tokenizer is written"
         log(f"{what}: {error}")
         return content
-    remove_tokenizer(place, tokenizer)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if remove_tokenizer(place, tokenizer) and content.get("eos_token_id") is not None:
+        ids.pop("eos_token_id")  # a chat's ends are more, or others, than that of a document
     write_tokenizer(tokenizer, place)
-    return content | {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return content | ids
 
 
 def _with_dtype(content: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The tokenizer of a run, written into the files that `transformers` reads.
 
-All three kinds become a `tokenizer.json`, which begins every text with the begin token, as documents begin in training.
-A sentencepiece model is also kept as it is.
+All three kinds become a `tokenizer.json`, which begins every text with the begin token, as documents begin in training:
+one that did not is written with a template that does. A sentencepiece model is also kept as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Pipeline
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from maxlm.data.tokenizers import KINDS, PROBE, WORD_MARK, Tokenizer, TokenizerError, fingerprint
+from maxlm.data.tokenizers import PROBE, WORD_MARK, Tokenizer, TokenizerError, load_tokenizer
 
 TOKENIZER, PIECES, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 TOKENIZERS = (TOKENIZER, PIECES)
@@ -27,42 +27,48 @@ _BEGIN = "<s>"  # of the bytes tokenizer, which has no names
 
 
 class _Read(NamedTuple):
-    """pipeline: None where a file cannot say it. names: of the special tokens, as tokenizer_config.json calls them."""
+    """names: of the special tokens, as tokenizer_config.json calls them."""
 
-    pipeline: Pipeline | None
+    pipeline: Pipeline
     names: dict[str, str]
 
 
 def holds_tokenizer(folder: Path, wanted: str) -> bool:
     """Whether a file in the folder is the tokenizer of this fingerprint."""
-    files = ((kind, folder / name) for kind, name in _FILES.items())
-    return any(file.is_file() and fingerprint(kind, file.read_bytes()) == wanted for kind, file in files)
+    found = (_loaded(folder, kind) for kind in _FILES)
+    return any(tokenizer is not None and tokenizer.fingerprint == wanted for tokenizer in found)
 
 
-def remove_tokenizer(folder: Path, follower: Tokenizer) -> None:
-    """Removes the files of a folder's tokenizer, which another follows.
+def _loaded(folder: Path, kind: str) -> Tokenizer | None:
+    """The folder's tokenizer of this kind; None: there is none, or none that gives texts back as they were."""
+    try:
+        return load_tokenizer(kind, folder / _FILES[kind])
+    except TokenizerError:
+        return None
 
-    Where that one only adds tokens, what speaks of tokens by name or id stays: templates, names, generation's ends.
+
+def remove_tokenizer(folder: Path, follower: Tokenizer) -> bool:
+    """Removes the files of a folder's tokenizer, which another follows; whether that one only adds tokens to it.
+
+    Then what speaks of tokens by name or id stays: templates, names, generation's ends.
     """
-    files = {kind: folder / name for kind, name in _FILES.items() if (folder / name).is_file()}
-    if not files:
-        return
-    grown = any(_grown(kind, file, follower) for kind, file in files.items())
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return False
+    grown = any(_grown(_loaded(folder, kind), follower) for kind in _FILES)
     for name in (*TOKENIZERS, *_BESIDES, *(() if grown else (SETTINGS, _TEMPLATE))):
         (folder / name).unlink(missing_ok=True)
     if grown:
         _change(folder / SETTINGS, lambda said: {k: v for k, v in said.items() if k != "added_tokens_decoder"})
-        return
+        return True
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
     _change(folder / _GENERATION, lambda said: {k: v for k, v in said.items() if not k.endswith("_token_id")})
+    return False
 
 
-def _grown(kind: str, file: Path, follower: Tokenizer) -> bool:
-    try:
-        before = KINDS[kind](file.read_bytes())
-    except TokenizerError:  # it does not give texts back as they were, as ours do
+def _grown(before: Tokenizer | None, follower: Tokenizer) -> bool:
+    if before is None or before.vocab_size > follower.vocab_size:
         return False
-    return before.vocab_size <= follower.vocab_size and before.encode(PROBE) == follower.encode(PROBE)
+    return before.encode(PROBE) == follower.encode(PROBE)
 
 
 def _change(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -72,26 +78,31 @@ def _change(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the files of a tokenizer, after seeing that they give its ids. Other settings that are there stay."""
+    """Writes the files of a tokenizer, after seeing that they give its ids.
+
+    Other settings that are there stay, and so do the names of special tokens, but for that of the begin token.
+    """
     if tokenizer.file_name:
         tokenizer.save(folder / tokenizer.file_name)
     read = {"bytes": _from_bytes, "sentencepiece": _from_pieces, "huggingface": _as_it_is}[tokenizer.kind]
     pipeline, names = read(tokenizer, folder)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if pipeline is None or pipeline.encode(PROBE, add_special_tokens=False).ids != tokenizer.encode(PROBE):
+    if pipeline.encode(PROBE, add_special_tokens=False).ids == tokenizer.encode(PROBE):
+        if pipeline.encode(PROBE).ids[:1] != [tokenizer.bos_id]:  # else its file stays what it is, to the byte
+            _beginning(pipeline, names["bos_token"], tokenizer.bos_id).save(str(folder / TOKENIZER))
+    else:
         # Not of byte pairs, or with spaces put in front of texts: readers of sentencepiece models know what to do.
-        settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
-    elif tokenizer.file_name != TOKENIZER:
-        pipeline.save(str(folder / TOKENIZER))
-    settings |= names | {"clean_up_tokenization_spaces": False}
+        settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
     file = folder / SETTINGS
     there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kept = {name: token for name, token in there.items() if name in names and name != "bos_token" and token}
+    settings |= names | kept | {"add_bos_token": True, "clean_up_tokenization_spaces": False}
     file.write_text(json.dumps(there | settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _as_it_is(tokenizer: Tokenizer, folder: Path) -> _Read:
     pipeline = Pipeline.from_file(str(folder / TOKENIZER))
-    pipeline.encode_special_tokens = True
+    pipeline.encode_special_tokens = True  # as in our documents; the file does not say it
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     return _Read(pipeline, {name: str(pipeline.id_to_token(i)) for name, i in ids.items() if i is not None})
 
@@ -111,7 +122,7 @@ def _from_bytes(tokenizer: Tokenizer, folder: Path) -> _Read:
     pipeline = Pipeline(models.BPE(vocab={sign: byte for byte, sign in written.items()}, merges=[]))
     pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pipeline.decoder = decoders.ByteLevel()
-    return _Read(_beginning(pipeline, _BEGIN, tokenizer.bos_id), {"bos_token": _BEGIN})
+    return _Read(pipeline, {"bos_token": _BEGIN})
 
 
 def _from_pieces(tokenizer: Tokenizer, folder: Path) -> _Read:
@@ -145,7 +156,7 @@ def _from_pieces(tokenizer: Tokenizer, folder: Path) -> _Read:
     pipeline.normalizer = normalizers.Replace(" ", WORD_MARK)
     pipeline.decoder = decoders.Sequence([decoders.Replace(WORD_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
     pipeline.add_special_tokens([name for key, name in names.items() if key != "bos_token"])
-    return _Read(_beginning(pipeline, names["bos_token"], tokenizer.bos_id), names)
+    return _Read(pipeline, names)
 
 
 def _beginning(pipeline: Pipeline, name: str, number: int) -> Pipeline:

@@ -19,7 +19,7 @@ import numpy as np
 
 from maxlm.data.sources import Skip, Unit, read_unit
 from maxlm.data.store import StoreWriter, token_dtype
-from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+from maxlm.data.tokenizers import Ends, Tokenizer, load_tokenizer
 from maxlm.files import write_among_others
 
 # The key is the SHA-256 of a document's bytes as four big-endian words, so that it sorts as the hex does.
@@ -88,9 +88,17 @@ def lowest(documents: dict[bytes, bytes], limit: int) -> list[tuple[bytes, bytes
     return kept
 
 
-def tokenise_unit(unit: Unit, kind: str, tokenizer_file: str, folder: str, name: str) -> UnitReport:
+class TokenizerFile(NamedTuple):
+    """What a process needs to load a tokenizer: `load_tokenizer`'s arguments."""
+
+    kind: str
+    path: str
+    ends: Ends
+
+
+def tokenise_unit(unit: Unit, file: TokenizerFile, folder: str, name: str) -> UnitReport:
     """Reads a unit, writes its runs and its report `folder/name.json`, and gives the report back."""
-    tokenizer = _cached_tokenizer(kind, tokenizer_file)
+    tokenizer = _cached_tokenizer(file)
     skipped: Counter[str] = Counter()
     runs: list[str] = []
     token_count = text_bytes = 0
@@ -216,5 +224,5 @@ def _encode(
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_tokenizer(kind: str, path: str) -> Tokenizer:
-    return load_tokenizer(kind, path)
+def _cached_tokenizer(file: TokenizerFile) -> Tokenizer:
+    return load_tokenizer(file.kind, file.path, ends=file.ends)

@@ -228,15 +228,16 @@ def _build(
             note(f"removing {other}, an interrupted preparation of other data")
             shutil.rmtree(other)
     plan.mkdir(exist_ok=True)
-    tokenizer_file = plan / (tokenizer.file_name or "none")
+    ends = tokenizers.Ends.of(tokenizer.bos_id, tokenizer.eos_id)
+    file = pieces.TokenizerFile(tokenizer.kind, str(plan / (tokenizer.file_name or "none")), ends)
     if tokenizer.file_name:
-        tokenizer.save(tokenizer_file)
+        tokenizer.save(Path(file.path))
     names = [f"unit-{number:06d}" for number in range(len(listing.units))]
     done = {name: report for name in names if (report := pieces.finished_unit(plan, name))}
     left = [(unit, name) for unit, name in zip(listing.units, names, strict=True) if name not in done]
     if done:
         note(f"going on with an interrupted preparation: {len(done)} of {len(names)} parts are done")
-    jobs = ((unit, tokenizer.kind, str(tokenizer_file), str(plan), name) for unit, name in left)
+    jobs = ((unit, file, str(plan), name) for unit, name in left)
     total, worked = sum(unit.size for unit, _ in left), 0
     with (
         WorkerPool(worker_count(workers, len(left))) as pool,

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from maxlm.data.staging import MANIFEST, Staged, read_manifest
-from maxlm.data.tokenizers import Tokenizer, load_tokenizer
+from maxlm.data.tokenizers import Ends, Tokenizer, load_tokenizer
 from maxlm.errors import UserError
 from maxlm.files import file_digest
 from maxlm.storage import Folder, StorageError, is_bucket
@@ -219,15 +219,18 @@ class TokenStore:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens, from its copy inside the store."""
-        return load_tokenizer(self.manifest["tokenizer"]["kind"], self._tokenizer_file or "")
+        entry = self.manifest["tokenizer"]
+        ends = Ends.of(entry["bos_id"], entry.get("eos_id"))  # which is of no matter to the tokens: older ones lack it
+        return load_tokenizer(entry["kind"], self._tokenizer_file or "", ends=ends)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises StoreError where the store's tokens are not those of `tokenizer`."""
         entry = self.manifest["tokenizer"]
-        if entry["fingerprint"] != tokenizer.fingerprint:
+        if (entry["fingerprint"], entry["bos_id"]) != (tokenizer.fingerprint, tokenizer.bos_id):
             raise StoreError(
-                f"{self.place} was made with a {entry['kind']} tokenizer {entry['fingerprint'][:12]}, the run's is "
-                f"{tokenizer.kind} {tokenizer.fingerprint[:12]}: set data.tokenizer to the store's own "
+                f"{self.place} was made with a {entry['kind']} tokenizer {entry['fingerprint'][:12]} that begins with "
+                f"{entry['bos_id']}, the run's is {tokenizer.kind} {tokenizer.fingerprint[:12]} and begins with "
+                f"{tokenizer.bos_id}: set data.tokenizer to the store's own "
                 f"({self._tokenizer_file}) or prepare the store again under another path"
             )
 
@@ -293,6 +296,7 @@ class StoreWriter:
                 "fingerprint": self._tokenizer.fingerprint,
                 "vocab_size": self._tokenizer.vocab_size,
                 "bos_id": self._tokenizer.bos_id,
+                "eos_id": self._tokenizer.eos_id,
                 "file": self._tokenizer.file_name,
             },
             "splits": {name: writer.finish() for name, writer in self._splits.items()},

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,7 +21,8 @@ from maxlm.files import write_atomically
 
 # Sentencepiece writes a space as this character and reads it back as a space.
 WORD_MARK = "\u2581"
-# What the begin and end tokens are called in tokenizer.json files, which do not say which of theirs they are.
+# What the begin and end tokens are called in tokenizer.json files that nothing stands beside: they do not say which of
+# their special tokens these are.
 BEGIN_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[BOS]", "[CLS]")
 END_TOKENS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]")
 # A tokenizer that changes this text when it goes there and back changes most real text.
@@ -50,6 +52,18 @@ class TokenizerError(UserError):
     """A tokenizer that cannot be loaded, trained or used exactly."""
 
 
+class Ends(NamedTuple):
+    """What is said of the tokens that begin and end a text: names or ids, of which the first that there is counts."""
+
+    begin: tuple[str | int, ...] = ()
+    end: tuple[str | int, ...] = ()
+
+    @classmethod
+    def of(cls, bos_id: int, eos_id: int | None) -> Ends:
+        """Those of a tokenizer that has been loaded before."""
+        return cls((bos_id,), () if eos_id is None else (eos_id,))
+
+
 class Tokenizer(Protocol):
     """What the rest of MaxLM asks of a tokenizer."""
 
@@ -75,7 +89,8 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the kind and of the model file's bytes."""
+        """SHA-256 (hex) of the kind, of the model file's bytes, and of the begin and end tokens where those are others
+        than the file alone would give."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without the begin token."""
@@ -113,8 +128,7 @@ class ByteTokenizer:
         raise TokenizerError("the bytes tokenizer has no model file")
 
 
-def fingerprint(kind: str, data: bytes) -> str:
-    """The fingerprint of a tokenizer of this kind with these bytes as its model file."""
+def _fingerprint(kind: str, data: bytes) -> str:
     return hashlib.sha256(kind.encode() + b"\0" + data).hexdigest()
 
 
@@ -125,7 +139,7 @@ class _FileTokenizer:
 
     def __init__(self, data: bytes):
         self._data = data
-        self.fingerprint = fingerprint(self.kind, data)
+        self.fingerprint = _fingerprint(self.kind, data)
 
     def save(self, path: Path) -> None:
         write_atomically(path, self._data)
@@ -178,17 +192,21 @@ class HuggingFaceTokenizer(_FileTokenizer):
 
     Special tokens that occur in a document are text like any other there.
 
+    Args:
+      ends: What the file does not say. Where nothing is said, a special token of one of the usual names counts.
+
     Raises:
-      TokenizerError: The file is no tokenizer, has none of the known begin tokens, or changes text.
+      TokenizerError: The file is no tokenizer, its begin token is not known, or it changes text.
     """
 
     kind = "huggingface"
     file_name = "tokenizer.json"
 
-    def __init__(self, data: bytes):
+    def __init__(self, data: bytes, ends: Ends | None = None):
         import tokenizers
 
         super().__init__(data)
+        ends = ends or Ends()
         try:
             self._model = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises bare Exception
@@ -198,12 +216,21 @@ class HuggingFaceTokenizer(_FileTokenizer):
         self._model.encode_special_tokens = True
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
-        begin = [vocabulary[token] for token in BEGIN_TOKENS if token in vocabulary]
-        end = [vocabulary[token] for token in END_TOKENS if token in vocabulary]
-        if not begin:
-            raise TokenizerError(f"the tokenizer.json has no begin token, none of {', '.join(BEGIN_TOKENS)}: add one")
-        self.bos_id: int = begin[0]
-        self.eos_id: int | None = end[0] if end else None
+        # Pieces of these names may be text like any other: Gemma's <s> is a tag of HTML.
+        added = self._model.get_added_tokens_decoder()
+        special = {token.content: number for number, token in added.items() if token.special}
+        begin = next((special[name] for name in BEGIN_TOKENS if name in special), None)
+        end = next((special[name] for name in END_TOKENS if name in special), None)
+        bos_id = self._first(ends.begin, begin)
+        if bos_id is None:
+            raise TokenizerError(
+                "nothing says which token of the tokenizer.json begins a text (it has no begin token of a usual name: "
+                f'{", ".join(BEGIN_TOKENS)}); name it in a tokenizer_config.json beside it: {{"bos_token": "..."}}'
+            )
+        self.bos_id: int = bos_id
+        self.eos_id: int | None = self._first(ends.end, end)
+        if (self.bos_id, self.eos_id) != (begin, end):
+            self.fingerprint = _fingerprint(self.kind, data + f"\0{self.bos_id} {self.eos_id}".encode())
         _check_exact(self)
 
     def encode(self, text: str) -> list[int]:
@@ -216,6 +243,12 @@ class HuggingFaceTokenizer(_FileTokenizer):
         ends = (self.bos_id, self.eos_id)
         return self._model.decode([int(i) for i in ids if i not in ends], skip_special_tokens=False)
 
+    def _first(self, said: tuple[str | int, ...], usual: int | None) -> int | None:
+        """The id of the first of these names and ids that there is."""
+        numbers = (self._model.token_to_id(token) if isinstance(token, str) else token for token in said)
+        known = (i for i in numbers if i is not None and self._model.id_to_token(i) is not None)
+        return next(known, usual)
+
 
 KINDS: dict[str, Any] = {
     "sentencepiece": SentencePieceTokenizer,
@@ -224,8 +257,13 @@ KINDS: dict[str, Any] = {
 }
 
 
-def load_tokenizer(kind: str, path: str | Path) -> Tokenizer:
+def load_tokenizer(kind: str, path: str | Path, *, ends: Ends | None = None) -> Tokenizer:
     """Loads a tokenizer from its file, or from the folder of a model that it came with (`bytes` has none).
+
+    Args:
+      kind: One of KINDS.
+      path: Of the file or folder.
+      ends: Of a tokenizer.json, which does not say them; None: as the settings beside it say.
 
     Raises:
       TokenizerError: The kind is unknown, or the file is missing or unfit.
@@ -237,11 +275,40 @@ def load_tokenizer(kind: str, path: str | Path) -> Tokenizer:
     if Path(path).is_dir():
         path = _in_folder(kind, Path(path))
     try:
-        return KINDS[kind](Path(path).read_bytes())
+        data = Path(path).read_bytes()
+        if kind != HuggingFaceTokenizer.kind:
+            return KINDS[kind](data)
+        return HuggingFaceTokenizer(data, ends or _ends_beside(Path(path)))
     except OSError as error:
         raise TokenizerError(f"the {kind} tokenizer {path} cannot be read: {error.strerror}") from None
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
+
+
+def _ends_beside(file: Path) -> Ends:
+    """What the settings beside a tokenizer.json say: a token by name, or else by the id that its model has for it, or
+    that it has in the store which the file is from."""
+    names = ("tokenizer_config", "config", "generation_config", "manifest")
+    named, *models, manifest = (_settings(file.with_name(f"{name}.json")) for name in names)
+    store: Any = manifest.get("tokenizer")
+    store = store if isinstance(store, dict) else {}
+
+    def said(name: str) -> tuple[str | int, ...]:
+        token = named.get(f"{name}_token")
+        found = [token.get("content") if isinstance(token, dict) else token]
+        for number in (*(model.get(f"{name}_token_id") for model in models), store.get(f"{name}_id")):
+            found += number if isinstance(number, list) else [number]
+        return tuple(entry for entry in found if isinstance(entry, str | int))
+
+    return Ends(said("bos"), said("eos"))
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise TokenizerError(f"{file} is no JSON: {error}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def _in_folder(kind: str, folder: Path) -> Path:

@@ -46,7 +46,12 @@ class PretrainedText:
         elif (folder / _PIECES).is_file():
             import sentencepiece
 
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=(folder / _PIECES).read_bytes())
+            try:
+                self._pieces = sentencepiece.SentencePieceProcessor(model_proto=(folder / _PIECES).read_bytes())
+            except RuntimeError as error:
+                raise TokenizerError(
+                    f"{folder / _PIECES} is no sentencepiece model ({error}); put a {_TOKENIZER} there"
+                ) from None
             self.vocab_size = max([self._pieces.get_piece_size() - 1, *self._added().values()]) + 1
         else:
             raise TokenizerError(f"{folder} has no {_TOKENIZER} and no {_PIECES}; put its tokenizer there")
@@ -62,7 +67,11 @@ class PretrainedText:
           TokenizerError: nothing says what texts begin with.
         """
         if self._tokenizer is not None:
-            return self._tokenizer.encode(text).ids
+            ids, begin = self._tokenizer.encode(text).ids, self._id(self._special("bos_token"))
+            # DeepSeek's tokenizer.json leaves it to the settings; newer versions of `transformers` do not look there.
+            if begin is not None and self._settings.get("add_bos_token") and ids[:1] != [begin]:
+                return [begin, *ids]
+            return ids
         assert self._pieces is not None
         return [*self._beginning(), *self._pieces.encode(text)]
 

@@ -6,7 +6,14 @@ import pytest
 from tokenizers import Tokenizer as Pipeline
 
 from maxlm.convert.tokenizer import holds_tokenizer, remove_tokenizer, write_tokenizer
-from maxlm.data.tokenizers import KINDS, PROBE, ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from maxlm.data.tokenizers import (
+    KINDS,
+    PROBE,
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from maxlm.infer.pretrained import PretrainedText
 from tests.data.test_tokenizers import CODE, byte_level
 
@@ -43,30 +50,46 @@ def test_the_files_give_the_same_ids(kind, tmp_path):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ids == ours.encode(text), text
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
-    if kind != "huggingface":  # whose file says by itself what it begins texts with
-        assert theirs(TEXTS[0])["input_ids"] == [ours.bos_id, *ours.encode(TEXTS[0])]
-        assert PretrainedText(tmp_path).encode(TEXTS[0]) == [ours.bos_id, *ours.encode(TEXTS[0])]
+    assert theirs(TEXTS[0])["input_ids"] == [ours.bos_id, *ours.encode(TEXTS[0])]
+    assert PretrainedText(tmp_path).encode(TEXTS[0]) == [ours.bos_id, *ours.encode(TEXTS[0])]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"] is True
+
+
+def test_one_that_begins_texts_by_itself_is_written_to_the_byte(tmp_path):
+    model = byte_level()
+    first = KINDS["huggingface"](model.to_str().encode())
+    write_tokenizer(first, tmp_path)  # with a template, which it did not have
+    assert not holds_tokenizer(tmp_path, first.fingerprint)
+    again = load_tokenizer("huggingface", tmp_path)
+    assert (again.bos_id, again.encode(PROBE)) == (first.bos_id, first.encode(PROBE))
+    (tmp_path / "there").mkdir()
+    write_tokenizer(again, tmp_path / "there")
+    assert (tmp_path / "there/tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    assert holds_tokenizer(tmp_path / "there", again.fingerprint)
 
 
 def test_a_tokenizer_takes_the_place_of_another_and_of_its_own_it_keeps_what_is_said(tmp_path):
     first = made("huggingface")
+    first.save(tmp_path / "tokenizer.json")
+    assert holds_tokenizer(tmp_path, first.fingerprint)
     for name, text in {
-        "tokenizer_config.json": '{"chat_template": "T", "added_tokens_decoder": {}, "pad_token": "p"}',
+        "tokenizer_config.json": json.dumps(
+            {"chat_template": "T", "added_tokens_decoder": {}, "pad_token": "p", "eos_token": "<|eot_id|>"}
+        ),
         "generation_config.json": '{"eos_token_id": [2, 3], "top_p": 0.5}',
         "chat_template.jinja": "T",
         "added_tokens.json": "{}",
     }.items():
         (tmp_path / name).write_text(text)
-    first.save(tmp_path / "tokenizer.json")
-    assert holds_tokenizer(tmp_path, first.fingerprint)
     assert not holds_tokenizer(tmp_path, made("sentencepiece").fingerprint)
+    assert not holds_tokenizer(tmp_path, first.fingerprint)  # which, by itself, ends with another token
 
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     more = Pipeline.from_str(json.dumps(content))
     more.add_tokens(["<turn>"])
     grown = KINDS["huggingface"](more.to_str().encode())
     assert grown.vocab_size == first.vocab_size + 1
-    remove_tokenizer(tmp_path, grown)
+    assert remove_tokenizer(tmp_path, grown)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "chat_template.jinja",
         "generation_config.json",
@@ -75,9 +98,10 @@ def test_a_tokenizer_takes_the_place_of_another_and_of_its_own_it_keeps_what_is_
     write_tokenizer(grown, tmp_path)
     said = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert said["pad_token"] == "p" and "added_tokens_decoder" not in said
+    assert (said["bos_token"], said["eos_token"]) == ("<s>", "<|eot_id|>")
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [2, 3]
 
-    remove_tokenizer(tmp_path, ByteTokenizer())
+    assert not remove_tokenizer(tmp_path, ByteTokenizer())
     assert [file.name for file in tmp_path.iterdir()] == ["generation_config.json"]
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"top_p": 0.5}
 

@@ -23,7 +23,7 @@ from maxlm.data.loader import DataError, Loader
 from maxlm.data.prepare import heldout_documents, prepare_data, prepare_store, prepare_tokenizer
 from maxlm.data.sources import SourceError, list_source
 from maxlm.data.store import StoreError, StoreWriter, TokenStore
-from maxlm.data.tokenizers import ByteTokenizer, TokenizerError
+from maxlm.data.tokenizers import ByteTokenizer, Ends, TokenizerError
 from maxlm.data.workers import WorkerError, WorkerPool
 
 PERMILLE = 200
@@ -116,7 +116,8 @@ def test_the_store_does_not_depend_on_units_runs_buckets_or_processes(tmp_path, 
     monkeypatch.setattr(pieces, "BUCKET_BYTES", 1000)
     (tmp_path / "runs").mkdir()
     reports = [
-        pieces.tokenise_unit(unit, "bytes", "", str(tmp_path / "runs"), f"u{i}") for i, unit in enumerate(listing.units)
+        pieces.tokenise_unit(unit, pieces.TokenizerFile("bytes", "", Ends()), str(tmp_path / "runs"), f"u{i}")
+        for i, unit in enumerate(listing.units)
     ]
     assert sum(len(report.runs) for report in reports) > len(reports)
     writer = StoreWriter(tmp_path / "merged", ByteTokenizer())
@@ -327,9 +328,9 @@ def test_what_a_tokenizer_cannot_give_back_is_left_out_and_counted(tmp_path):
     folder = write_files(tmp_path / "corpus", [b"plain", "smile 🙂".encode()])
     (tmp_path / "runs").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_cached_tokenizer", lambda kind, path: Lossy())
+        patch.setattr(pieces, "_cached_tokenizer", lambda file: Lossy())
         (unit,) = list_source(f"text:{folder}", "text").units
-        report = pieces.tokenise_unit(unit, "bytes", "", str(tmp_path / "runs"), "u")
+        report = pieces.tokenise_unit(unit, pieces.TokenizerFile("bytes", "", Ends()), str(tmp_path / "runs"), "u")
     assert report.skipped == {"changed_by_tokenizer": 1}
     assert report.tokens == 1 + len(b"plain")
 
@@ -447,7 +448,7 @@ def test_what_a_unit_reports_is_on_the_disk_before_its_report(tmp_path, monkeypa
     (unit,) = list_source(f"text:{source}", "text").units
     out = tmp_path / "out"
     out.mkdir()
-    report = pieces.tokenise_unit(unit, "bytes", "", str(out), "unit")
+    report = pieces.tokenise_unit(unit, pieces.TokenizerFile("bytes", "", Ends()), str(out), "unit")
     sizes = [(f"{path.name}.{os.getpid()}", path.stat().st_size) for path in out.iterdir()]
     assert len(report.runs) == 1 and len(sizes) == 3 and all(size for _, size in sizes)
     assert sorted(synced) == sorted(sizes) and synced[-1][0].startswith("unit.json.")

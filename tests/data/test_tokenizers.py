@@ -1,6 +1,8 @@
 """Tokenizers give back exactly what they were given, refuse what cannot, and are trained the same every time."""
 
+import hashlib
 import io
+import json
 import random
 
 import pytest
@@ -9,6 +11,9 @@ import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maxlm.config import StoreConfig
+from maxlm.data.prepare import prepare_store
+from maxlm.data.store import TokenStore
 from maxlm.data.tokenizers import (
     WORD_MARK,
     ByteTokenizer,
@@ -135,6 +140,69 @@ def test_special_tokens_in_a_document_are_text(loaded):
     tokenizer = loaded["huggingface"]
     assert tokenizer.bos_id not in tokenizer.encode("a<s>b</s>")
     assert tokenizer.decode(tokenizer.encode("a<s>b</s>")) == "a<s>b</s>"
+
+
+def of_bytes(*specials, plain=()):
+    """A tokenizer.json: an id a byte, then pieces that are text like any other, then special tokens."""
+    vocabulary = {sign: i for i, sign in enumerate([*sorted(hf.pre_tokenizers.ByteLevel.alphabet()), *plain])}
+    model = hf.Tokenizer(hf.models.BPE(vocab=vocabulary, merges=[]))
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = hf.decoders.ByteLevel()
+    model.post_processor = hf.processors.ByteLevel(trim_offsets=False)
+    model.add_tokens(list(plain))
+    model.add_special_tokens([hf.AddedToken(token, special=True) for token in specials])
+    return model
+
+
+def test_the_ends_of_texts_are_special_tokens_or_those_that_the_settings_name(tmp_path):
+    """Gemma has <s> and </s> as pieces of HTML."""
+    model = of_bytes("<bos>", "<eos>", "<turn>", plain=["<s>", "</s>"])
+    file = tmp_path / "tokenizer.json"
+    model.save(str(file))
+    bare = load_tokenizer("huggingface", tmp_path)
+    assert (bare.bos_id, bare.eos_id) == tuple(map(model.token_to_id, ("<bos>", "<eos>"))) == (258, 259)
+    assert bare.fingerprint == hashlib.sha256(b"huggingface\0" + file.read_bytes()).hexdigest()
+    settings = tmp_path / "tokenizer_config.json"
+    for said, expected in (
+        ({"bos_token": "<bos>", "eos_token": {"content": "<eos>"}}, (258, 259)),
+        ({"bos_token": "<bos>", "eos_token": {"content": "<turn>"}}, (258, 260)),
+        ({"bos_token": "<turn>", "eos_token": None}, (260, 259)),
+        ({"bos_token": "no such token"}, (258, 259)),
+    ):
+        settings.write_text(json.dumps(said))
+        found = load_tokenizer("huggingface", tmp_path)
+        assert (found.bos_id, found.eos_id) == expected
+        assert (found.fingerprint == bare.fingerprint) == (expected == (258, 259))
+    settings.write_text("{")
+    with pytest.raises(TokenizerError, match="tokenizer_config.json is no JSON"):
+        load_tokenizer("huggingface", tmp_path)
+
+
+def test_ends_of_unusual_names_are_known_from_the_settings_and_by_the_store(tmp_path):
+    """DeepSeek's."""
+    begin, end = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+    of_bytes(begin, end).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match='no begin token.*tokenizer_config.json beside it: {"bos_token"'):
+        load_tokenizer("huggingface", tmp_path)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 256, "eos_token_id": [257, 3]}')
+    by_id = load_tokenizer("huggingface", tmp_path)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 999}')
+    named = {"bos_token": {"content": begin}, "eos_token": end}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    tokenizer = load_tokenizer("huggingface", tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (by_id.bos_id, by_id.eos_id) == (256, 257)
+    assert tokenizer.fingerprint == by_id.fingerprint
+    # A store keeps the file alone, and knows the rest.
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"document {i}")
+    entry = StoreConfig(source=f"text:{tmp_path}/text/*.txt", heldout_permille=0)
+    store = prepare_store(entry, tokenizer, tmp_path / "store", workers=1).store
+    store.verify()
+    reopened = TokenStore.open(tmp_path / "store")
+    for found in (reopened.tokenizer(), load_tokenizer("huggingface", tmp_path / "store")):
+        assert (found.bos_id, found.eos_id, found.fingerprint) == (256, 257, tokenizer.fingerprint)
+    assert reopened.split("train").document(0)[0] == 256
 
 
 def test_a_tokenizer_that_changes_text_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from maxlm.infer.load import Asked, generate_from, generation_mesh, load_model
 from maxlm.infer.pretrained import PretrainedText
 from maxlm.infer.sampling import Sampling
 from tests.convert.folders import CONFIG, write_folder
+from tests.data.test_tokenizers import of_bytes
 
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
@@ -178,6 +179,35 @@ def test_what_texts_begin_with_is_known_or_refused(tmp_path):
     for said, first in (({"add_bos_token": False}, []), ({"bos_token": "<s>"}, [1])):
         file.write_text(json.dumps(settings | said))
         assert PretrainedText(tmp_path).encode("the dog") == [*first, *ids[2:]]
+
+
+def test_prompts_begin_as_the_settings_say(tmp_path):
+    """`transformers` 5 looks at tokenizer.json alone, which gives DeepSeek's models no begin token; 4 gave it."""
+    transformers = pytest.importorskip("transformers", reason="NOT tested with transformers: pip install maxlm[parity]")
+    from tokenizers import processors
+
+    begin = "<｜begin▁of▁sentence｜>"
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": {"__type": "AddedToken", "content": begin}}
+    for template in (False, True):
+        pipeline = of_bytes(begin)
+        if template:
+            pipeline.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 256)])
+        for said in ({}, {"add_bos_token": False}, {"add_bos_token": True}):
+            place = tmp_path / f"{template} {said}"
+            place.mkdir()
+            pipeline.save(str(place / "tokenizer.json"))
+            (place / "tokenizer_config.json").write_text(json.dumps(settings | said))
+            theirs = transformers.AutoTokenizer.from_pretrained(place)("a b")["input_ids"]
+            plain = [64, 220, 65]
+            assert theirs[-3:] == plain
+            ids = PretrainedText(place).encode("a b")
+            assert ids == ([256, *plain] if said.get("add_bos_token") else theirs), (template, said)
+
+
+def test_a_tiktoken_file_is_named_as_what_cannot_be_read(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(TokenizerError, match=r"tokenizer.model is no sentencepiece model.*put a tokenizer.json there"):
+        PretrainedText(tmp_path)
 
 
 def test_a_sentencepiece_model_is_read_as_well(tmp_path):
