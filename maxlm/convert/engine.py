@@ -20,7 +20,7 @@ from maxlm.checkpoint.blocks import BlockReader, BlockWriter
 from maxlm.checkpoint.reader import ArrayInfo
 from maxlm.config import Config, ModelConfig
 from maxlm.convert.errors import ConversionError
-from maxlm.convert.folder import CONFIG, HuggingFaceFolder, carry, described_by, open_folder, tell_left_out
+from maxlm.convert.folder import CONFIG, HuggingFaceFolder, carry, described_by, open_folder, remove_code, tell_left_out
 from maxlm.convert.safetensors import ShardWriter, TensorInfo
 from maxlm.convert.stored import CARRIED, CHECKPOINTS, VOCABULARY, StoredModel, open_stored
 from maxlm.convert.tiles import Region, Tile, chunks, tiles
@@ -38,6 +38,8 @@ from maxlm.resolve import as_config_dict, resolve
 FLOATS: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 SHARD_BYTES = 5 * 10**9
 """What `transformers` puts into one file, too."""
+_OF_ALL_FAMILIES = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
+"""Of a config.json, the words that stay when a model is written as another family's."""
 
 Log = Callable[[str], None]
 
@@ -144,7 +146,11 @@ def to_hf(
         _family_for(stored, family), dataclasses.replace(stored.model, vocab_size=stored.vocab_size)
     )
     content = _content(stored, described)
-    out_dtypes = {path: np.dtype(FLOATS[dtype] if dtype else stored.info(path).dtype) for path in described.specs}
+    precise = described.family.table(described.model).precise
+    out_dtypes = {
+        path: _chosen(dtype, np.dtype(stored.info(path).dtype), precise=path.endswith(precise))
+        for path in described.specs
+    }
     tensors = {
         name: TensorInfo(row.shape, np.result_type(*(out_dtypes[piece.ours] for piece in row.row.pieces)))
         for row in described.rows
@@ -158,6 +164,8 @@ def to_hf(
     with staged(out, log=log) as place:
         if stored.carried:
             carry(stored.carried, place)
+            if _is_other(stored, described.family):
+                remove_code(place)
         content = _with_tokenizer(content, stored, source, place, log=log)
         (place / CONFIG).write_text(json.dumps(_with_dtype(content, tensors), indent=2) + "\n")
         reader = BlockReader(stored.folder, stored.record)
@@ -255,11 +263,18 @@ def _same(folder: HuggingFaceFolder, name: str, original: str) -> bool:
 def _dtypes(folder: HuggingFaceFolder, described: FamilyModel, dtype: str | None) -> dict[str, np.dtype]:
     """Of each of our parameters: what is asked for, or that of its tensors, float32 where they differ."""
     out: dict[str, np.dtype] = {}
+    precise = described.family.table(described.model).precise
     for row in described.rows:
         found = {folder.tensors[name].info.dtype for name, _ in row.tensors()}
-        chosen = np.dtype(FLOATS[dtype]) if dtype else found.pop() if len(found) == 1 else np.dtype(np.float32)
-        out |= {piece.ours: chosen for piece in row.row.pieces}
+        own = found.pop() if len(found) == 1 else np.dtype(np.float32)
+        out |= {p.ours: _chosen(dtype, own, precise=p.ours.endswith(precise)) for p in row.row.pieces}
     return out
+
+
+def _chosen(asked: str | None, own: np.dtype, *, precise: bool) -> np.dtype:
+    """The dtype asked for, if any; what is to stay `precise` is not made narrower."""
+    chosen = np.dtype(FLOATS[asked]) if asked else own
+    return own if precise and chosen.itemsize < own.itemsize else chosen
 
 
 def _padding(plain: Mapping[str, ParamSpec], padded: Mapping[str, ParamSpec]) -> dict[str, Region]:
@@ -298,13 +313,22 @@ def _family_for(stored: StoredModel, name: str | None) -> Family:
 
 
 def _content(stored: StoredModel, described: FamilyModel) -> dict[str, Any]:
-    """Of config.json: what was carried, with what training or an edit has changed."""
-    if not stored.hf:
-        return _with_length(hf_config(described.family, described.model), stored, described)
+    """Of config.json: what was carried, with what training or an edit has changed.
+
+    Another family's words, and its code above all, mean nothing here, or something else.
+    """
+    if not stored.hf or _is_other(stored, described.family):
+        known = {key: value for key, value in (stored.hf or {}).items() if key in _OF_ALL_FAMILIES}
+        return _with_length(known | hf_config(described.family, described.model), stored, described)
     content = {key: value for key, value in stored.hf.items() if key != "quantization_config"}
-    if family_of(stored.hf) is not described.family or unlike(described.model, read_model(described.family, content)):
+    if unlike(described.model, read_model(described.family, content)):
         content |= hf_config(described.family, described.model)
     return content
+
+
+def _is_other(stored: StoredModel, family: Family) -> bool:
+    """Whether what came along is of another family."""
+    return stored.hf is not None and family_of(stored.hf) is not family
 
 
 def _with_length(content: dict[str, Any], stored: StoredModel, described: FamilyModel) -> dict[str, Any]:
@@ -313,6 +337,7 @@ def _with_length(content: dict[str, Any], stored: StoredModel, described: Family
     data, rope = stored.record.metadata["config"].get("data", {}), described.model.rope
     lengths = [data.get("sequence_length", 0), *(phase["sequence_length"] for phase in data.get("phases", {}).values())]
     longest = max(*lengths, round(rope.original_length * rope.factor) if rope.scaling != "none" else 0)
+    longest = max(longest, (stored.hf or {}).get("max_position_embeddings") or 0)
     said = {"max_position_embeddings": longest} | content
     same = not described.model.learned_positions and not unlike(described.model, read_model(described.family, said))
     return said if longest and same else content

@@ -22,6 +22,19 @@ from maxlm.model.family import Family, FamilyError, TextHalf, Whole, family_of, 
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = """\
+import json, pathlib, torch
+from safetensors.torch import save_file
+
+folder, weight_map = pathlib.Path({folder!r}), {{}}
+for file in sorted(folder.glob({pattern!r})):
+    tensors = torch.load(file, weights_only=True, map_location="cpu")
+    whole = file.with_suffix(".safetensors")
+    save_file({{name: tensor.contiguous().clone() for name, tensor in tensors.items()}}, whole)
+    weight_map |= dict.fromkeys(tensors, whole.name)
+(folder / {index!r}).write_text(json.dumps({{"weight_map": weight_map}}))
+"""
+"""What a user is told to run: weights alone are read, with no code of the files', for one file or several."""
 
 
 class Tensor(NamedTuple):
@@ -165,10 +178,13 @@ def _shards(path: Path) -> dict[str, list[str]]:
             f"{path} has {len(files)} safetensors files but no {INDEX} that says what belongs together"
         )
     if others := sorted(file.name for file in path.iterdir() if file.name.endswith(_TORCH)):
+        usual = any(name.startswith("pytorch_model") for name in others)
+        pattern = "pytorch_model*.bin" if usual else f"*{Path(others[0]).suffix}"
+        script = _CONVERT.format(folder=str(path), pattern=pattern, index=INDEX)
         raise ConversionError(
             f"{path} has PyTorch files only ({', '.join(others[:3])}), which can run code when they are opened and are "
-            'not read; convert them with: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{path}', dtype='auto').save_pretrained('{path}-safetensors')\""
+            f"not read; this writes their weights beside them, and runs none (it needs torch and safetensors):\n"
+            f"python - <<'END'\n{script}END"
         )
     raise ConversionError(f"{path} has no *.safetensors file")
 
@@ -194,3 +210,12 @@ def carry(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
         elif file.name == "additional_chat_templates":
             shutil.copytree(file, target / file.name, dirs_exist_ok=True)
+
+
+def remove_code(folder: Path) -> None:
+    """Removes a model's code; a tokenizer's, which has nothing to do with the model's family, stays."""
+    file = folder / "tokenizer_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")).get("auto_map") if file.is_file() else None
+    for code in folder.glob("*.py"):
+        if f"{code.stem}." not in json.dumps(named):
+            code.unlink()

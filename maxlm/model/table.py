@@ -79,6 +79,8 @@ class Table:
     repeats: the same, but always written: files are expected to hold such copies.
     ignored: patterns of names that carry no weights (rotary frequencies, masks): skipped, never written.
     outer: what old files leave out at the beginning of all names, with its dot; it is always written.
+    precise: endings of our paths that keep their precision where the weights are written in a narrower dtype. A bias of
+      the choice of experts was moved in steps of a thousandth, which bfloat16 does not have at 1.
     """
 
     rows: tuple[Row, ...]
@@ -86,6 +88,7 @@ class Table:
     repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     outer: str = ""
+    precise: tuple[str, ...] = ("/selection_bias",)
 
 
 def row(
@@ -220,28 +223,6 @@ def bind(table: Table, specs: Mapping[str, Any]) -> tuple[BoundRow, ...]:
     if twice := {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ():
         raise TableError(f"the table names {', '.join(sorted(twice))} more than once")
     return rows
-
-
-def to_ours(rows: Sequence[BoundRow], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Our parameters (nested dict) from all of their tensors, in memory; `convert` does it in pieces."""
-    out: dict[str, Any] = {}
-    for bound in rows:
-        parts = [bound.ours(tensors[name]) for name, _ in bound.tensors()]
-        leading = tuple(len(values) for values in bound.numbers.values())
-        for piece in bound.row.pieces:
-            stacked = np.stack([part[piece.ours] for part in parts])
-            out[piece.ours] = stacked.reshape(leading + stacked.shape[1:])
-    return tree.from_paths(out)
-
-
-def to_theirs(rows: Sequence[BoundRow], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Their tensors by name from our parameters (nested dict of arrays), in memory."""
-    flat = {path: np.asarray(value) for path, value in tree.paths(params).items()}
-    return {
-        name: np.ascontiguousarray(bound.theirs({p.ours: flat[p.ours][index] for p in bound.row.pieces}))
-        for bound in rows
-        for name, index in bound.tensors()
-    }
 
 
 def _bind(row: Row, flat: Mapping[str, ParamSpec]) -> BoundRow:

@@ -8,11 +8,11 @@ import numpy as np
 from maxlm import tree
 from maxlm.checkpoint.blocks import BlockWriter
 from maxlm.checkpoint.reader import ArrayInfo
-from maxlm.config import Config
+from maxlm.config import AttentionConfig, Config, LatentConfig, MlpConfig, ModelConfig, MoeConfig, RopeConfig
 from maxlm.convert.engine import family_model
 from maxlm.convert.safetensors import ShardWriter, TensorInfo
 from maxlm.model.decoder import split_model
-from maxlm.model.family import family_of
+from maxlm.model.family import families, family_of, hf_config
 from maxlm.resolve import as_config_dict, resolve_model
 
 CONFIG = {
@@ -33,6 +33,40 @@ CONFIG = {
     "bos_token_id": 1,
     "custom_note": "kept",
 }
+
+
+EXPERTS = {"experts": 6, "active": 3, "dim": 10, "shared_dim": 20, "selection_bias": True, "dense_layers": 1}
+MODELS = {
+    "baichuan": {"attention": {"kv_heads": 4, "alibi": True}, "rope": RopeConfig(fraction=0.0), "normed_head": True},
+    "gemma": {
+        "norm": "rms_offset",
+        "embed_scale": True,
+        "tie_embeddings": True,
+        "mlp": MlpConfig(dim=40, kind="geglu"),
+    },
+    "ernie4_5_moe": {"rope": RopeConfig(interleaved=True), "moe": MoeConfig(**EXPERTS)},
+    "deepseek_v3": {
+        "attention": {
+            "kv_heads": 4,
+            "head_dim": 10,
+            "latent": LatentConfig(kv_dim=12, query_dim=10, rope_dim=4, value_dim=5),
+        },
+        "rope": RopeConfig(interleaved=True),
+        "moe": MoeConfig(**EXPERTS, router="sigmoid", groups=3, top_groups=2),
+        "mtp_layers": 1,
+        "norm_epsilon": 1e-6,
+    },
+}
+"""Of a family, what its tiny model has besides that of `hf_content`."""
+
+
+def hf_content(name):
+    """The config.json of a tiny model of a family with all that is rare about it."""
+    settings = {"mlp": MlpConfig(dim=40)} | MODELS[name]
+    attention = AttentionConfig(**{"q_heads": 4, "kv_heads": 2, "head_dim": 8} | settings.pop("attention", {}))
+    return hf_config(
+        families()[name], ModelConfig(vocab_size=83, embed_dim=24, num_layers=2, attention=attention, **settings)
+    )
 
 
 def tensor_infos(config=CONFIG, dtype=ml_dtypes.bfloat16):

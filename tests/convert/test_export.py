@@ -10,16 +10,31 @@ import numpy as np
 import pytest
 
 from maxlm import tree
-from maxlm.config import AttentionConfig, LatentConfig, MlpConfig, ModelConfig, MoeConfig, RopeConfig
+from maxlm.config import (
+    AttentionConfig,
+    LatentConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+    StoreConfig,
+    TokenizerConfig,
+)
 from maxlm.convert import model_config
-from maxlm.convert.engine import open_model, to_hf
+from maxlm.convert.engine import from_hf, open_model, to_hf
 from maxlm.convert.errors import ConversionError
+from maxlm.convert.folder import carry
+from maxlm.convert.stored import CARRIED
+from maxlm.data.prepare import prepare_data
+from maxlm.infer.pretrained import PretrainedText
 from maxlm.model.decoder import merge, split_model
 from maxlm.model.family import FamilyError, families, hf_config, unlike
 from maxlm.model.runtime import Runtime
-from maxlm.model.table import to_ours
+from maxlm.resolve import as_config_dict
 from maxlm.study.ladder import Rules, Shape, configure
 from tests.convert.folders import CONFIG, write_folder, write_run
+from tests.data.test_tokenizers import of_bytes
+from tests.tables import to_ours
 from tests.tiny import tiny_config
 
 
@@ -192,6 +207,79 @@ def test_a_run_that_began_from_nothing_says_how_long_its_texts_were(tmp_path):
     write_run(tmp_path / "alibi", alibi, data=data)
     to_hf(tmp_path / "alibi", tmp_path / "hf alibi", log=quiet)
     assert "max_position_embeddings" not in json.loads((tmp_path / "hf alibi/config.json").read_text())
+
+
+OLD = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}, "own_word": 2, "max_position_embeddings": 777}
+
+
+def test_another_familys_words_and_code_stay_behind(tmp_path):
+    """Else `transformers` would load the old class, with weights of its own drawing."""
+    write_folder(tmp_path / "hf", config=CONFIG | OLD | {"eos_token_id": [2, 3]})
+    for name in ("modeling_own.py", "configuration_own.py", "tokenization_own.py"):
+        (tmp_path / "hf" / name).write_text("raise SystemExit")
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(own))
+    from_hf(tmp_path / "hf", tmp_path / "ours", log=quiet)
+    to_hf(tmp_path / "ours", tmp_path / "mistral", family="mistral", log=quiet)
+    family = families()["mistral"]
+    written = json.loads((tmp_path / "mistral/config.json").read_text())
+    taken = {"bos_token_id": 1, "eos_token_id": [2, 3], "torch_dtype": "bfloat16", "max_position_embeddings": 777}
+    assert written == hf_config(family, model_config(tmp_path / "ours")) | taken
+    assert written["architectures"] == ["MistralForCausalLM"]
+    assert [file.name for file in (tmp_path / "mistral").glob("*.py")] == ["tokenization_own.py"]
+    to_hf(tmp_path / "ours", tmp_path / "same", family="llama", log=quiet)
+    assert json.loads((tmp_path / "same/config.json").read_text()) == CONFIG | OLD | {"eos_token_id": [2, 3]}
+    assert len(list((tmp_path / "same").glob("*.py"))) == 3
+
+
+def test_a_grown_tokenizer_keeps_the_ends_of_a_chat(tmp_path):
+    """Llama 3's: a chat ends with <|eot_id|>, of which the run, on documents, knows nothing."""
+    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    write_folder(tmp_path / "hf", config=CONFIG | {"vocab_size": 270, "eos_token_id": [257, 258]})
+    of_bytes(*specials).save(str(tmp_path / "hf/tokenizer.json"))
+    named = {"bos_token": specials[0], "eos_token": specials[2], "chat_template": "T"}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "more").mkdir()
+    of_bytes(*specials, "<turn>").save(str(tmp_path / "more/tokenizer.json"))  # with nothing beside it
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/0.txt").write_text("a document")
+    config = tiny_config(
+        tmp_path / "corpus",
+        model=dataclasses.replace(model_config(tmp_path / "hf"), vocab_size=270),
+        data__tokenizer=TokenizerConfig(kind="huggingface", path=str(tmp_path / "more")),
+        data__stores={"tiny": StoreConfig(source=f"text:{tmp_path}/corpus/*.txt", heldout_permille=0)},
+    )
+    tokenizer = prepare_data(config, tmp_path / "run").tokenizer
+    assert tokenizer.eos_id == 257
+    told = as_config_dict(config).to_dict()
+    write_run(tmp_path / "run", config.model, data=told["data"], tokenizer=tokenizer.fingerprint)
+    carry(tmp_path / "hf", tmp_path / "run" / CARRIED)
+    lines = []
+    to_hf(tmp_path / "run", tmp_path / "back", log=lines.append)
+    assert not any("no tokenizer" in line or "came along" in line for line in lines), lines
+    content = json.loads((tmp_path / "back/config.json").read_text())
+    assert (content["bos_token_id"], content["eos_token_id"]) == (256, [257, 258])
+    said = json.loads((tmp_path / "back/tokenizer_config.json").read_text())
+    assert named.items() <= said.items() and said["add_bos_token"] is True
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == {"eos_token_id": [2, 3]}
+    text = PretrainedText(tmp_path / "back")
+    assert text.encode("a") == [256, 64] and text.special_id("<turn>") == 259
+
+
+@pytest.mark.parametrize(
+    ("family", "word", "value"),
+    [
+        ("deepseek_v2", "scoring_func", "sigmoid"),
+        ("deepseek_v2", "topk_method", "noaux_tc"),
+        ("deepseek_v3", "scoring_func", "softmax"),
+        ("deepseek_v3", "topk_method", "group_limited_greedy"),
+    ],
+)
+def test_another_way_of_choosing_experts_is_refused(family, word, value):
+    content = hf_config(families()[family], next(iter(families()[family].presets.values())))
+    assert families()[family].from_hf(content)
+    with pytest.raises(FamilyError, match=f'{word} is "{value}", but only'):
+        families()[family].from_hf(content | {word: value})
 
 
 def test_a_word_that_is_missing_is_named_with_its_file(tmp_path):

@@ -24,9 +24,10 @@ from maxlm.model.decoder import merge, split_model
 from maxlm.model.family import Family, FamilyError, family_of, hf_config
 from maxlm.model.flops import count_matmul_flops, ledger
 from maxlm.model.runtime import Runtime
-from maxlm.model.table import bind, to_ours, to_theirs
+from maxlm.model.table import bind
 from tests.convert.cases import CASES, SHARED, VOCAB, peer
 from tests.model.test_flops import as_computed
+from tests.tables import to_ours, to_theirs
 
 MISSING = "parity with Hugging Face NOT tested: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=MISSING)

@@ -18,8 +18,8 @@ from maxlm.convert.folder import open_folder
 from maxlm.convert.safetensors import ShardWriter, TensorInfo, read_header
 from maxlm.model.decoder import merge, split_model
 from maxlm.model.runtime import Runtime
-from maxlm.model.table import to_ours
 from tests.convert.cases import CASES, SHARED, VOCAB
+from tests.tables import to_ours
 
 MISSING = "parity with Hugging Face NOT tested: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=MISSING)

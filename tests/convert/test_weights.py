@@ -19,13 +19,13 @@ from maxlm.convert.stored import CARRIED
 from maxlm.convert.weights import open_weights
 from maxlm.infer.pretrained import PretrainedText
 from maxlm.model.family import family_of
-from maxlm.model.table import to_ours
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import named_sharding
 from maxlm.train.run import train
 from tests.convert.folders import CONFIG, write_folder
 from tests.infer.test_load import tokenizer_json
 from tests.runs import Runs
+from tests.tables import to_ours
 from tests.tiny import tiny_config, write_corpus
 
 HF = CONFIG | {"vocab_size": 264}

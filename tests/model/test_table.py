@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.model.param import ParamSpec
-from maxlm.model.table import Table, TableError, bind, joined, row, to_ours, to_theirs
+from maxlm.model.table import Table, TableError, bind, joined, row
+from tests.tables import to_ours, to_theirs
 
 
 def spec(logical, *shape):

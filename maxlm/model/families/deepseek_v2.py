@@ -35,6 +35,7 @@ def _from_hf(hf: HFConfig) -> ModelConfig:
         norm_topk_prob=(False,),
         mlp_bias=(False,),
         topk_method=("greedy", "group_limited_greedy"),
+        scoring_func=("softmax",),
     )
     rope = latent_rope_from_hf(hf)
     groups = hf["n_group"] if hf.get("topk_method") == "group_limited_greedy" else 1

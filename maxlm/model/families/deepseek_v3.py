@@ -36,6 +36,8 @@ def _from_hf(hf: HFConfig) -> ModelConfig:
         rms_norm_eps=(1e-6,),
         moe_layer_freq=(1,),
         rope_interleave=(True,),
+        scoring_func=("sigmoid",),
+        topk_method=("noaux_tc",),
     )
     rope = latent_rope_from_hf(hf)
     moe = MoeConfig(

@@ -65,7 +65,9 @@ def _table(model: ModelConfig) -> Table:
     common = [*norm_rows(**PRE_NORMS), *attention_rows(model)]
     experts = [*expert_rows(model), bias]
     table = whole_table(model, layered(model, common=common, dense=mlp_rows(model), experts=experts))
-    return dataclasses.replace(table, ignored=(*table.ignored, r"model\.mtp_.*"))
+    # `transformers` keeps the routers in float32, too.
+    precise = (*table.precise, "/mlp/router")
+    return dataclasses.replace(table, ignored=(*table.ignored, r"model\.mtp_.*"), precise=precise)
 
 
 def _model(
