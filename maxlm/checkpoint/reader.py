@@ -167,13 +167,16 @@ class CheckpointReader:
             raise self._none_whole(damaged)
         return None
 
-    def restore_params(self, abstract_params: Any, *, step: int | None = None, part: str = PARAMS) -> Restored | None:
+    def restore_params(
+        self, abstract_params: Any, *, step: int | None = None, part: str = PARAMS, leaving: str | None = None
+    ) -> Restored | None:
         """The parameters alone, for generation and evaluation.
 
         Args:
             abstract_params: pytree of `jax.ShapeDtypeStruct` with shardings on any mesh.
             step: the checkpoint wanted; None: the newest whole one.
             part: the part of the saved state that holds them; another one for a moving average.
+            leaving: what the paths of those begin with that may be saved, and are not asked for; None: there are none.
 
         Returns:
             None if there is no checkpoint at all.
@@ -181,7 +184,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: if the parameters saved are others, or no checkpoint that was asked for is whole.
         """
-        search = self._search(abstract_params, step=step, prefix=f"{part}/")
+        left = None if leaving is None else f"{part}/{leaving}"
+        search = self._search(abstract_params, step=step, prefix=f"{part}/", left=left)
         if search is None:
             return None
         return search.restored
@@ -222,12 +226,12 @@ class CheckpointReader:
         """Names of the checkpoints that were set aside as damaged."""
         return sorted(p.name for p in self.directory.glob("*.damaged-*")) if self.directory.is_dir() else []
 
-    def _search(self, abstract: Any, *, step: int | None, prefix: str) -> Search | None:
+    def _search(self, abstract: Any, *, step: int | None, prefix: str, left: str | None = None) -> Search | None:
         """The newest whole checkpoint among those asked for; None if there is no checkpoint at all."""
         damaged: list[Damage] = []
         for candidate in reversed(decided(lambda: self._candidates(step), error=CheckpointError)):
             with jax.transfer_guard("allow"):  # meant, whatever the caller guards against
-                result = self._read(candidate, abstract, prefix)
+                result = self._read(candidate, abstract, prefix, left)
             if isinstance(result, Restored):
                 return Search(result, damaged)
             damaged.append(result)
@@ -257,14 +261,14 @@ class CheckpointReader:
             "Nothing was deleted or renamed."
         )
 
-    def _read(self, step: int, abstract: Any, prefix: str) -> Restored | Damage:
+    def _read(self, step: int, abstract: Any, prefix: str, left: str | None) -> Restored | Damage:
         """Reads and proves one checkpoint. All processes return the same kind of answer."""
         wanted = {prefix + path: leaf for path, leaf in array_paths(abstract).items()}
         loaded: Loaded | None = None
         problem: str | None = None
         try:
             record = self.record(step)
-            self._check_structure(record, wanted, prefix)
+            self._check_structure(record, wanted, prefix, left)
             loaded = self._load(record, wanted)
         except (CheckpointError, StorageError, jax.errors.JaxRuntimeError):
             raise  # another model, or trouble with a bucket or a device: no fault of the checkpoint's
@@ -278,9 +282,11 @@ class CheckpointReader:
         state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded.arrays[path] for path in wanted])
         return Restored(step, state, loaded.record.metadata)
 
-    def _check_structure(self, record: Record, wanted: Mapping[str, Any], prefix: str) -> None:
+    def _check_structure(self, record: Record, wanted: Mapping[str, Any], prefix: str, left: str | None) -> None:
         """Refuses a state of another shape: that is another config, not damage."""
         saved = {path: info for path, info in record.arrays.items() if path.startswith(prefix)}
+        if left is not None:
+            saved = {path: info for path, info in saved.items() if not path.startswith(left)}
         asked = {path: array_info(leaf) for path, leaf in wanted.items()}
         differences = [f"{path}: saved, but not asked for" for path in saved if path not in asked]
         differences += [f"{path}: asked for, but not saved" for path in asked if path not in saved]

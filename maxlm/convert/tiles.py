@@ -53,7 +53,7 @@ class Tile:
         parts = [self.slab.ours(read(name, self.rows)) for name in self.names]
         leading = len(self.bound.numbers)
         return {
-            path: np.stack([part[path] for part in parts]).reshape(_extent(region[:leading]) + parts[0][path].shape)
+            path: np.stack([part[path] for part in parts]).reshape(extent(region[:leading]) + parts[0][path].shape)
             for path, region in self.regions.items()
         }
 
@@ -106,10 +106,11 @@ def _tiles(bound: BoundRow, first: int) -> Iterator[Tile]:
 def chunks(bound: BoundRow) -> dict[str, tuple[int, ...]]:
     """The grid that the tiles of a row make of each of our parameters: the shape of its cells."""
     largest = [next(_tiles(part, first)) for first, part in bound.apart()]
-    return {path: _extent(region) for tile in largest for path, region in tile.regions.items()}
+    return {path: extent(region) for tile in largest for path, region in tile.regions.items()}
 
 
-def _extent(region: Region | list[slice]) -> tuple[int, ...]:
+def extent(region: Region | list[slice]) -> tuple[int, ...]:
+    """The shape of a region."""
     return tuple(part.stop - part.start for part in region)
 
 

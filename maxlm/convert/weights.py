@@ -1,13 +1,12 @@
 """The weights of a Hugging Face folder, a converted model or a run, brought onto a mesh.
 
-A folder is read straight: each device's part of each array is put together from the tiles that it crosses, so that the
-host holds one such part and one tile at a time.
+A folder is read straight, each tile once: the parts of an array (of all that one tensor of theirs holds) that the
+devices of this process have are put together from the tiles that they cross, and go to the devices before the next.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,37 +20,42 @@ from maxlm.checkpoint.reader import CheckpointReader
 from maxlm.config import ModelConfig
 from maxlm.convert.engine import FamilyModel, open_model
 from maxlm.convert.errors import ConversionError
-from maxlm.convert.folder import HuggingFaceFolder, is_huggingface_folder, tell_left_out
+from maxlm.convert.folder import HuggingFaceFolder, described_by, is_huggingface_folder, tell_left_out
 from maxlm.convert.stored import CHECKPOINTS, open_stored
-from maxlm.convert.tiles import Region, Tile, tiles
+from maxlm.convert.tiles import Region, extent, tiles
 from maxlm.data.workers import Progress
 from maxlm.model.decoder import split_model
 from maxlm.model.family import unlike
 
 Log = Callable[[str], None]
 Place = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""Shardings (nested dict) -> parameters, float32 (nested dict of arrays)."""
+"""Shardings (nested dict) -> parameters (nested dict of arrays)."""
 
 
-def open_weights(path: str | Path, model: ModelConfig, *, log: Log) -> Place:
+def open_weights(path: str | Path, model: ModelConfig, *, dtype: Any = jnp.float32, log: Log) -> Place:
     """What brings the weights at `path` onto devices, after checking that they are those of `model`.
 
     The vocabulary of `model` may have more rows than a Hugging Face folder's; they are zeros. It may be without the
     layers there that predict further tokens.
 
+    Args:
+      dtype: in which the matrices and the table are held, where no gradient is wanted: that of the products. Norms,
+        biases and routers are float32 regardless.
+
     Raises:
       ConversionError, FamilyError, CheckpointError: there are none, they are damaged, or they are of another model; the
         settings that differ are named.
     """
-    source = Path(path).expanduser()
+    source, dtype = Path(path).expanduser(), jnp.dtype(dtype)
     if is_huggingface_folder(source):
         folder, described = open_model(source, further=bool(model.mtp_layers))
         tell_left_out(folder, log)
+        _without_further(source, model, described_by(source, folder.config, folder.tensors)[1], log=log)
         longer = max(model.vocab_size, described.model.vocab_size)
         _check(source, model, dataclasses.replace(described.model, vocab_size=longer))
-        return lambda shardings: _from_folder(folder, described, model, shardings)
+        return lambda shardings: _from_folder(folder, described, model, shardings, dtype=dtype)
     stored = open_stored(source, log=log)
-    _check(source, model, stored.model)
+    _check(source, model, _without_further(source, model, stored.model, log=log))
 
     def place(shardings: Mapping[str, Any]) -> dict[str, Any]:
         specs = split_model(model).specs
@@ -62,12 +66,47 @@ def open_weights(path: str | Path, model: ModelConfig, *, log: Log) -> Place:
             specs,
             shardings,
         )
-        restored = CheckpointReader(source / CHECKPOINTS, log=log).restore_params(abstract, part=stored.part)
+        leaving = None if model.mtp_layers else "mtp/"
+        reader = CheckpointReader(source / CHECKPOINTS, log=log)
+        restored = reader.restore_params(abstract, part=stored.part, leaving=leaving)
         assert restored is not None  # `open_stored` found one
         log(f"weights of the checkpoint of step {restored.step} of {source}")
-        return tree.map_paths(lambda _, x, spec: x.astype(spec.dtype), restored.state, specs)
+        held = _held(model, {name: stored.info(name).dtype for name in tree.paths(specs)}, dtype)
+        return tree.map_paths(lambda name, x: _cast(x, held[name]), restored.state)
 
     return place
+
+
+def _without_further(source: Path, model: ModelConfig, found: ModelConfig, *, log: Log) -> ModelConfig:
+    """What was found, without the layers that predict further tokens where the model has none, which is said."""
+    if model.mtp_layers or not found.mtp_layers:
+        return found
+    log(f"{source}: left out are the {found.mtp_layers} layer(s) that predict further tokens (model.mtp_layers=0)")
+    return dataclasses.replace(found, mtp_layers=0)
+
+
+def _held(model: ModelConfig, stored: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """The dtype of each parameter in memory: `dtype` for what products cast to it before all else.
+
+    Rows of a table that are scaled or added to, and a head that is normed, are rounded afterwards only: these are held
+    in `dtype` where that is how they are stored.
+    """
+    wide = {"embedding/table"} if model.embed_scale or model.learned_positions else set()
+    wide |= {"head/kernel"} if model.normed_head else set()
+    out = {}
+    for path, spec in tree.paths(split_model(model).specs).items():
+        operand = spec.role != "vector" and "router" not in spec.logical
+        out[path] = dtype if operand and (path not in wide or stored[path] == dtype) else spec.dtype
+    return out
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """The array in another dtype; what it was is given up at once, so that no more than one is there twice."""
+    if x.dtype == dtype:
+        return x
+    cast = x.astype(dtype).block_until_ready()
+    x.delete()
+    return cast
 
 
 def _check(source: Path, model: ModelConfig, found: ModelConfig) -> None:
@@ -81,52 +120,61 @@ def _check(source: Path, model: ModelConfig, found: ModelConfig) -> None:
 
 
 def _from_folder(
-    folder: HuggingFaceFolder, described: FamilyModel, model: ModelConfig, shardings: Mapping[str, Any]
+    folder: HuggingFaceFolder, described: FamilyModel, model: ModelConfig, shardings: Mapping[str, Any], *, dtype: Any
 ) -> dict[str, Any]:
     specs, places = tree.paths(split_model(model).specs), tree.paths(shardings)
-    covering: dict[str, list[Tile]] = {path: [] for path in specs}
-    for tile in itertools.chain.from_iterable(map(tiles, described.rows)):
-        for path in tile.regions:
-            covering[path].append(tile)
-    out = {}
-    with Progress(f"reading {folder.path.name}", sum(spec.size for spec in specs.values()) * 4) as progress:
-        for path, spec in specs.items():
-            out[path] = jax.make_array_from_callback(
-                spec.shape, places[path], _parts(folder, covering[path], path, spec.shape)
-            )
-            progress.advance(spec.size * 4)
+    stored: dict[str, Any] = {}
+    for row in described.rows:
+        found = {folder.tensors[name].info.dtype for name, _ in row.tensors()}
+        stored |= {piece.ours: found.pop() if len(found) == 1 else None for piece in row.row.pieces}
+    held, out = _held(model, stored, dtype), {}
+    with Progress(f"reading {folder.path.name}", sum(spec.size for spec in specs.values())) as progress:
+        for row in described.rows:
+            paths = [piece.ours for piece in row.row.pieces]
+            parts = {path: _Parts(specs[path].shape, places[path], held[path]) for path in paths}
+            for tile in tiles(row):
+                if any(parts[path].reaches(region) for path, region in tile.regions.items()):
+                    for path, block in tile.ours(lambda name, rows: folder.tensors[name].read(rows)).items():
+                        parts[path].fill(tile.regions[path], block)
+            for path in paths:
+                out[path] = parts.pop(path).array()
+                progress.advance(specs[path].size)
     return tree.from_paths(out)
 
 
-def _parts(
-    folder: HuggingFaceFolder, covering: list[Tile], path: str, shape: tuple[int, ...]
-) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-    """Index of a device's part of one of our arrays -> the part; those of replicas are made once."""
-    made: dict[str, np.ndarray] = {}
+class _Parts:
+    """The parts of one of our arrays that this process's devices have, each once; zeros where nothing is filled in (a
+    padded vocabulary)."""
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        key = str(index)
-        if key not in made:
-            made[key] = _assembled(folder, covering, path, index or (), shape)
-        return made[key]
+    def __init__(self, shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: Any):
+        self._shape, self._sharding = shape, sharding
+        regions = map(self._region, sharding.addressable_devices_indices_map(shape).values())
+        self._regions = {str(region): region for region in regions}
+        self._parts = {key: np.zeros(extent(region), dtype) for key, region in self._regions.items()}
 
-    return part
+    def _region(self, index: tuple[slice, ...] | None) -> Region:
+        return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), self._shape, strict=True))
+
+    def reaches(self, region: Region) -> bool:
+        """Whether a region of the array has anything in common with a part."""
+        return any(_common(region, own) for own in self._regions.values())
+
+    def fill(self, region: Region, block: np.ndarray) -> None:
+        """Puts a region's values into all parts that it crosses."""
+        for key, own in self._regions.items():
+            if common := _common(region, own):
+                self._parts[key][_within(common, own)] = block[_within(common, region)]
+
+    def array(self) -> jax.Array:
+        """The array on its devices."""
+        return jax.make_array_from_callback(
+            self._shape, self._sharding, lambda index: self._parts[str(self._region(index))]
+        )
 
 
-def _assembled(
-    folder: HuggingFaceFolder, covering: list[Tile], path: str, index: tuple[slice, ...], shape: tuple[int, ...]
-) -> np.ndarray:
-    """A region of one of our arrays, float32; zeros where no tile reaches (a padded vocabulary)."""
-    region = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
-    out = np.zeros([part.stop - part.start for part in region], np.float32)
-    for tile in covering:
-        own = tile.regions[path]
-        common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(own, region, strict=True))
-        if any(part.start >= part.stop for part in common):
-            continue
-        block = tile.ours(lambda name, rows: folder.tensors[name].read(rows))[path]
-        out[_within(common, region)] = block[_within(common, own)]
-    return out
+def _common(one: Region, other: Region) -> Region | None:
+    common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+    return None if any(part.start >= part.stop for part in common) else common
 
 
 def _within(region: Region, outer: Region) -> Region:

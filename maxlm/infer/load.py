@@ -17,7 +17,6 @@ from maxlm import tree
 from maxlm.compilation import settle_cpu_devices, use_compilation_cache
 from maxlm.config import Config, ModelConfig, ParallelConfig
 from maxlm.convert.errors import ConversionError
-from maxlm.convert.folder import is_huggingface_folder
 from maxlm.convert.stored import carried_files, model_config
 from maxlm.convert.weights import open_weights
 from maxlm.data.prepare import prepare_data
@@ -96,18 +95,18 @@ def generation_runtime(mesh: Mesh, dtype: Any) -> Runtime:
 
 
 def load_model(path: Path, *, dtype: str, log: Log, devices: Sequence[jax.Device] | None = None) -> RunnableModel:
-    """The model at `path`, spread over the devices (all local ones by default).
+    """The model at `path`, spread over the devices (all local ones by default), its matrices in the compute dtype: a
+    cast of each at every step would take more of the memory's bandwidth than the step.
 
     Raises:
       UserError: there is none, or it is damaged.
     """
-    model = model_config(path)
-    if is_huggingface_folder(path):  # nothing here has a use for layers that predict further tokens
-        model = dataclasses.replace(model, mtp_layers=0)
+    # Nothing here has a use for layers that predict further tokens.
+    model = dataclasses.replace(model_config(path), mtp_layers=0)
     mesh = generation_mesh(model, devices or jax.local_devices())
     parts = split_model(model)
     shardings = tree.map_paths(lambda _, spec: named_sharding(mesh, spec.logical), parts.specs)
-    params = open_weights(path, model, log=log)(shardings)
+    params = open_weights(path, model, dtype=dtype, log=log)(shardings)
     return RunnableModel(model, parts.graphdef, params, generation_runtime(mesh, jnp.dtype(dtype)))
 
 

@@ -234,7 +234,7 @@ class Decoder(nnx.Module):
         return DecodeOut(out.x, cache._replace(memory=out.memory, used=cache.used + tokens_Bt.shape[1]))
 
     def head_matrix(self) -> jax.Array:
-        """The output matrix (D, V), float32; the transposed embedding if they are tied."""
+        """The output matrix (D, V); the transposed embedding if they are tied."""
         return self.embedding.table[...].T if self.head is None else self.head.matrix()
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:

@@ -120,10 +120,11 @@ class Head(nnx.Module):
         self.normed = config.normed_head
 
     def matrix(self) -> jax.Array:
-        """(D, V) float32, as it is multiplied by."""
+        """(D, V), as it is multiplied by; of a normed head float32."""
         kernel = self.kernel[...]
         if not self.normed:
             return kernel
+        kernel = kernel.astype(jnp.float32)  # generation holds it in the compute dtype, if that is how it is stored
         squares = jnp.sum(jnp.square(kernel), axis=0, keepdims=True)
         # A column of zeros, as a lengthened vocabulary has them, has no direction and stays as it is; it can learn one.
         # The root's slope there is infinite, and is kept out of the gradient too.

@@ -28,11 +28,11 @@ def _unconstrained(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
 
 
 def take(table: jax.Array, tokens: jax.Array, *, scale: float, dtype: Any) -> jax.Array:
-    """Rows of a float32 table (V, D) by number, times `scale`: (B, S) int32 -> (B, S, D) in `dtype`.
+    """Rows of a table (V, D) by number, times `scale` in float32: (B, S) int32 -> (B, S, D) in `dtype`.
 
     A number outside the table gives NaN. The gradient of a frequent row adds up in float32.
     """
-    return (jnp.take(table, tokens, axis=0) * scale).astype(dtype)
+    return (jnp.take(table, tokens, axis=0).astype(jnp.float32) * scale).astype(dtype)
 
 
 def _as_it_is(tree: Any) -> Any:

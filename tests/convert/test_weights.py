@@ -6,29 +6,35 @@ import math
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maxlm import tree
 from maxlm.config import ParallelConfig
-from maxlm.convert import model_config, tiles
-from maxlm.convert.engine import family_model, from_hf, to_hf
+from maxlm.convert import model_config, tiles, weights
+from maxlm.convert.engine import family_model, from_hf, open_model, to_hf
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.folder import open_folder
+from maxlm.convert.safetensors import TensorInfo
 from maxlm.convert.stored import CARRIED
 from maxlm.convert.weights import open_weights
+from maxlm.infer.load import load_model
 from maxlm.infer.pretrained import PretrainedText
+from maxlm.model.decoder import merge, split_model
 from maxlm.model.family import family_of
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import named_sharding
 from maxlm.train.run import train
-from tests.convert.folders import CONFIG, write_folder
+from tests.convert.folders import CONFIG, hf_content, tensor_infos, write_folder
 from tests.infer.test_load import tokenizer_json
 from tests.runs import Runs
 from tests.tables import to_ours
 from tests.tiny import tiny_config, write_corpus
 
 HF = CONFIG | {"vocab_size": 264}
+PHI3 = HF | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "num_hidden_layers": 2}
+"""Of which one tensor holds queries, keys and values, and another gate and hidden dims."""
 
 
 def quiet(_line):
@@ -37,20 +43,21 @@ def quiet(_line):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """`hf`, a folder in bfloat16, and `ours`, converted from it."""
+    """`hf`, a folder in bfloat16, and `ours`, converted from it; `fused`, one with tensors of several arrays."""
     path = tmp_path_factory.mktemp("weights")
     write_folder(path / "hf", config=HF)
+    write_folder(path / "fused", config=PHI3)
     from_hf(path / "hf", path / "ours", log=quiet)
     return path
 
 
-def expected_params(path):
+def expected_params(path, hf=HF):
     tensors = {name: np.asarray(t.read(slice(None))) for name, t in open_folder(path).tensors.items()}
-    return tree.paths(to_ours(family_model(family_of(HF), model_config(path)).rows, tensors))
+    return tree.paths(to_ours(family_model(family_of(hf), model_config(path)).rows, tensors))
 
 
-def shardings(model, mesh):
-    specs = family_model(family_of(HF), model).specs
+def shardings(model, mesh, hf=HF):
+    specs = family_model(family_of(hf), model).specs
     return tree.from_paths({path: named_sharding(mesh, spec.logical) for path, spec in specs.items()})
 
 
@@ -74,6 +81,98 @@ def test_a_longer_vocabulary_has_rows_of_zeros(place):
     found = tree.paths(open_weights(place / "hf", model, log=quiet)(wanted))
     expected = expected_params(place / "hf")["head/kernel"].astype(np.float32)
     np.testing.assert_array_equal(np.asarray(found["head/kernel"]), np.pad(expected, ((0, 0), (0, 8))))
+
+
+def test_each_tile_is_read_once_for_all_devices(place, monkeypatch):
+    """And a tensor that holds several of our arrays once for all of them."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 3000)
+    read = []
+
+    def counted(path, **kwargs):
+        folder, described = open_model(path, **kwargs)
+
+        def counting(name, tensor):
+            return tensor._replace(read=lambda rows: (read.append((name, rows.start, rows.stop)), tensor.read(rows))[1])
+
+        return folder._replace(tensors={k: counting(k, t) for k, t in folder.tensors.items()}), described
+
+    monkeypatch.setattr(weights, "open_model", counted)
+    model = model_config(place / "fused")
+    wanted = shardings(model, make_mesh(ParallelConfig(data=1, fsdp=4, tensor=2)), PHI3)
+    found = tree.paths(open_weights(place / "fused", model, log=quiet)(wanted))
+    assert len(read) == len(set(read)) > 30
+    for path, value in expected_params(place / "fused", PHI3).items():
+        np.testing.assert_array_equal(np.asarray(found[path]), value.astype(np.float32), err_msg=path)
+
+
+def precise_infos(config):
+    """A folder's tensors: matrices and tables in bfloat16, and in float32 what is computed with in float32."""
+    family = family_of(config)
+    described = family_model(family, family.from_hf(config))
+    infos = tensor_infos(config)
+    for row in described.rows:
+        spec = described.specs[row.row.pieces[0].ours]
+        if spec.role == "vector" or "router" in spec.logical:
+            infos |= {name: TensorInfo(infos[name].shape, np.dtype(np.float32)) for name, _ in row.tensors()}
+    return infos
+
+
+@pytest.mark.parametrize("name", ["gemma", "baichuan", "ernie4_5_moe"])
+def test_what_generation_holds_in_the_compute_dtype_changes_no_logit(tmp_path, name):
+    """A scaled table, a head that is normed, and routers with biases: what has to stay float32 is not a bfloat16."""
+    config = hf_content(name)
+    write_folder(tmp_path / "hf", config=config, infos=precise_infos(config))
+    model = load_model(tmp_path / "hf", dtype="bfloat16", log=quiet, devices=jax.devices()[:1])
+    wide = load_model(tmp_path / "hf", dtype="float32", log=quiet, devices=jax.devices()[:1]).params
+    specs = tree.paths(split_model(model.config).specs)
+    for path, value in tree.paths(model.params).items():
+        narrow = specs[path].role != "vector" and "router" not in path
+        assert value.dtype == (jnp.bfloat16 if narrow else jnp.float32), path
+        np.testing.assert_array_equal(np.asarray(value, np.float32), tree.paths(wide)[path], err_msg=path)
+
+    @jax.jit
+    def logits(params):
+        decoder, tokens = merge(model.graphdef, params), jnp.asarray([[1, 5, 9, 70, 2, 5, 8, 11]])
+        places = jnp.arange(8)[None]
+        out = decoder.hidden(tokens, positions_BS=places, segments_BS=None, runtime=model.runtime)
+        return decoder.logits(out.hidden_BSD)
+
+    expected = np.asarray(logits(wide))
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_array_equal(np.asarray(logits(model.params)), expected)
+
+
+def test_a_table_that_is_scaled_is_not_rounded_before(tmp_path):
+    write_folder(tmp_path / "hf", config=hf_content("gemma"), dtype=np.float32)
+    from_hf(tmp_path / "hf", tmp_path / "ours", log=quiet)
+    for source in ("hf", "ours"):
+        params = load_model(tmp_path / source, dtype="bfloat16", log=quiet, devices=jax.devices()[:1]).params
+        assert params["embedding"]["table"].dtype == jnp.float32
+        assert params["layers"]["mlp"]["up"].dtype == jnp.bfloat16
+
+
+def test_a_run_may_leave_out_the_layers_that_predict_further_tokens(tmp_path):
+    write_folder(tmp_path / "hf", config=hf_content("deepseek_v3"), dtype=np.float32)
+    from_hf(tmp_path / "hf", tmp_path / "ours", log=quiet)
+    found = {}
+    for source in ("hf", "ours"):
+        whole = model_config(tmp_path / source)
+        assert whole.mtp_layers == 1
+        for model in (whole, dataclasses.replace(whole, mtp_layers=0)):
+            lines, mesh = [], make_mesh(ParallelConfig(data=1, fsdp=2), jax.devices()[:2])
+            specs = tree.paths(split_model(model).specs)
+            wanted = tree.from_paths({path: named_sharding(mesh, spec.logical) for path, spec in specs.items()})
+            params = tree.paths(open_weights(tmp_path / source, model, log=lines.append)(wanted))
+            found[source, model.mtp_layers] = params
+            assert any("left out" in line and "model.mtp_layers=0" in line for line in lines) == (not model.mtp_layers)
+    whole, without = found["hf", 1], found["ours", 0]
+    assert set(whole) - set(without) == {path for path in whole if path.startswith("mtp/")} != set()
+    for path, value in whole.items():
+        for other in found.values():
+            if path in other:
+                np.testing.assert_array_equal(np.asarray(other[path]), np.asarray(value), err_msg=path)
+    with pytest.raises(ConversionError, match="model.mtp_layers is 2, there 1"):
+        open_weights(tmp_path / "ours", dataclasses.replace(model_config(tmp_path / "ours"), mtp_layers=2), log=quiet)
 
 
 @pytest.mark.parametrize("source", ["hf", "ours"])
