@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +30,9 @@ def outlook(config: Config) -> Figures:
     def size(tree: object) -> int:
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
-    tokens = run_tokens(config)
+    stretches = run_stretches(config)
+    tokens = sum(stretch.tokens for stretch in stretches)
+    costs = {length: ledger(config.model, sequence_length=length).causal_exact for _, length in stretches}
     total = size((state.params, state.opt_state, state.average))
     figures: Figures = {
         "parameters": {
@@ -45,8 +48,8 @@ def outlook(config: Config) -> Figures:
         },
         "training FLOPs": {
             "a token, 6N": counts.six_n,
-            "a token, causal-exact": counts.causal_exact,
-            "in all, causal-exact": counts.causal_exact * tokens,
+            "a token, causal-exact": counts.causal_exact,  # of the first phase's rows
+            "in all, causal-exact": sum(costs[stretch.sequence_length] * stretch.tokens for stretch in stretches),
         },
         "bytes of state": {
             "parameters": size(state.params),
@@ -61,11 +64,23 @@ def outlook(config: Config) -> Figures:
     return figures
 
 
-def run_tokens(config: Config) -> int:
-    """Positions of all batches of a run, its later phases with their own sizes."""
-    phases = sorted(config.data.phases.values(), key=lambda phase: phase.from_step)
-    rows, positions, since, tokens = config.data.batch_size, config.data.sequence_length, 0, 0
-    for phase in phases:
-        tokens += (phase.from_step - since) * rows * positions
+class Stretch(NamedTuple):
+    """Steps of one shape in a row: the positions of all their batches, and those of a row."""
+
+    tokens: int
+    sequence_length: int
+
+
+def run_stretches(config: Config) -> list[Stretch]:
+    """What a run consumes, its phases one after the other."""
+    data, found = config.data, []
+    rows, positions, since = data.batch_size, data.sequence_length, 0
+    for phase in sorted(data.phases.values(), key=lambda phase: phase.from_step):
+        found.append(Stretch((phase.from_step - since) * rows * positions, positions))
         rows, positions, since = phase.batch_size or rows, phase.sequence_length or positions, phase.from_step
-    return tokens + (config.train.steps - since) * rows * positions
+    return [*found, Stretch((config.train.steps - since) * rows * positions, positions)]
+
+
+def run_tokens(config: Config) -> int:
+    """Positions of all batches of a run."""
+    return sum(stretch.tokens for stretch in run_stretches(config))
