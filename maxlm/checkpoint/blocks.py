@@ -92,7 +92,7 @@ class BlockWriter:
         spec = array_spec(_at(self._folder, (DIGESTS,)), info, digests.shape)
         ts.open(spec, create=True).result().write(digests).result()
         (state / TREE_FILE).write_text(describe_tree(self._arrays))
-        record = Record(step, time.time(), self._arrays, {}, dict(metadata))
+        record = Record(step, time.time(), self._arrays, dict(metadata))
         (self._folder / RECORD_ITEM).mkdir()
         (self._folder / RECORD_ITEM / RECORD_FILE).write_text(json.dumps(record_to_json(record)))
         for file in self._folder.rglob("*"):

@@ -34,6 +34,7 @@ from maxlm.checkpoint.reader import (
     COMMIT_MARKER,
     RECORD_FILE,
     RECORD_ITEM,
+    SCORE_FILE,
     STATE_ITEM,
     ArrayInfo,
     CheckpointReader,
@@ -97,6 +98,9 @@ class BucketReader(CheckpointReader):
     def path(self, step: int) -> Folder:
         """The folder of a step."""
         return self.directory / self._commits().get(step, f"commits/{step}")
+
+    def _read_score(self, step: int) -> bytes:
+        return self.path(step).read(SCORE_FILE)
 
     def newest(self) -> Folder | None:
         """The folder of the newest checkpoint; None: there is none. Raises StorageError: the bucket does not answer."""
@@ -185,6 +189,9 @@ class BucketCheckpointer(BucketReader, Checkpointer):
         whole = _problem(job.whole)
         if problem or whole:
             raise StorageError(problem or whole)
+
+    def _write_score(self, step: int, content: str) -> None:
+        self.path(step).write(SCORE_FILE, content)
 
     def _committed(self, step: int) -> None:
         self._saved.add(step)

@@ -89,7 +89,7 @@ class LocalCopies:
         """Begins to write a copy; the state may be donated at once. A failure is logged when the next one begins."""
         leaves = array_paths(state)
         arrays = {path: array_info(leaf) for path, leaf in leaves.items()}
-        record = Record(step, 0.0, arrays, {}, dict(metadata))
+        record = Record(step, 0.0, arrays, dict(metadata))
         pending = digest_each(leaves)
         self.wait()
         with jax.transfer_guard("allow"):  # meant, whatever the training loop guards against

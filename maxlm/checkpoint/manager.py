@@ -21,6 +21,7 @@ from maxlm.checkpoint.digest import array_paths
 from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import (
     RECORD_ITEM,
+    SCORE_FILE,
     STATE_ITEM,
     CheckpointError,
     CheckpointReader,
@@ -36,6 +37,7 @@ from maxlm.checkpoint.reader import (
 )
 from maxlm.cluster import decided
 from maxlm.config import CheckpointConfig
+from maxlm.files import write_atomically
 from maxlm.storage import StorageError
 from maxlm.tree import from_paths
 
@@ -114,7 +116,6 @@ class Checkpointer(CheckpointReader):
         state: Any,
         *,
         metadata: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
         force: bool = False,
     ) -> SaveResult:
         """Starts to save a state; the caller may donate it as soon as this returns.
@@ -125,7 +126,6 @@ class Checkpointer(CheckpointReader):
             step: batches consumed.
             state: pytree of arrays.
             metadata: what the checkpoint says of itself: anything that JSON can hold.
-            metrics: figures of this state; `heldout_bits_per_byte` decides what `keep_best` keeps.
             force: a checkpoint of this step that exists is set aside as `<step>.replaced-<n>`; otherwise it stays, and
                 nothing is saved.
 
@@ -141,7 +141,6 @@ class Checkpointer(CheckpointReader):
             step,
             time.time(),
             {path: array_info(leaf) for path, leaf in leaves.items()},
-            {name: float(value) for name, value in (metrics or {}).items()},
             dict(metadata),
         )
         sealed = record_to_json(record)
@@ -163,6 +162,21 @@ class Checkpointer(CheckpointReader):
         if problem := agree(problem):
             self._fail(problem)
         return SaveResult(problem is None, time.perf_counter() - start)
+
+    def score(self, step: int, bits_per_byte: float) -> None:
+        """Notes how good a checkpoint is on held-out documents, by which `keep_best` goes.
+
+        A save under way is waited for. All processes call it, with the same figure. Where there is no checkpoint of
+        that step nothing is noted; a failure to write is logged.
+        """
+        self.wait()
+        if not self._exists(step):
+            return
+        self._retention.note(step, bits_per_byte)
+        try:
+            all_do((lambda: self._write_score(step, repr(bits_per_byte))) if jax.process_index() == 0 else None)
+        except OSError as error:
+            self._log(f"how good checkpoint {step} is was not noted: {describe(error)}")
 
     def restore(self, abstract_state: Any, *, step: int | None = None) -> Restored | None:
         """The newest whole checkpoint, on the mesh that is asked for.
@@ -269,6 +283,10 @@ class Checkpointer(CheckpointReader):
         except Exception as error:  # whatever the storage raised on its thread
             return describe(error)
         return None
+
+    def _write_score(self, step: int, content: str) -> None:
+        """Puts the score into the checkpoint. Raises OSError."""
+        write_atomically(self.path(step) / SCORE_FILE, content)
 
     def _committed(self, step: int) -> None:
         """All processes know that `step` is whole."""
@@ -389,12 +407,13 @@ class _Retention:
 
     def add(self, record: Record) -> None:
         """Notes a checkpoint that is about to be written."""
-        score = record.metrics.get(BEST_METRIC, math.nan)
-        self._known[record.step] = _Info(
-            step=record.step,
-            time=datetime.datetime.fromtimestamp(record.saved_at, tz=datetime.UTC),
-            metrics=None if math.isnan(score) else {BEST_METRIC: score},
-        )
+        saved_at = datetime.datetime.fromtimestamp(record.saved_at, tz=datetime.UTC)
+        self._known[record.step] = _Info(step=record.step, time=saved_at, metrics=None)
+
+    def note(self, step: int, score: float) -> None:
+        """Notes how good a checkpoint is."""
+        if (info := self._info(step)) and not math.isnan(score):
+            info.metrics = {BEST_METRIC: score}
 
     def should_preserve(
         self,
@@ -416,9 +435,12 @@ class _Retention:
         """None: its record cannot be read, perhaps for a moment only. It stays, and is asked for the next time."""
         if step not in self._known:
             try:
-                self.add(self._reader.record(step))
+                record, score = self._reader.record(step), self._reader.score_of(step)
             except StorageError:
                 raise
             except (OSError, ValueError):
                 return None
+            self.add(record)
+            if score is not None:
+                self.note(step, score)
         return self._known[step]

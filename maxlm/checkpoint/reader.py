@@ -3,9 +3,10 @@
 A checkpoint is the folder `<directory>/<step>` (docs/checkpoints.md):
 
     commit_success.txt     written by Orbax when all the rest is there
-    record/metadata        JSON: step, time, shapes and dtypes of all arrays, metrics, the caller's metadata, and the
-                           SHA-256 of all that
+    record/metadata        JSON: step, time, shapes and dtypes of all arrays, the caller's metadata, and the SHA-256 of
+                           all that
     state/                 the arrays by path, and `digests`, uint32 (N, 2), in the order of the record's arrays
+    score                  held-out bits per byte, once they are known
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ RECORD_ITEM, STATE_ITEM = "record", "state"
 COMMIT_MARKER = "commit_success.txt"
 PARAMS = "params"
 RECORD_FILE = "metadata"  # the name that Orbax's JSON handler gives
+SCORE_FILE = "score"
 T = TypeVar("T")
 _FORMAT = 1
 _STEP_NAME = re.compile(r"0|[1-9]\d*")
@@ -81,7 +83,6 @@ class Record(NamedTuple):
     step: int
     saved_at: float  # seconds since the epoch
     arrays: dict[str, ArrayInfo]
-    metrics: dict[str, float]
     metadata: dict[str, Any]
 
 
@@ -218,6 +219,20 @@ class CheckpointReader:
             raise FileNotFoundError(f"its record {RECORD_ITEM}/{RECORD_FILE} is missing")
         return checked_record(file.read_bytes(), step)
 
+    def score_of(self, step: int) -> float | None:
+        """The held-out bits per byte that were noted for a checkpoint; None: none were.
+
+        Raises:
+            OSError, ValueError: if they cannot be read.
+        """
+        try:
+            return float(self._read_score(step))
+        except FileNotFoundError:
+            return None
+
+    def _read_score(self, step: int) -> bytes:
+        return (self.path(step) / SCORE_FILE).read_bytes()
+
     def _load(self, record: Record, wanted: Mapping[str, Any]) -> Loaded:
         """The wanted arrays of a checkpoint, not yet proven."""
         return _load(self.path(record.step) / STATE_ITEM, record, wanted)
@@ -331,7 +346,7 @@ def record_from_json(sealed: Any) -> Record:
             f"its record has format {content['format']}, expected {_FORMAT}: use the version that wrote it"
         )
     arrays = {path: ArrayInfo(tuple(shape), dtype) for path, (shape, dtype) in content["arrays"].items()}
-    return Record(content["step"], content["saved_at"], arrays, content["metrics"], content["metadata"])
+    return Record(content["step"], content["saved_at"], arrays, content["metadata"])
 
 
 def checked_record(content: bytes, step: int) -> Record:

@@ -1,4 +1,4 @@
-"""The end of a run: the last evaluation and checkpoint, samples, and the report."""
+"""The end of a run: the last checkpoint and evaluation, samples, and the report."""
 
 from __future__ import annotations
 
@@ -24,15 +24,28 @@ if TYPE_CHECKING:
 
 
 def finish(run: Run, state: TrainState) -> None:
-    """Evaluates on every held-out document, saves, samples, and writes report.md and report.json."""
+    """Saves, evaluates on every held-out document, samples, and writes report.md and report.json.
+
+    The state is whole on the disk before anything else: what follows is compiled here for the first time, takes long,
+    and can be done again by the same command.
+
+    Raises:
+      Leaving: a signal came. Once the compressors run it is not waited for any more: the report is seconds away.
+    """
     step = run.config.train.steps
+    run.save(state, step)
+    run.settle_save(state, step)
+    run.heed(step)
     held_out = run.evaluate(state, step)
-    run.save(state, step, held_out)
+    if not run.config.eval.documents:  # else it is no score beside those of fewer documents
+        run.score(step, held_out)
+    run.heed(step)
     with run.goodput.bucket("evaluation"):
         samples = draw_samples(run, state)
-        baselines = measure_baselines(run, tuple(held_out))
-    run.settle_save(state, step, held_out)
+    run.heed(step)
     if jax.process_index() == 0:
+        with run.goodput.bucket("evaluation"):
+            baselines = measure_baselines(run, tuple(held_out))
         run.flush()
         write_report(run.workdir, facts(run, samples, baselines))
         run.log(f"report: {run.home.place}/report.md")

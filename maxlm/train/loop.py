@@ -7,11 +7,12 @@ nothing else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ from maxlm.train import rollback
 from maxlm.train.goodput import Ledger
 from maxlm.train.home import Home
 from maxlm.train.metrics import MetricsWriter
-from maxlm.train.peak import describe_place, run_peak
+from maxlm.train.peak import Peak, describe_place, run_peak
 from maxlm.train.profile import Profiler
 from maxlm.train.progress import Cost, Progress
 from maxlm.train.sentries import Sentries
@@ -52,6 +53,23 @@ Log = Callable[[str], None]
 
 class TrainingStopped(UserError):
     """The run cannot go on by itself; the message says why and what to do."""
+
+
+class Leaving(Exception):
+    """A signal asked the run to leave, and it does: its state is saved at `step`."""
+
+    def __init__(self, signal: str, step: int):
+        super().__init__(f"{signal}: saved at step {step}; the same command continues")
+
+
+class Due(NamedTuple):
+    """What is to be done between a step and the next. stop: the signal that asks the run to leave; None: none does."""
+
+    stop: str | None
+    audit: bool
+    save: bool
+    copy: bool
+    evaluate: bool
 
 
 @dataclasses.dataclass
@@ -76,9 +94,11 @@ class Run:
     device_bytes: float | None = None  # the most that steps held on a device, before the first save or evaluation
     programs: dict[tuple[int, int], jax.stages.Compiled] = dataclasses.field(default_factory=dict)
     copy_pace: Pace = dataclasses.field(init=False)
+    agreement: Agreement = dataclasses.field(init=False)
     step_seconds: float = 0.0  # of a step, lately
 
     def __post_init__(self) -> None:
+        self.agreement = Agreement(self.setup.mesh)
         settings = self.config.checkpoint
         self.copy_pace = Pace(settings.local_every_steps, mtbf=settings.mtbf_hours * 3600)
 
@@ -87,7 +107,7 @@ class Run:
         """The run's folder on this machine."""
         return self.home.folder
 
-    def to_the_end(self, state: TrainState, start: int) -> tuple[TrainState, str | None]:
+    def to_the_end(self, state: TrainState, start: int) -> TrainState:
         """`steps`, and again from an earlier checkpoint where too many updates are refused."""
         while True:
             try:
@@ -109,11 +129,16 @@ class Run:
         self.sentries.refusals = rollback.refusals(self.config.optim.guard.rollback, restored.state, restored.metadata)
         self.writer.truncate(restored.step)
 
-    def steps(self, state: TrainState, start: int) -> tuple[TrainState, str | None]:
-        """Consumes the batches from `start` on; the second value names the signal that ended it early, if one did."""
+    def steps(self, state: TrainState, start: int) -> TrainState:
+        """Consumes the batches from `start` on.
+
+        Raises:
+          Leaving: a signal came, and the state is saved.
+          TurnBack: too many updates were refused.
+        """
         config, total = self.config, self.config.train.steps
         if start >= total:
-            return state, None
+            return state
         progress = Progress(
             total_steps=total,
             start_step=start,
@@ -123,7 +148,6 @@ class Run:
         )
         prefetch = Prefetcher(self.batch, start=start, stop=total, depth=config.data.prefetch)
         profiler = Profiler(config.train.profile, self.workdir / "profile", self.signals)
-        agreement = Agreement(self.setup.mesh)
         behind: tuple[int, dict[str, Any]] | None = None
         with (
             prefetch,
@@ -132,70 +156,115 @@ class Run:
             self.sentries.watchdog.steps(),
             jax.transfer_guard_device_to_host("disallow"),
         ):
-            self.sentries.proof.check(wait=HEAD_START)
+            with progress.once():
+                self.sentries.proof.check(wait=HEAD_START)
             self.goodput.settle("step")
             for step in range(start, total):
-                shape = self.loader.shape(step)
-                if shape not in self.programs:
+                if step == start or self.loader.shape(step) != self.loader.shape(step - 1):
                     self.read(behind, progress)
                     behind = None
-                    self.programs[shape] = self.compile(shape, progress)
+                    program = self.program(self.loader.shape(step), progress)
+                    if step > start:
+                        progress.renew(self.cost(step))
                 with self.goodput.bucket("data_wait"):
                     batch = next(prefetch)
                 profiler.before(step)
-                state, metrics = self.programs[shape](state, batch)
+                state, metrics = program(state, batch)
                 if step == start:  # while the devices have something to do
                     self.checkpointer.prepare(self.setup.abstract_state())
                 self.read(behind, progress)
                 behind = (step, metrics)
 
-                done, stop = step + 1, self.stop_asked(agreement)
-                evaluate = config.eval.every_steps and done % config.eval.every_steps == 0 and done < total
-                audit = config.train.audit_every and done % config.train.audit_every == 0
-                save = self.checkpointer.due(done, time.monotonic()) and done < total
-                copy = self.copies is not None and self.copy_pace.due(done) and not save and done < total
-                if stop or evaluate or audit or save or copy or done == total or profiler.closing(step):
+                done, due = step + 1, self.due(step + 1)
+                if any(due) or done == total or profiler.closing(step):
                     self.read(behind, progress)
                     behind = None
                     if self.device_bytes is None and self.watermark is not None:
                         self.device_bytes = self.watermark.device_bytes(state)
                     profiler.after(step)
                     with progress.paused(), self.sentries.watchdog.between():
-                        if audit:
-                            with self.goodput.bucket("evaluation"):
-                                self.sentries.audit.check(state, batch, step=done)
-                        held_out = self.evaluate(state, done) if evaluate else {}
-                        self.sentries.proof.check()
-                        if stop or save:
-                            self.save(state, done, held_out)
-                        elif copy:
-                            self.copy(state, done)
-                if stop:
-                    with self.sentries.watchdog.between():
-                        self.settle_save(state, done, held_out)
-                    return state, stop
+                        self.between(state, batch, done, due)
                 self.tell_failures(done)
-        return state, None
+        return state
 
-    def stop_asked(self, agreement: Agreement) -> str | None:
-        """What asked the run to leave after this step, the same on every process; None: nothing did."""
-        if not agreement.tell(self.signals.stop is not None):
+    def due(self, done: int) -> Due:
+        """What is to be done after so many steps; the same on every process, and called for each step in turn."""
+        config, more = self.config, done < self.config.train.steps
+        save = self.checkpointer.due(done, time.monotonic()) and more
+        return Due(
+            stop=self.stop_asked(),
+            audit=bool(config.train.audit_every and done % config.train.audit_every == 0),
+            save=save,
+            copy=self.copies is not None and self.copy_pace.due(done) and not save and more,
+            evaluate=bool(config.eval.every_steps and done % config.eval.every_steps == 0 and more),
+        )
+
+    def between(self, state: TrainState, batch: Any, done: int, due: Due) -> None:
+        """Does what is due after a step. What can be done again, and can fail, comes after the save.
+
+        Raises:
+          Leaving: a signal came, and the state is saved.
+        """
+        if due.stop:
+            self.sentries.proof.check()
+            self.save(state, done)
+            self.settle_save(state, done)
+            raise Leaving(due.stop, done)
+        if due.audit:  # before the save: of what a faulty device has computed none is to be kept
+            with self.goodput.bucket("evaluation"):
+                self.sentries.audit.check(state, batch, step=done)
+        self.sentries.proof.check()
+        if due.save:
+            self.save(state, done)
+        elif due.copy:
+            self.copy(state, done)
+        if due.evaluate:
+            try:
+                held_out = self.evaluate(state, done)
+            except Leaving:
+                if not due.save:
+                    self.save(state, done)
+                self.settle_save(state, done)
+                raise
+            if due.save:  # what was found belongs to that checkpoint
+                self.score(done, held_out)
+                self.flush()
+                self.goodput.checkpoint(done)
+
+    def heed(self, step: int) -> None:
+        """Raises Leaving where a signal asks for it and the state is saved; every process calls it alike."""
+        if stop := self.stop_asked():
+            raise Leaving(stop, step)
+
+    def stop_asked(self) -> str | None:
+        """What asked the run to leave, the same on every process; None: nothing did."""
+        if not self.agreement.tell(self.signals.stop is not None):
             return None
         return self.signals.stop or "a signal to another process"
 
-    def cost(self, start: int) -> Cost:
-        """What MFU is computed from, also written down for the report."""
-        devices = list(self.setup.mesh.devices.flat)
-        peak = run_peak(devices, self.config.train.precision)
-        flops = flop_ledger(self.config.model, sequence_length=self.loader.shape(start)[1])
+    @functools.cached_property
+    def peak(self) -> Peak | None:
+        """What the devices can do; measured once, where it has to be."""
+        return run_peak(list(self.setup.mesh.devices.flat), self.config.train.precision)
+
+    def cost(self, step: int) -> Cost:
+        """What MFU is computed from in the steps from `step` on, also written down for the report."""
+        peak = self.peak
+        flops = flop_ledger(self.config.model, sequence_length=self.loader.shape(step).sequence_length)
         cost = Cost(flops.six_n, flops.causal_exact, peak.flops if peak else None)
         record = {"peak_source": peak.source if peak else "", **describe_place(self.config, self.setup.mesh)}
-        self.writer.write("cost", start, {**dataclasses.asdict(cost), **record})
+        self.writer.write("cost", step, {**dataclasses.asdict(cost), **record})
         return cost
+
+    def program(self, shape: tuple[int, int], progress: Progress) -> jax.stages.Compiled:
+        """The step for one batch shape."""
+        if shape not in self.programs:
+            self.programs[shape] = self.compile(shape, progress)
+        return self.programs[shape]
 
     def compile(self, shape: tuple[int, int], progress: Progress) -> jax.stages.Compiled:
         """The step for one batch shape, with its memory and compile time in the log."""
-        with self.goodput.bucket("compile"), progress.paused(), self.sentries.watchdog.between():
+        with self.goodput.bucket("compile"), progress.once(), self.sentries.watchdog.between():
             began = time.perf_counter()
             program = self.setup.compile(*shape)
             meet("compiled")
@@ -241,7 +310,12 @@ class Run:
             )
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, HeldOut]:
-        """Held-out quality by store, written down."""
+        """Held-out quality by store, written down. Raises Leaving: a signal came meanwhile."""
+
+        def came_on(*done: Any) -> None:
+            self.sentries.watchdog.alive()
+            self.heed(step)
+
         with self.goodput.bucket("evaluation"):
             final = step == self.config.train.steps
             found = evaluate_stores(
@@ -249,24 +323,29 @@ class Run:
                 state.evaluated(),
                 self.data,
                 final=final,
-                progress=lambda *done: self.sentries.watchdog.alive(),
+                progress=came_on,
             )
             for name, result in found.items():
                 self.writer.write("evaluation", step, {"store": name, **result._asdict()})
                 self.log(f"step {step}: {result.bits_per_byte:.4f} bits per byte on the held-out documents of {name}")
         return found
 
-    def save(self, state: TrainState, step: int, held_out: dict[str, HeldOut]) -> None:
+    def save(self, state: TrainState, step: int) -> None:
         """Starts a checkpoint; what it says of the run makes it readable by itself."""
         with self.goodput.bucket("checkpoint_stall"):
             self.flush()
-            size = sum(result.bytes for result in held_out.values())
-            bits = sum(result.bits_per_byte * result.bytes for result in held_out.values())
-            metrics = {"heldout_bits_per_byte": bits / size} if size else None
-            result = self.checkpointer.save(step, state, metadata=self.metadata(), metrics=metrics)
+            result = self.checkpointer.save(step, state, metadata=self.metadata())
             self.goodput.checkpoint(step)
             self.settle_pace(self.checkpointer.pace, step, result.stall_seconds, self.checkpointer.write_seconds)
         self.tell_failures(step)
+
+    def score(self, step: int, held_out: Mapping[str, HeldOut]) -> None:
+        """Says of the checkpoint of `step` how good it is, where the best are kept."""
+        if self.config.checkpoint.keep_best and held_out:
+            size = sum(result.bytes for result in held_out.values())
+            bits = sum(result.bits_per_byte * result.bytes for result in held_out.values())
+            with self.goodput.bucket("checkpoint_stall"):
+                self.checkpointer.score(step, bits / size)
 
     def copy(self, state: TrainState, step: int) -> None:
         """Starts a copy on the machines' own disks."""
@@ -315,7 +394,7 @@ class Run:
                 "checkpoint.max_failures"
             )
 
-    def settle_save(self, state: TrainState, step: int, held_out: dict[str, HeldOut]) -> None:
+    def settle_save(self, state: TrainState, step: int) -> None:
         """Waits until the checkpoint of `step` is there; a run must not end as if it were saved when it is not."""
         with self.goodput.bucket("checkpoint_stall"):
             self.checkpointer.wait()
@@ -323,6 +402,7 @@ class Run:
         while self.checkpointer.failures:
             self.sentries.watchdog.alive()
             time.sleep(RETRY_SECONDS)
-            self.save(state, step, held_out)
+            self.save(state, step)
             self.checkpointer.wait()
             self.tell_failures(step)
+        self.goodput.checkpoint(step)  # with what the wait has taken

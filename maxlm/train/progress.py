@@ -1,9 +1,9 @@
 """The live line of a run: where it is, how well it does, how fast it goes and how long it will take.
 
 Time is measured on completed steps: `update` is called when a step's metrics have arrived on the host, so the device
-has done the work. The clock stands still inside `paused` (evaluation, checkpoints, compilation). A step that was sent
-off before a pause has to be reported before it, or its work would be done in time that is not counted; `update` inside
-a pause is therefore refused.
+has done the work. The clock stands still inside `paused` (evaluation, checkpoints) and `once` (compilation, which does
+not come again and has no part in the ETA). A step that was sent off before a pause has to be reported before it, or its
+work would be done in time that is not counted; `update` inside a pause is therefore refused.
 
 Tokens are loss-bearing positions: padding does not count, neither in tokens/s nor in MFU. MFU is tokens/s times the
 FLOPs of a token over the peak of all devices (see `peak`). A figure above 100% would only say that the peak is wrong
@@ -60,14 +60,13 @@ class Reading(NamedTuple):
     tokens_per_second: float  # over the recent window
     mfu_6n: float | None
     mfu_causal: float | None
-    eta_seconds: float  # until the last step, pauses included at the rate seen so far
+    eta_seconds: float  # until the last step, pauses that come again included at the rate seen so far
 
 
 class Progress:
     """A bar that redraws itself on a terminal; elsewhere a line every `log_every` steps.
 
-    Use as a context manager, entered when the first step can be sent off; the clock starts there. `cost` may be set
-    anew where a phase changes it.
+    Use as a context manager, entered when the first step can be sent off; the clock starts there.
     """
 
     def __init__(
@@ -91,13 +90,13 @@ class Progress:
           clock: seconds, monotonic.
         """
         self._total, self._start, self._log_every = total_steps, start_step, log_every
-        self.cost, self._clock = cost, clock
+        self._cost, self._clock = cost, clock
         self._console = None if stream is None else Console(file=stream, highlight=False)
         self._live: Live | None = None
         self._step = start_step
         self._pauses = 0  # nested ones open
         self._begun = self._paused_at = self._last = 0.0
-        self._paused_seconds = 0.0
+        self._paused_seconds = self._once_seconds = 0.0
         self._drawn = -math.inf
         # Of recent steps: training time at the end, seconds, tokens.
         self._recent: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=WINDOW_STEPS)
@@ -119,11 +118,25 @@ class Progress:
     def train_seconds(self) -> float:
         """Time of this process on steps so far: since entry, without the pauses."""
         now = self._paused_at if self._pauses else self._clock()
-        return now - self._begun - self._paused_seconds
+        return now - self._begun - self._paused_seconds - self._once_seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock inside; may be nested."""
+        """Stops the clock inside, for what comes again: evaluations, checkpoints. May be nested."""
+        with self._stopped():
+            yield
+        if not self._pauses:
+            self._paused_seconds += self._clock() - self._paused_at
+
+    @contextlib.contextmanager
+    def once(self) -> Iterator[None]:
+        """Stops the clock inside, for what does not come again, such as compiling. May not be nested."""
+        with self._stopped():
+            yield
+        self._once_seconds += self._clock() - self._paused_at
+
+    @contextlib.contextmanager
+    def _stopped(self) -> Iterator[None]:
         if not self._pauses:
             self._paused_at = self._clock()
         self._pauses += 1
@@ -131,8 +144,11 @@ class Progress:
             yield
         finally:
             self._pauses -= 1
-            if not self._pauses:
-                self._paused_seconds += self._clock() - self._paused_at
+
+    def renew(self, cost: Cost) -> None:
+        """From the next step on a token costs something else; how fast it goes is measured anew."""
+        self._cost = cost
+        self._recent.clear()
 
     def update(
         self, step: int, *, tokens: float, loss: float, learning_rate: float, grad_norm: float, accepted: bool
@@ -190,8 +206,8 @@ class Progress:
         return Reading(
             seconds=seconds,
             tokens_per_second=rate,
-            mfu_6n=self.cost.mfu_6n(rate),
-            mfu_causal=self.cost.mfu_causal(rate),
+            mfu_6n=self._cost.mfu_6n(rate),
+            mfu_causal=self._cost.mfu_causal(rate),
             eta_seconds=max(self._total - step, 0) * span / len(self._recent) * stretch,
         )
 

@@ -35,8 +35,8 @@ from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
 from maxlm.train.finish import check_finish, finish
 from maxlm.train.goodput import Ledger, process_age
 from maxlm.train.home import Home, copied, first_start
-from maxlm.train.loop import Run
-from maxlm.train.metrics import MetricsWriter
+from maxlm.train.loop import Leaving, Run
+from maxlm.train.metrics import MetricsWriter, Truncation
 from maxlm.train.peak import describe_devices
 from maxlm.train.sentries import Sentries
 from maxlm.train.setup import Setup, make_setup
@@ -63,19 +63,29 @@ def train(config: Config, workdir: str | Path, *, log: Log, heartbeat: Heartbeat
     settle_cpu_devices()
     run = decided(lambda: first_start(workdir))
     with Home(workdir, log=log, writes=jax.process_index() == 0, run=run) as home:
-        return train_at(config, home, log=log, heartbeat=heartbeat or Heartbeat())
+        log = _silent if jax.process_index() else log
+        try:
+            train_at(config, home, log=log, heartbeat=heartbeat or Heartbeat())
+        except Leaving as leaving:
+            log(str(leaving))
+            return EXIT_PREEMPTED
+    return 0
 
 
-def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> int:
-    """`train`, where the run's files are on this machine."""
-    first_process = jax.process_index() == 0
-    log, workdir = log if first_process else _silent, home.folder
+def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> None:
+    """`train`, where the run's files are on this machine. Raises Leaving: a signal came, and the state is saved."""
+    first_process, workdir = jax.process_index() == 0, home.folder
     with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:
         heartbeat.last_words = goodput.break_off
         heartbeat.standing = lambda: Standing(*goodput.standing)
         # --- devices, data, model
         use_compilation_cache(config.train.compilation_cache)
         given = recorded_steps(config, workdir)
+        if given is not config:
+            log(
+                f"train.steps is {given.train.steps}, as this run was given at its first start; type "
+                "train.budget_seconds=0 and train.steps=... for another number"
+            )
         config = resolve(given, devices=jax.device_count())
         data = prepare_together(config, home)
         check_finish(config, data)
@@ -91,8 +101,6 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
             config = resolve(given, devices=jax.device_count())
             setup = make_setup(config, mesh)
         agree_on("train.steps", str(config.train.steps))
-        if first_process:
-            configfile.record(given, workdir, log=log)
 
         # --- state
         times, least = config.train.watchdog
@@ -109,10 +117,12 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
                     config, home, setup, loader, data, checkpointer, copies, log=log
                 )
                 goodput.restored(start)
+            if first_process:  # only now: a config that does not go with the run has been refused
+                configfile.record(given, workdir, log=log)
 
             # --- steps, then the report
             with MetricsWriter(workdir, config, process_index=jax.process_index()) as writer:
-                writer.truncate(start)
+                tell_cut(writer.truncate(start), start, log=log)
                 sentries = Sentries.post(setup, watchdog, proof, state=state, metadata=metadata, log=log)
                 run = Run(
                     config,
@@ -130,12 +140,15 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> i
                     vocab_size,
                     log,
                 )
-                state, stopped_by = run.to_the_end(state, start)
-                if stopped_by:
-                    log(f"{stopped_by}: saved at step {int(state.step)}; the same command continues")
-                    return EXIT_PREEMPTED
-                finish(run, state)
-    return 0
+                finish(run, run.to_the_end(state, start))
+
+
+def tell_cut(done: Truncation, start: int, *, log: Log) -> None:
+    """Says where metrics.jsonl does not hold all steps up to `start`, where the run goes on."""
+    if done.unreadable:
+        log(f"metrics.jsonl had {done.unreadable} lines that could not be read; they were left out")
+    if done.last_step != start:
+        log(f"metrics.jsonl ends with step {done.last_step}, the run goes on from {start}: what is between is missing")
 
 
 def local_copies(config: Config, home: Home, *, log: Log) -> AbstractContextManager[LocalCopies | None]:

@@ -24,9 +24,11 @@ def folder(bucket):
     return f"{bucket}/run/checkpoints"
 
 
-def save(folder, step, *, config=KEEP_ALL, on=(4, 2), log=print, **kwargs):
+def save(folder, step, *, config=KEEP_ALL, on=(4, 2), log=print, score=None):
     with open_checkpointer(folder, config, log=log) as checkpointer:
-        assert checkpointer.save(step, make_state(step, mesh(*on)), metadata=METADATA, **kwargs).started
+        assert checkpointer.save(step, make_state(step, mesh(*on)), metadata=METADATA).started
+        if score is not None:
+            checkpointer.score(step, score)
         checkpointer.wait()
         assert checkpointer.pending_error() is None
         return checkpointer.steps()
@@ -188,7 +190,7 @@ def test_keeps_what_it_is_told_and_a_forced_save_replaces(folder):
     config = CheckpointConfig(keep_latest=1, keep_best=1)
     scores = {1: 1.9, 2: 1.2, 3: 1.5, 4: 1.6}
     for step, score in scores.items():
-        kept = save(folder, step, config=config, metrics={"heldout_bits_per_byte": score})
+        kept = save(folder, step, config=config, score=score)
     assert kept == [2, 4]
     names = {name.split("/")[0] for name in Folder(folder).names()} - {"commits", "begun"}
     assert sorted(int(name.split("-")[0]) for name in names) == [2, 4]  # the rest is gone, not only unnamed
@@ -230,13 +232,13 @@ def test_no_process_writes_before_process_0_has_marked_the_folder(folder, monkey
 def test_a_bucket_that_does_not_answer_for_a_moment_costs_no_checkpoint(folder, server):
     config, log = CheckpointConfig(keep_latest=1, keep_best=1), []
     for step, score in ((1, 1.0), (2, 3.0)):
-        save(folder, step, config=config, metrics={"heldout_bits_per_byte": score})
+        save(folder, step, config=config, score=score)
     server.concerns = lambda method, path: method == "GET" and "/1-" in path and path.endswith("record/metadata")
     server.refuse = True
-    assert save(folder, 3, config=config, log=log.append, metrics={"heldout_bits_per_byte": 2.0}) == [1, 2, 3]
+    assert save(folder, 3, config=config, log=log.append, score=2.0) == [1, 2, 3]
     assert "was not removed" in log[-1]
     server.heal()
-    assert save(folder, 4, config=config, metrics={"heldout_bits_per_byte": 2.0}) == [1, 4]
+    assert save(folder, 4, config=config, score=2.0) == [1, 4]
 
 
 def test_the_state_may_be_donated_at_once(folder, server):

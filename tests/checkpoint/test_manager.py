@@ -304,9 +304,9 @@ def save_all(folder: Path, config: CheckpointConfig, steps, scores=None) -> list
     """Saves tiny states one after the other, closing in between as a run that is continued does."""
     with Checkpointer(folder, config) as checkpointer:
         for step in steps:
-            score = (scores or {}).get(step)
-            metrics = None if score is None else {"heldout_bits_per_byte": score}
-            checkpointer.save(step, {"x": jnp.full(3, step)}, metadata={}, metrics=metrics)
+            checkpointer.save(step, {"x": jnp.full(3, step)}, metadata={})
+            if (score := (scores or {}).get(step)) is not None:
+                checkpointer.score(step, score)  # it is evaluated once it is saved
     return CheckpointReader(folder).steps()
 
 
@@ -321,6 +321,23 @@ def test_keeps_the_best_and_always_the_newest(tmp_path):
     assert save_all(tmp_path, config, [5, 6, 7], scores) == [2, 5, 7]  # another process knows the scores from disk
 
 
+def test_a_score_belongs_to_the_state_that_was_saved(tmp_path):
+    """One of a step that is saved again is another's, and of what was not saved there is none."""
+    with Checkpointer(tmp_path, CheckpointConfig(keep_latest=1, keep_best=1)) as checkpointer:
+        checkpointer.save(1, {"x": jnp.zeros(3)}, metadata={})
+        checkpointer.score(1, 1.0)
+        checkpointer.score(2, 0.5)
+        assert (checkpointer.score_of(1), checkpointer.score_of(2)) == (1.0, None)
+        checkpointer.save(1, {"x": jnp.ones(3)}, metadata={}, force=True)
+        checkpointer.wait()
+        assert checkpointer.score_of(1) is None
+        checkpointer.save(2, {"x": jnp.ones(3)}, metadata={})
+    assert CheckpointReader(tmp_path).steps() == [2]
+    (tmp_path / "2" / "score").write_text("torn")
+    with pytest.raises(ValueError, match="torn"):
+        CheckpointReader(tmp_path).score_of(2)
+
+
 def test_a_read_error_costs_no_checkpoint(tmp_path, monkeypatch):
     config, scores = CheckpointConfig(keep_latest=1, keep_best=1), {1: 1.0, 2: 3.0, 3: 2.0, 4: 2.5}
     assert save_all(tmp_path, config, [1, 2], scores) == [1, 2]
@@ -333,7 +350,7 @@ def test_a_read_error_costs_no_checkpoint(tmp_path, monkeypatch):
         return really(reader, step)
 
     monkeypatch.setattr(CheckpointReader, "record", record)
-    assert save_all(tmp_path, config, [3], scores) == [1, 3] and failing[1]  # the best stays while it cannot be read
+    assert save_all(tmp_path, config, [3], scores) == [1, 2, 3] and failing[1]  # the best stays while it cannot be read
     failing[0] = 0
     assert save_all(tmp_path, config, [4], scores) == [1, 4]
 

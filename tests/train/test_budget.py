@@ -18,3 +18,4 @@ def test_the_number_of_steps_is_measured_once_and_recorded(tmp_path):
     lines.clear()
     assert train(config, tmp_path / "short", log=lines.append) == 0
     assert not [line for line in lines if "fit into" in line or line.startswith("config:")]
+    assert any(line.startswith("train.steps is 3, as this run was given at its first start;") for line in lines)

@@ -71,6 +71,31 @@ def test_pauses_are_no_training_time_but_count_for_the_end():
     assert reading.eta_seconds == pytest.approx(90 * 0.5 * 2)  # as much paused as trained so far
 
 
+def test_what_does_not_come_again_is_not_expected_again():
+    clock = Clock()
+    with progress(clock) as bar:
+        with bar.once():
+            clock.tick(60)
+        reading = run(bar, clock, range(1, 6))
+        assert reading.eta_seconds == pytest.approx(95 * 0.5) and bar.train_seconds == pytest.approx(2.5)
+        with bar.paused():
+            clock.tick(2.5)
+        with bar.once():
+            clock.tick(30)
+        reading = run(bar, clock, range(6, 11))
+    assert reading.seconds == pytest.approx(0.5) and reading.eta_seconds == pytest.approx(90 * 0.5 * 1.5)
+
+
+def test_another_cost_counts_from_its_own_steps_on():
+    clock = Clock()
+    with progress(clock) as bar:
+        run(bar, clock, range(1, 11))
+        bar.renew(Cost(flops_6n=3e6, flops_causal=4e6, peak_flops=1e10))
+        reading = run(bar, clock, range(11, 13), seconds=0.25)
+    assert reading.tokens_per_second == pytest.approx(2000)
+    assert (reading.mfu_6n, reading.mfu_causal) == (pytest.approx(0.6), pytest.approx(0.8))
+
+
 def test_a_step_cannot_be_reported_in_a_pause():
     clock = Clock()
     with progress(clock) as bar, bar.paused(), pytest.raises(RuntimeError, match="step 1 .* before pausing"):

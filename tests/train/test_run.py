@@ -1,0 +1,150 @@
+"""A run in one process: what comes after what, so that a failure or a signal at any moment costs next to nothing."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from maxlm.checkpoint.reader import CheckpointReader
+from maxlm.config import PhaseConfig
+from maxlm.data.proof import HEAD_START, Proof
+from maxlm.errors import UserError
+from maxlm.model.flops import ledger
+from maxlm.resolve import resolve
+from maxlm.train import loop
+from maxlm.train.goodput import FILE_NAME as LEDGER
+from maxlm.train.goodput import summarise
+from maxlm.train.metrics import Truncation, read_metrics
+from maxlm.train.outlook import outlook
+from maxlm.train.run import tell_cut, train
+from maxlm.train.signals import EXIT_PREEMPTED
+from tests.tiny import replace, tiny_config, write_corpus
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return tiny_config(
+        write_corpus(folder / "corpus", documents=30),
+        data__cache_dir=str(folder / "data"),
+        train__steps=STEPS,
+        train__norms_every=0,
+        train__compilation_cache=str(folder / "xla"),
+        checkpoint__every_steps=3,
+        checkpoint__keep_best=1,
+        eval__every_steps=1,
+        eval__prompts=(),
+    )
+
+
+def at_evaluation(monkeypatch, step, event):
+    """Something happens when the first batch of the evaluation after a step has come back."""
+    evaluate, at = loop.Run.evaluate, []
+
+    def evaluated(run, state, done):
+        at[:] = [done]
+        return evaluate(run, state, done)
+
+    stores = loop.evaluate_stores
+
+    def evaluate_stores(*args, progress, **kwargs):
+        def came_on(*batches):
+            if at == [step]:
+                event()
+            progress(*batches)
+
+        return stores(*args, progress=came_on, **kwargs)
+
+    monkeypatch.setattr(loop.Run, "evaluate", evaluated)
+    monkeypatch.setattr(loop, "evaluate_stores", evaluate_stores)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail():
+    raise MemoryError("as where an evaluation takes more than there is")
+
+
+def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_signals(config, tmp_path, capfd):
+    """One run, ended in an evaluation at a step without a save, at one with a save, and at the end."""
+    workdir, said = tmp_path / "run", []
+    reader = CheckpointReader(workdir / "checkpoints", log=said.append)
+
+    def go():
+        return train(config, workdir, log=said.append)
+
+    with pytest.MonkeyPatch.context() as first:
+        at_evaluation(first, 1, terminate)
+        assert go() == EXIT_PREEMPTED
+    assert reader.steps() == [1] and "SIGTERM: saved at step 1; the same command continues" in said
+    assert not list(read_metrics(workdir, "evaluation"))
+    with pytest.MonkeyPatch.context() as second:
+        at_evaluation(second, 3, fail)
+        with pytest.raises(MemoryError):
+            go()
+    assert reader.steps()[-1] == 3 and reader.score_of(3) is None
+    with pytest.MonkeyPatch.context() as third:
+        at_evaluation(third, STEPS, terminate)
+        assert go() == EXIT_PREEMPTED
+    assert reader.steps()[-1] == STEPS and not (workdir / "report.json").exists()
+    records = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
+    assert [record["mark"] for record in records if record["process"] == 3][
+        -1
+    ] is False  # of the evaluation nothing is left
+    steps = list(read_metrics(workdir, "step"))
+    assert go() == 0 and list(read_metrics(workdir, "step")) == steps
+    assert (workdir / "report.json").exists()
+    (last,) = [record for record in read_metrics(workdir, "evaluation") if record["step"] == STEPS]
+    assert reader.score_of(STEPS) == last["bits_per_byte"]
+    records = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
+    assert summarise(records).processes == 4
+
+    # A mistaken start in its place is refused, and leaves the config that is written down.
+    before = {path.name: path.read_bytes() for path in workdir.glob("config*")}
+    with pytest.raises(UserError, match="batch"):
+        train(replace(config, ["data", "batch_size"], 16), workdir, log=said.append)
+    assert {path.name: path.read_bytes() for path in workdir.glob("config*")} == before
+
+
+def test_later_phases_have_their_own_cost_and_the_first_step_does_not_wait_for_the_proof(config, tmp_path, monkeypatch):
+    for path, value in (
+        ("train.steps", 3),
+        ("checkpoint.keep_best", 0),
+        ("eval.every_steps", 0),
+        ("data.phases", {"short": PhaseConfig(from_step=2, sequence_length=32)}),
+    ):
+        config = replace(config, path.split("."), value)
+    config = resolve(config)
+    now, run_peak, peaks = [0.0], loop.run_peak, []
+
+    class Clocked(loop.Progress):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs, clock=lambda: now[0])
+
+    def check(proof, wait=0.0):
+        now[0] += wait  # nothing else takes time
+
+    monkeypatch.setattr(loop, "Progress", Clocked)
+    monkeypatch.setattr(Proof, "check", check)
+    monkeypatch.setattr(loop, "run_peak", lambda *args: peaks.append(run_peak(*args)) or peaks[-1])
+    assert train(config, tmp_path, log=lambda line: None) == 0
+    seconds = [record["seconds"] for record in read_metrics(tmp_path, "step")]
+    assert now == [HEAD_START] and seconds == [0.0] * 3
+    costs = [(record["step"], record["flops_causal"]) for record in read_metrics(tmp_path, "cost")]
+    long, short = (ledger(config.model, sequence_length=length).causal_exact for length in (64, 32))
+    assert costs == [(0, long), (2, short)] and len(peaks) == 1 and short < long
+    tokens = 8 * (2 * 64 * long + 32 * short)
+    assert outlook(config)["training FLOPs"]["in all, causal-exact"] == pytest.approx(tokens)
+
+
+def test_a_gap_in_the_metrics_is_told():
+    said = []
+    tell_cut(Truncation(kept=9, dropped=3, unreadable=0, last_step=8), 8, log=said.append)
+    assert not said
+    tell_cut(Truncation(kept=9, dropped=0, unreadable=2, last_step=6), 8, log=said.append)
+    assert "had 2 lines that could not be read" in said[0] and "ends with step 6, the run goes on from 8" in said[1]
