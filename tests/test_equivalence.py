@@ -35,10 +35,13 @@ def test_every_pair_of_features_occurs_on_every_mesh():
     arrays = [case for case in equivalence_cases.cases(8) if not case.model]
     for mesh, group in itertools.groupby(arrays, key=lambda case: case.mesh):
         rows = list(group)
-        names = ("moe", "packed", "remat", "accumulation", "schedule")
+        names = ("moe", "packed", "remat", "accumulation", "schedule", "method")
         values = {name: {getattr(row, name) for row in rows} for name in names}
         assert len(values["packed"]) == len(values["remat"]) == len(values["accumulation"]) == 2
         assert len(values["schedule"]) == (4 if "pipeline" in dict(mesh) else 1)
+        context = dict(mesh).get("context", 1) if "pipeline" not in dict(mesh) else 1
+        ways = {equivalence_cases.method_of("", method, context=context, staged=False) for method in values["method"]}
+        assert ways == ({"ring", "gather"} if context > 1 else {""})
         for a, b in itertools.combinations(names, 2):
             pairs = {(getattr(row, a), getattr(row, b)) for row in rows}
             assert pairs == set(itertools.product(values[a], values[b])), (mesh, a, b)
@@ -49,6 +52,15 @@ def test_every_case_is_a_config_that_resolves():
         for case in equivalence_cases.cases(devices):
             config = equivalence_cases.config_of(case, kind=case.kind, packed=case.packed, layers=case.layers)
             assert bool(resolve(config, devices=devices).model.moe.experts) == case.moe
+
+
+def test_keys_go_round_on_the_larger_meshes_too():
+    for devices in (16, 32):
+        ring = [case for case in equivalence_cases.cases(devices) if case.method == "ring"]
+        assert {case.moe for case in ring} == ({False, True} if devices == 16 else {True})
+        for case in ring:
+            config = equivalence_cases.config_of(case, kind=case.kind, packed=case.packed, layers=case.layers)
+            assert config.parallel.context_method == "ring"
 
 
 def test_all_six_axes_are_run_together():
@@ -101,7 +113,8 @@ def test_parts_are_joined_into_one_table(tmp_path, monkeypatch, capsys, page):
     assert f"{len(results)} cases agree with one device" in text and "2 on 64 devices" in text and "old" not in text
     assert re.search(r"^\| alibi \| 1 \| 3 \| 2 \| 2 \|  \| 4 \|$", text, re.MULTILINE)
     first, further = text.split("Further models")
-    assert "refused when" in first and "not refused" in further.split("\n")[0]  # where nothing was run, nothing is said
+    assert "refused" in first and re.search(r"^\| ring \| \d+ \| \d+ \|  \| \d+ \| \d+ \| \d+ \|$", first, re.MULTILINE)
+    assert "not refused" in further.split("\n")[0]  # where nothing was run, nothing is said
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     kept[0].write_text(kept[0].read_text().replace("0.1", "1.5"))
     before = page.read_text()

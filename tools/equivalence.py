@@ -8,8 +8,8 @@ python tools/equivalence.py --docs --join A.json B.json    runs nothing: the tab
 Every case is one training step in float32 of a tiny model, from the same parameters and batch, with an optimizer that
 records gradients. The reference is a single device with plain attention, all experts computed where they are, no
 rematerialisation and no accumulation. On every mesh of 8 devices a pairwise covering array of the features is run: each
-pair of values of two features occurs in some case. Meshes of four and more axes are run with all of them on. Models
-with other features are run on a few meshes of 8 devices each.
+pair of values of two features occurs in some case; so do both ways of keys, where there is a choice. Meshes of four and
+more axes are run with all of them on. Models with other features are run on a few meshes of 8 devices each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for the other half of this program
 
-from tools.equivalence_cases import AXES, LARGE, MODELS, POSITIONS, ROWS, Case, cases, config_of
+from tools.equivalence_cases import AXES, LARGE, MODELS, POSITIONS, ROWS, Case, cases, config_of, method_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,7 +140,8 @@ def reference(kind: str, packed: bool, layers: int) -> Any:
 
     config = resolve(config_of(None, kind=kind, packed=packed, layers=layers), devices=1)
     params, batch = start(kind, packed, layers), batch_of(packed=packed)
-    return loss_and_gradients(config, batch, params=params, devices=jax.devices()[:1], runtime=Runtime())
+    runtime = Runtime(experts_limited=bool(config.model.moe.capacity_factor))
+    return loss_and_gradients(config, batch, params=params, devices=jax.devices()[:1], runtime=runtime)
 
 
 def run(case: Case) -> list[Any]:
@@ -280,6 +281,8 @@ def write_table(results: list[dict[str, Any]]) -> None:
         "gpipe",
         "interleaved",
         "zero_bubble",
+        "ring",
+        "gather",
     ]
 
     def has(result: dict[str, Any], row: str) -> bool:
@@ -289,7 +292,12 @@ def write_table(results: list[dict[str, Any]]) -> None:
             "remat": result["remat"] != "none",
             "accumulation": result["accumulation"] > 1,
         }
-        return flags[row] if row in flags else row in (*result["mesh"], result["schedule"], result.get("model", ""))
+        names = (*result["mesh"], result["schedule"], result.get("model", ""), context_method_of(result))
+        return flags.get(row, row in names)
+
+    def context_method_of(result: dict[str, Any]) -> str:
+        context, staged = result["mesh"].get("context", 1), "pipeline" in result["mesh"]
+        return method_of(result.get("model", ""), result.get("method", ""), context=context, staged=staged)
 
     def cell(row: str, column: str) -> str:
         return str(sum(has(result, row) and has(result, column) for result in results) or "")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from maxlm import config as c
+from maxlm.parallel.context import choose_method
 
 AXES = c.MESH_AXES
 ROWS, POSITIONS = 32, 32
@@ -45,9 +46,11 @@ class Model:
     runs: tuple[tuple[dict[str, int], dict[str, Any]], ...]
 
 
-def chosen(*, packed: bool = True, remat: str = "none", accumulation: int = 2, schedule: str = "") -> dict[str, Any]:
+def chosen(
+    *, packed: bool = True, remat: str = "none", accumulation: int = 2, schedule: str = "", method: str = ""
+) -> dict[str, Any]:
     """Those of a case."""
-    return {"packed": packed, "remat": remat, "accumulation": accumulation, "schedule": schedule}
+    return {"packed": packed, "remat": remat, "accumulation": accumulation, "schedule": schedule, "method": method}
 
 
 HYBRID = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -122,7 +125,7 @@ MODELS: dict[str, Model] = {
         },
         (
             (HYBRID, chosen()),
-            (LONG, chosen(remat="full")),
+            (LONG, chosen(remat="full", method="ring")),
             (STAGED, chosen(schedule="zero_bubble", packed=False)),
             (LONG_STAGED, chosen(schedule="1f1b", remat="custom")),
         ),
@@ -148,10 +151,26 @@ MODELS: dict[str, Model] = {
         },
         (
             (HYBRID, chosen(accumulation=4)),
-            (LONG, chosen(accumulation=1)),
+            (LONG, chosen(accumulation=1, method="ring")),
             (SPREAD, chosen(packed=False, remat="custom")),
             (STAGED, chosen(schedule="zero_bubble", accumulation=4)),
             (LONG_STAGED, chosen(schedule="1f1b", remat="full", accumulation=4)),
+        ),
+    ),
+    "capacity": Model(
+        2,
+        {"attention": HEADS, "moe": dataclasses.replace(EXPERTS, capacity_factor=1.0)},
+        (
+            (SPREAD, chosen(remat="matmuls")),
+            ({"pipeline": 2, "expert": 2, "tensor": 2}, chosen(schedule="1f1b")),
+        ),
+    ),
+    "further tokens": Model(
+        2,
+        {"attention": HEADS, "mtp_layers": 1},
+        (
+            (HYBRID, chosen()),
+            (LONG, chosen(remat="matmuls", accumulation=1)),
         ),
     ),
 }
@@ -168,6 +187,7 @@ class Case:
     accumulation: int
     schedule: str = ""  # empty: no pipeline
     model: str = ""  # one of MODELS; empty: the model of the covering arrays
+    method: str = ""  # of `parallel.context_method`; empty: auto
 
     @property
     def kind(self) -> str:
@@ -193,6 +213,7 @@ class Case:
             f"remat {self.remat}",
             f"accumulation {self.accumulation}",
             self.schedule,
+            self.method,
         ]
         return ", ".join(part for part in parts if part)
 
@@ -205,16 +226,20 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
             yield {axis: 2**power for axis, power in zip(AXES, powers, strict=True) if power}
 
 
-def covering_array(features: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Rows in which every pair of values of two features occurs, few of them (greedily; the same every time)."""
+def covering_array(features: dict[str, Sequence[Any]], begun: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Rows in which every pair of values of two features occurs, few of them (greedily; the same every time).
+
+    Args:
+      begun: rows that are among them.
+    """
     names = list(features)
     rows = [dict(zip(names, values, strict=True)) for values in itertools.product(*features.values())]
 
     def pairs(row: dict[str, Any]) -> set[tuple]:
         return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
 
-    missing = set().union(*(pairs(row) for row in rows))
-    chosen = []
+    missing = set().union(*(pairs(row) for row in rows)).difference(*(pairs(row) for row in begun))
+    chosen = list(begun)
     while missing:
         best = max(rows, key=lambda row: len(pairs(row) & missing))
         chosen.append(best)
@@ -234,7 +259,10 @@ def cases(devices: int) -> Iterator[Case]:
             "accumulation": (1, 2) if stages == 1 else (stages, 2 * stages),
             "schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble") if stages > 1 else ("",),
         }
-        rows = covering_array(features) if devices < 64 else covering_array(features)[:2]
+        rows = [{**row, "method": ""} for row in covering_array(features)]
+        if sizes.get("context", 1) > 1 and stages == 1:
+            rows = covering_array({**features, "method": ("", other_method(sizes["context"]))}, rows)
+        rows = rows if devices < 64 else rows[:2]
         for row in rows:
             yield Case(tuple(sizes.items()), **row)
     if devices == 8:
@@ -244,12 +272,30 @@ def cases(devices: int) -> Iterator[Case]:
                 yield Case(tuple(sizes.items()), moe=moe, model=name, **values)
 
 
+def other_method(context: int) -> str:
+    """The way of keys that `auto` does not take for the model of the covering arrays."""
+    return "gather" if method_of("", "", context=context, staged=False) == "ring" else "ring"
+
+
+def method_of(model: str, method: str, *, context: int, staged: bool) -> str:
+    """The way by which a case's keys come to queries: ring or gather; empty without a context axis.
+
+    Args:
+      model: one of MODELS, or empty. method: of a `Case`.
+    """
+    heads = MODELS[model].settings["attention"] if model else HEADS
+    if context == 1:
+        return ""
+    asked = "gather" if staged else method or "auto"
+    return choose_method(asked, devices=context, q_heads=heads.q_heads, kv_heads=heads.kv_heads)
+
+
 def config_of(case: Case | None, *, kind: str, packed: bool, layers: int) -> c.Config:
     """The config of a case, or of its reference."""
     parallel: dict[str, Any] = {"data": 1}
     train: dict[str, Any] = {}
     if case is not None:
-        parallel |= dict(case.mesh)
+        parallel |= dict(case.mesh) | ({"context_method": case.method} if case.method else {})
         if case.schedule:
             parallel["pipeline_schedule"] = case.schedule
             parallel["virtual_stages"] = 2 if case.schedule == "interleaved" else 1
