@@ -160,7 +160,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
 
 
 def test_tfds_reads_a_builder_without_tensorflow(tmp_path, monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets", reason="TFDS SOURCE NOT TESTED: pip install 'maxlm[tfds]'")
+    tfds = pytest.importorskip("tensorflow_datasets", reason="TFDS SOURCE NOT TESTED: pip install '.[tfds]'")
 
     class TinyText(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
@@ -205,7 +205,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, spec, 
         (tmp_path / name).write_bytes(b"x")
     for name in [name for name in sys.modules if name.split(".")[0] == module] + [module]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SourceError, match=rf"needs the package {module}: pip install 'maxlm\[{extra}\]'"):
+    with pytest.raises(SourceError, match=rf"needs the package {module}: pip install '\.\[{extra}\]'"):
         read(spec.format(tmp_path))
 
 

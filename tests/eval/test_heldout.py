@@ -106,6 +106,7 @@ class Numbers:
     file_name: str = ""
     vocab_size: int = VOCAB
     bos_id: int = BOS
+    eos_id: int | None = None
     fingerprint: str = "numbers"
 
 

@@ -238,7 +238,7 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch):
         raise compiling.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(compiling.importlib.metadata, "version", missing)
-    with pytest.raises(CompileError, match=r"libtpu has to be installed; type: pip install 'maxlm\[plan\]'"):
+    with pytest.raises(CompileError, match=r"libtpu has to be installed; type: pip install '\.\[plan\]'"):
         compile_step(tiny(data=8), parse_topology("v5e-8"))
 
 

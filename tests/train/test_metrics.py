@@ -233,7 +233,7 @@ def test_wandb_continues_one_run(tmp_path, monkeypatch):
 
 def test_missing_wandb_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"train.wandb_project is 'lm'.*maxlm\[wandb\]"):
+    with pytest.raises(UserError, match=r"train.wandb_project is 'lm'.*\.\[wandb\]"):
         MetricsWriter(tmp_path, Config(train=TrainConfig(wandb_project="lm")), process_index=0)
 
 
