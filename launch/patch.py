@@ -23,8 +23,10 @@ _KEYS = ("mountPath", "name")  # by the first of these that all items have, list
 
 def read_patch(path: Path) -> dict[str, Any]:
     """The patch in a file. Raises LaunchError: it is not there, or is none."""
-    import yaml  # Flax brings it
-
+    try:
+        import yaml
+    except ImportError as error:  # a machine that only launches need not have MaxLM's packages
+        raise LaunchError("--pod_patch is read with PyYAML; type pip install pyyaml, then the same again") from error
     try:
         found = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

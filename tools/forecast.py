@@ -67,7 +67,7 @@ def compare(args: list[str], devices: int, steps: int) -> dict:
     shape = config.data.batch_size, config.data.sequence_length
     program = setup.compile(*shape)
     rates = calibrate(config)
-    foretold = forecast(config, rates, device_bytes=compiled_bytes(program))
+    foretold = forecast(config, rates, device_bytes=compiled_bytes(program.compiled))
 
     batch = example_batch(0, rows=shape[0], length=shape[1], vocab=config.model.vocab_size)
     placed = place_batch(setup.mesh, shape, lambda rows: jax.tree.map(lambda x: x[rows], batch))

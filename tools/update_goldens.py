@@ -53,7 +53,7 @@ def small_page(name: str) -> str:
 
 def page_of(name: str, setup: Setup) -> str:
     """The golden of a small setup."""
-    text = setup.compile(setup.config.data.batch_size, setup.config.data.sequence_length).as_text() or ""
+    text = setup.compile(setup.config.data.batch_size, setup.config.data.sequence_length).compiled.as_text() or ""
     lines = [*golden.summary(text, dict(setup.mesh.shape)), *golden.state_lines(setup)]
     return golden.page(f"{name}, small, on eight CPU devices", setup.config, lines)
 

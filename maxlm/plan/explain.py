@@ -27,6 +27,7 @@ from maxlm.data.batch import Batch
 from maxlm.model.decoder import split_model
 from maxlm.model.runtime import Runtime
 from maxlm.optim.optimizers import make_optimizer
+from maxlm.optim.schedules import make_rates
 from maxlm.parallel.sharding import RULES, cut, settled
 from maxlm.plan.page import WIDTH, gib
 from maxlm.plan.topology import Topology
@@ -119,7 +120,8 @@ def _activations(config: Config, sizes: Mapping[str, int]) -> list[Placed]:
     shape = (config.data.batch_size, config.data.sequence_length)
     ints, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(tokens=ints, targets=ints, segments=ints, positions=ints, weights=floats)
-    jax.eval_shape(make_train_step(config, parts, optimizer, runtime), abstract_shapes(config, optimizer), batch)
+    step, rates = make_train_step(config, parts, optimizer, runtime), make_rates(config.optim, config.train.steps)
+    jax.eval_shape(step, abstract_shapes(config, optimizer), batch, rates)
     return list(found.values())
 
 

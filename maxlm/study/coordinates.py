@@ -125,7 +125,7 @@ def _run(setup: Setup, seed: int, steps: int) -> dict[str, np.ndarray]:
         first = activations(state.params)["logits"]
 
         def one(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
-            after, _metrics = setup.train_step(state, batch)
+            after, _metrics = setup.train_step(state, batch, setup.rates())
             now = activations(after.params)
             return after, {
                 "change of the logits": jnp.sqrt(jnp.mean(jnp.square(now["logits"] - first))),

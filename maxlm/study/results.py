@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,8 @@ from maxlm.train.metrics import read_metrics
 RESULT, PLAN = "result.json", "plan.json"
 SAID_BY = {"budget": "isoflops", "role": "trunks", "width": "sweep"}  # the design by a fact that it alone gives
 SMOOTHED = 0.05  # of a run's steps that its loss is averaged over when it is judged
-ROSE = 1.1  # a final training loss this many times the lowest has diverged
+ROSE = 1.1  # a final training loss this many times the lowest has diverged,
+ERRORS = 6.0  # if it is this many standard errors above it, too: windows of few small batches scatter by as much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +190,7 @@ def outcome(workdir: Path, run: PlannedRun, *, commit: str, now: str) -> Result 
     why = (
         "the guard refused too many updates in a row"
         if stopped
-        else _diverged(steps, loss, run.config.model.vocab_size)
+        else divergence(steps, loss, run.config.model.vocab_size)
     )
     return Result(
         name=workdir.name,
@@ -218,27 +219,35 @@ def heldout_loss(report: Mapping[str, Any]) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def _diverged(steps: Sequence[Mapping[str, Any]], loss: float | None, vocab_size: int) -> str:
+def divergence(steps: Sequence[Mapping[str, Any]], loss: float | None, vocab_size: int) -> str:
     """Why, or nothing."""
     if loss is None:
         return "the held-out loss is not finite, or nothing was held out"
     if loss > math.log(vocab_size):
         return f"the held-out loss {loss:.3f} is above that of knowing nothing, {math.log(vocab_size):.3f}"
     curve = _smoothed(steps)
-    if len(curve) and curve[-1] > ROSE * curve.min():
-        return f"the training loss ended at {curve[-1]:.3f}, after {curve.min():.3f}"
+    if len(curve.means) and curve.means[-1] > max(ROSE * curve.means.min(), curve.means.min() + ERRORS * curve.error):
+        return f"the training loss ended at {curve.means[-1]:.3f}, after {curve.means.min():.3f}"
     return ""
 
 
-def _smoothed(steps: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Means over windows of SMOOTHED of the steps."""
+class _Smoothed(NamedTuple):
+    """means: of losses over windows of SMOOTHED of the steps; error: the standard error of two means' difference."""
+
+    means: np.ndarray
+    error: float
+
+
+def _smoothed(steps: Sequence[Mapping[str, Any]]) -> _Smoothed:
     losses = np.array([record["loss"] for record in steps if record["accepted"]])
     if not len(losses):
-        return losses
+        return _Smoothed(losses, 0.0)
     window = max(round(SMOOTHED * len(losses)), 1)
-    return np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    # From one step to the next a loss moves by its scatter, times the root of two; a median is not moved by spikes.
+    moves = 1.4826 * float(np.median(np.abs(np.diff(losses)))) if len(losses) > 1 else 0.0
+    return _Smoothed(np.convolve(losses, np.full(window, 1 / window), mode="valid"), moves / math.sqrt(window))
 
 
 def _smooth_end(steps: Sequence[Mapping[str, Any]]) -> float | None:
-    curve = _smoothed(steps)
-    return float(curve[-1]) if len(curve) and math.isfinite(curve[-1]) else None
+    means = _smoothed(steps).means
+    return float(means[-1]) if len(means) and math.isfinite(means[-1]) else None

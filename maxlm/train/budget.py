@@ -45,7 +45,7 @@ def recorded_steps(config: Config, workdir: Path) -> Config:
 def fitted_steps(config: Config, setup: Setup, loader: Loader, *, log: Callable[[str], None]) -> int:
     """As many steps as `train.budget_seconds` holds, `train.steps` at most, by the median time of a few real ones."""
     shape = loader.shape(0)
-    program = setup.compile(*shape)
+    program = setup.compile(*shape, log=log)
     state = make_state(setup.config, setup.optimizer, setup.shardings)
     seconds = []
 

@@ -90,7 +90,7 @@ def loss_and_gradients(
     program = setup.compile(*batch.tokens.shape)
     state, metrics = program(state, placed)
     gradients, after = (tree.paths(jax.device_get(x)) for x in (state.opt_state, state.params))
-    return Computed(jax.device_get(metrics), gradients, after, program.as_text() or "")
+    return Computed(jax.device_get(metrics), gradients, after, program.compiled.as_text() or "")
 
 
 class Distance(NamedTuple):

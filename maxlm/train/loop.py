@@ -22,7 +22,7 @@ from maxlm.checkpoint.local import LocalCopies
 from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import Restored
-from maxlm.cluster import Agreement, meet
+from maxlm.cluster import Agreement
 from maxlm.config import Config
 from maxlm.convert.stored import VOCABULARY
 from maxlm.data.loader import Loader, Skip
@@ -41,7 +41,7 @@ from maxlm.train.peak import Peak, describe_place, run_peak
 from maxlm.train.profile import Profiler
 from maxlm.train.progress import Cost, Progress
 from maxlm.train.sentries import Sentries
-from maxlm.train.setup import Setup, memory_line, place_batch
+from maxlm.train.setup import Program, Setup, place_batch
 from maxlm.train.signals import Signals
 from maxlm.train.state import TrainState
 from maxlm.train.watermark import Watermark
@@ -92,7 +92,6 @@ class Run:
     log: Log
     watermark: Watermark | None = None  # since the last program was compiled
     device_bytes: float | None = None  # the most that steps held on a device, before the first save or evaluation
-    programs: dict[tuple[int, int], jax.stages.Compiled] = dataclasses.field(default_factory=dict)
     copy_pace: Pace = dataclasses.field(init=False)
     agreement: Agreement = dataclasses.field(init=False)
     step_seconds: float = 0.0  # of a step, lately
@@ -256,22 +255,10 @@ class Run:
         self.writer.write("cost", step, {**dataclasses.asdict(cost), **record})
         return cost
 
-    def program(self, shape: tuple[int, int], progress: Progress) -> jax.stages.Compiled:
-        """The step for one batch shape."""
-        if shape not in self.programs:
-            self.programs[shape] = self.compile(shape, progress)
-        return self.programs[shape]
-
-    def compile(self, shape: tuple[int, int], progress: Progress) -> jax.stages.Compiled:
-        """The step for one batch shape, with its memory and compile time in the log."""
+    def program(self, shape: tuple[int, int], progress: Progress) -> Program:
+        """The step for one batch shape, with its memory and compile time in the log when it is compiled."""
         with self.goodput.bucket("compile"), progress.once(), self.sentries.watchdog.between():
-            began = time.perf_counter()
-            program = self.setup.compile(*shape)
-            meet("compiled")
-            progress.note(
-                f"compiled the step for {shape[0]} x {shape[1]} tokens in {time.perf_counter() - began:.1f} s"
-            )
-            progress.note(memory_line(program))
+            program = self.setup.compile(*shape, log=progress.note)
         self.watermark = Watermark()
         return program
 

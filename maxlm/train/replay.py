@@ -152,13 +152,12 @@ def _config(workdir: Path, *, log: Log) -> Config:
 
 @dataclasses.dataclass
 class _Bench:
-    """What executes steps: the programs are compiled once and serve both executions."""
+    """What executes steps."""
 
     config: Config
     setup: Setup
     loader: Loader
     checkpoints: CheckpointReader
-    programs: dict[tuple[int, int], jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     def begin(self, before: int, *, log: Log) -> tuple[int, TrainState]:
         """The step of the newest whole checkpoint of step `before` or earlier, and its state; 0: the beginning."""
@@ -177,7 +176,7 @@ class _Bench:
             batch = place_batch(self.setup.mesh, self.loader.shape(step - 1), read)
             if step == stop and norms:
                 measured = self.norms(state, batch)
-            state, metrics = self.program(*batch.tokens.shape)(state, batch)
+            state, metrics = self.setup.compile(*batch.tokens.shape)(state, batch)
             found = jax.device_get({name: metrics[name] for name in (*COMPARED, "batch", "accepted")})
             figures[step] = {name: value.item() for name, value in found.items()}
         return _Execution(figures, _digests(state), measured)
@@ -191,12 +190,6 @@ class _Bench:
             return make_state(self.config, self.setup.optimizer, self.setup.shardings, params)
         restored = self.checkpoints.restore_state(self.setup.abstract_state(), step=start)
         return as_configured(restored.state, self.config, restored.metadata)
-
-    def program(self, rows: int, positions: int) -> jax.stages.Compiled:
-        """The run's own step, compiled."""
-        if (rows, positions) not in self.programs:
-            self.programs[rows, positions] = self.setup.compile(rows, positions)
-        return self.programs[rows, positions]
 
     def norms(self, state: TrainState, batch: Any) -> dict[str, Any]:
         """Root mean squares of every layer's tensors at a step, by another program: the run's own may not have them."""

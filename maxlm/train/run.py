@@ -97,9 +97,9 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> N
         log(f"{describe_devices(list(mesh.devices.flat))}, attention by the {setup.attention!r} back end")
         if config.train.budget_seconds:
             with goodput.bucket("compile"):
-                given = with_steps(given, fitted_steps(config, setup, loader, log=log))
+                steps = fitted_steps(config, setup, loader, log=log)
+            given, setup = with_steps(given, steps), setup.with_steps(steps)
             config = resolve(given, devices=jax.device_count())
-            setup = make_setup(config, mesh)
         agree_on("train.steps", str(config.train.steps))
 
         # --- state

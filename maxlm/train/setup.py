@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maxlm.chips import chip_of_kind
+from maxlm.cluster import meet
 from maxlm.compilation import compiler_options
 from maxlm.config import Config, OptimConfig
 from maxlm.data.batch import Batch
@@ -22,6 +24,7 @@ from maxlm.kernels.attention import AttentionFn, choose, dispatch
 from maxlm.model.decoder import ModelParts, split_model
 from maxlm.model.runtime import Runtime
 from maxlm.optim.optimizers import Optimizer, make_optimizer
+from maxlm.optim.schedules import Rates, make_rates
 from maxlm.parallel.context import arrange, choose_method, context_attention
 from maxlm.parallel.experts import sharded_experts
 from maxlm.parallel.islands import sharded_attention, sharded_lookup
@@ -30,7 +33,27 @@ from maxlm.parallel.pipeline.branches import refuse_permutes_in_branches
 from maxlm.parallel.sharding import constrainer, named_sharding
 from maxlm.train.pipeline import make_pipeline
 from maxlm.train.state import TrainState, abstract_state, state_shardings
-from maxlm.train.step import GradientsFn, TrainStep, WatchFn, make_gradients, make_train_step, separates_documents
+from maxlm.train.step import (
+    GradientsFn,
+    Metrics,
+    TrainStep,
+    WatchFn,
+    make_gradients,
+    make_train_step,
+    separates_documents,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step with the rates of its run, which it is called with."""
+
+    compiled: jax.stages.Compiled
+    rates: Rates
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """The next state, and what `make_train_step` says of the step; the state that is given is donated."""
+        return self.compiled(state, batch, self.rates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +70,7 @@ class Setup:
     shardings: TrainState
     gradients: GradientsFn  # of the step
     train_step: TrainStep
+    executables: dict[tuple[int, int], jax.stages.Compiled] = dataclasses.field(default_factory=dict)  # by batch shape
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -56,14 +80,45 @@ class Setup:
         """The step for a global batch (rows, positions), traced and not compiled; the state it is given is donated."""
         replicated = named_sharding(self.mesh, ())
         jitted = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, replicated))
-        return jitted.lower(self.abstract_state(), abstract_batch(self.mesh, rows, positions))
+        rates = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), self.rates())
+        return jitted.lower(self.abstract_state(), abstract_batch(self.mesh, rows, positions), rates)
 
-    def compile(self, rows: int, positions: int) -> jax.stages.Compiled:
-        """The compiled step, with the options that do its chip good.
+    def rates(self) -> Rates:
+        """The numbers of the run's schedule, on this machine."""
+        return make_rates(self.config.optim, self.config.train.steps)
+
+    def with_steps(self, steps: int) -> Setup:
+        """That of a run of so many steps, with no time to measure any more: what is compiled serves both."""
+        train = dataclasses.replace(self.config.train, steps=steps, budget_seconds=0.0)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, train=train))
+
+    def compile(self, rows: int, positions: int, *, log: Callable[[str], None] | None = None) -> Program:
+        """The step, compiled when it is first asked for, with the options that do its chip good.
+
+        Every process asks for the same shapes in the same order: they wait for each other here.
+
+        Args:
+          log: is told, when it is compiled, how long that took and what memory it needs.
 
         Raises:
           RuntimeError: on CPU devices, if the program would hang (`refuse_permutes_in_branches`).
         """
+        shape = (rows, positions)
+        if shape not in self.executables:
+            began = time.perf_counter()
+            self.executables[shape] = self._executable(rows, positions)
+            meet("compiled")
+            if log:
+                log(f"compiled the step for {rows} x {positions} tokens in {time.perf_counter() - began:.1f} s")
+                log(memory_line(self.executables[shape]))
+        replicated = named_sharding(self.mesh, ())
+
+        def place(number: Any) -> jax.Array:
+            return jax.make_array_from_callback((), replicated, lambda _: number)
+
+        return Program(self.executables[shape], jax.tree.map(place, self.rates()))
+
+    def _executable(self, rows: int, positions: int) -> jax.stages.Compiled:
         first = self.mesh.devices.flat[0]
         chip = chip_of_kind(first.device_kind)
         options: dict[str, str | bool] = {**compiler_options(chip.name)} if chip else {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from maxlm import tree
@@ -45,10 +46,8 @@ class TrainState:
         return self.average or self.params
 
 
-def initial_state(config: Config, optimizer: Optimizer, params: dict[str, Any] | None = None) -> TrainState:
-    """The state at step 0: with these parameters, or a pure function of the config's seed, whatever the mesh."""
-    if params is None:
-        params = init_params(config.model, jax.random.key(config.seed))
+def initial_state(config: Config, optimizer: Optimizer, params: dict[str, Any]) -> TrainState:
+    """The state at step 0 with these parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         updates=jnp.zeros((), jnp.int32),
@@ -96,16 +95,34 @@ def abstract_state(config: Config, optimizer: Optimizer, shardings: TrainState) 
 def make_state(
     config: Config, optimizer: Optimizer, shardings: TrainState, params: dict[str, Any] | None = None
 ) -> TrainState:
-    """The state at step 0, made in place on the devices that hold it; parameters that are given are donated."""
+    """The state at step 0, made in place on the devices that hold it.
 
-    def start(params: dict[str, Any] | None) -> TrainState:
-        return initial_state(config, optimizer, params)
-
-    program = jax.jit(start, out_shardings=shardings, donate_argnums=0).lower(params)
+    Args:
+      params: to begin with, donated; None: a pure function of the config's seed, whatever the mesh.
+    """
+    program = lower_start(config, optimizer, shardings, params)
     on_cpu = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform == "cpu"
     # A program of random numbers that runs once: at this level it compiles in half the time to the same bits.
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
-    return program.compile(options if on_cpu else None)(params)
+    return program.compile(options if on_cpu else None)(params, _key_words(config.seed))
+
+
+def lower_start(
+    config: Config, optimizer: Optimizer, shardings: TrainState, params: dict[str, Any] | None = None
+) -> jax.stages.Lowered:
+    """The program of `make_state`, traced: of parameters to begin with or None, and of the words of the seed's key,
+    an operand, so that runs with other seeds share it."""
+
+    def start(params: dict[str, Any] | None, key_words: jax.Array) -> TrainState:
+        drawn = params or init_params(config.model, jax.random.wrap_key_data(key_words))
+        return initial_state(config, optimizer, drawn)
+
+    jitted = jax.jit(start, out_shardings=shardings, donate_argnums=0)
+    return jitted.lower(params, _key_words(config.seed))
+
+
+def _key_words(seed: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def as_configured(state: TrainState, config: Config, metadata: Mapping[str, Any]) -> TrainState:

@@ -21,11 +21,11 @@ from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.runtime import Runtime
 from maxlm.optim import average, guard, scaling
 from maxlm.optim.optimizers import Optimizer, clip_by_global_norm
-from maxlm.optim.schedules import make_schedule
+from maxlm.optim.schedules import Rates, learning_rate
 from maxlm.train.state import TrainState
 
 Metrics = dict[str, Any]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Batch, Rates], tuple[TrainState, Metrics]]
 PipelineFn = Callable[[dict, Batch, jax.Array, jax.Array, jax.Array], tuple[Metrics, dict]]
 """(params, batch (A, B/A, S), denominator, scale, longest row) -> loss terms and gradients of the whole batch."""
 
@@ -58,7 +58,7 @@ def make_train_step(
     pipeline: PipelineFn | None = None,
     watch: WatchFn | None = None,
 ) -> TrainStep:
-    """The function `(state, batch) -> (state, metrics)`; jit it with the state donated.
+    """The function `(state, batch, rates) -> (state, metrics)`; jit it with the state donated.
 
     The batch is the global one: int32 and float32 arrays (B, S) over the whole mesh. The loss is the mean over all
     loss-bearing positions of the global batch, so that neither accumulation nor the mesh changes it; so is that of
@@ -68,15 +68,14 @@ def make_train_step(
     `watch` makes of the terms of the loss is among the metrics too.
     """
     gradients = make_gradients(config, parts, runtime, pipeline=pipeline)
-    schedule = make_schedule(config.optim, config.train.steps)
     shifts = jnp.array([phase.from_step for phase in config.data.phases.values()], jnp.int32)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, Metrics]:
         terms, grads, tokens = gradients(state.params, batch, state.scale.scale)
 
         with jax.named_scope("optimizer"):
             clipped = clip_by_global_norm(grads, config.optim.clip_norm)
-            lr = schedule(state.step)
+            lr = learning_rate(config.optim.schedule, rates, state.step)
             updates, opt_state = optimizer.update(clipped.grads, state.opt_state, state.params, lr=lr)
             params = jax.tree.map(jnp.add, state.params, updates)
             if config.model.moe.selection_bias:

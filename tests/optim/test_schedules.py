@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import jax
@@ -6,7 +5,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import OptimConfig
-from maxlm.optim.schedules import make_schedule
+from maxlm.optim.schedules import learning_rate, make_rates
 
 PEAK, RATIO, WARMUP, STEPS = 3e-3, 0.1, 10, 100
 SHAPES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd")
@@ -17,7 +16,9 @@ TOLERANCE = 1e-6
 def rates(schedule, steps=STEPS, *, count=None, **changes):
     settings = {"peak_lr": PEAK, "final_lr_ratio": RATIO, "warmup_steps": WARMUP}
     optim = OptimConfig(schedule=schedule, **(settings | changes))
-    return np.asarray(jax.jit(jax.vmap(make_schedule(optim, steps)))(np.arange(count or steps, dtype=np.int32)))
+    rates = make_rates(optim, steps)
+    every = jax.vmap(lambda rates, step: learning_rate(schedule, rates, step), in_axes=(None, 0))
+    return np.asarray(jax.jit(every)(rates, np.arange(count or steps, dtype=np.int32)))
 
 
 @pytest.mark.parametrize("schedule", SHAPES)
@@ -25,6 +26,8 @@ def test_warmup_is_linear_and_starts_above_zero(schedule):
     lr = rates(schedule, decay_steps=20 if schedule == "wsd" else 0)
     assert lr.dtype == np.float32
     np.testing.assert_allclose(lr[:WARMUP], PEAK * np.arange(1, WARMUP + 1) / WARMUP, rtol=TOLERANCE)
+    for peak in (PEAK, 2e-4, 8e-4):
+        assert rates(schedule, peak_lr=peak, decay_steps=20 if schedule == "wsd" else 0)[WARMUP - 1] == np.float32(peak)
 
 
 @pytest.mark.parametrize("schedule", ("cosine", "linear", "wsd"))
@@ -80,4 +83,4 @@ def test_wsd_without_a_cooldown_is_constant():
 
 def test_an_unknown_schedule_is_named():
     with pytest.raises(ValueError, match="'cosin', which is not a schedule; type constant, cosine"):
-        make_schedule(dataclasses.replace(OptimConfig(), schedule="cosin"), 10)
+        learning_rate("cosin", make_rates(OptimConfig(), 10), 0)

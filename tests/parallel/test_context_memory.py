@@ -60,7 +60,7 @@ def test_a_step_over_eight_devices_takes_less_than_a_quarter_of_ones(remat):
         )
         config = resolve(config, devices=context)
         setup = make_setup(config, make_mesh(config.parallel, jax.devices()[:context]))
-        return setup.attention, temporaries(setup.compile(1, POSITIONS))
+        return setup.attention, temporaries(setup.compile(1, POSITIONS).compiled)
 
     (alone, one), (ring, eight) = step(1), step(8)
     assert (alone, ring) == ("chunked_loop", "chunked ring")  # the same products of blocks

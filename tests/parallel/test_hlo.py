@@ -35,7 +35,7 @@ def program(*, layers=LAYERS, **sizes):
         parallel=ParallelConfig(data=1, **sizes),
     )
     config = resolve(config, devices=8)
-    return make_setup(config, make_mesh(config.parallel)).compile(ROWS, POSITIONS).as_text()
+    return make_setup(config, make_mesh(config.parallel)).compile(ROWS, POSITIONS).compiled.as_text()
 
 
 def gathered(text):

@@ -242,7 +242,7 @@ def test_a_layer_takes_what_the_compiler_says():
     compiled, modelled = [], []
     for layers in (2, 4):
         resolved = config(layers=layers, remat="none")
-        program = make_setup(resolved, make_mesh(resolved.parallel)).compile(ROWS, LENGTH)
+        program = make_setup(resolved, make_mesh(resolved.parallel)).compile(ROWS, LENGTH).compiled
         sizes = program.memory_analysis()
         held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         compiled.append(held + sizes.temp_size_in_bytes)

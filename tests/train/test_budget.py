@@ -2,6 +2,9 @@
 
 import json
 
+import numpy as np
+
+from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train
 from tests.tiny import tiny_config, write_corpus
 
@@ -14,6 +17,8 @@ def test_the_number_of_steps_is_measured_once_and_recorded(tmp_path):
     assert len(told) == 1 and " 3 steps fit" in told[0]  # never fewer than the warm-up and one
     recorded = json.loads((tmp_path / "short" / "config.json").read_text())["train"]
     assert (recorded["steps"], recorded["budget_seconds"]) == (3, 0.0)
+    rates = [record["lr"] for record in read_metrics(tmp_path / "short", "step")]
+    assert rates[-1] == np.float32(config.optim.peak_lr * config.optim.final_lr_ratio)  # the end is that of 3 steps
 
     lines.clear()
     assert train(config, tmp_path / "short", log=lines.append) == 0

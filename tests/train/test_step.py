@@ -15,8 +15,8 @@ from maxlm.model.decoder import split_model
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
 from maxlm.train.compare import drawn_params, loss_and_gradients
-from maxlm.train.setup import make_setup, place_batch
-from maxlm.train.state import TrainState, make_state
+from maxlm.train.setup import Program, make_setup, place_batch
+from maxlm.train.state import TrainState, lower_start, make_state
 from tests.compared import too_far
 from tests.tiny import random_batch, tiny_config
 
@@ -34,7 +34,7 @@ class Runner:
         self.reset()
 
     @functools.cached_property
-    def program(self) -> jax.stages.Compiled:
+    def program(self) -> Program:
         return self.setup.compile(ROWS, POSITIONS)
 
     def reset(self) -> None:
@@ -193,6 +193,21 @@ def test_every_optimizer_gives_the_same_losses_on_a_mesh(optimizer):
         np.testing.assert_allclose(
             mesh.step(random_batch(i))["loss"], one.step(random_batch(i))["loss"], rtol=1e-5, err_msg=optimizer
         )
+
+
+def test_runs_that_differ_in_rates_steps_and_seed_share_a_program_and_have_their_own_rates(plain):
+    changed = {"optim__peak_lr": 0.5, "optim__warmup_steps": 0, "optim__final_lr_ratio": 0.25, "train__steps": 1}
+    other = Runner(ParallelConfig(data=1), seed=5, optim__schedule="linear", **changed)
+    alike = Runner(ParallelConfig(data=1), optim__schedule="linear")
+    assert other.setup.lower(ROWS, POSITIONS).as_text() == alike.setup.lower(ROWS, POSITIONS).as_text()
+    one, two = (lower_start(r.setup.config, r.setup.optimizer, r.setup.shardings) for r in (other, alike))
+    assert one.as_text() == two.as_text()
+    query, drawn = (r.state.params["layers"]["attention"]["query"] for r in (other, alike))
+    assert (query != drawn).any()
+
+    program, ran_on = plain.program, plain.setup.with_steps(3).compile(ROWS, POSITIONS)
+    assert ran_on.compiled is program.compiled and ran_on.rates.steps == 3 != program.rates.steps
+    assert other.step(random_batch(0))["lr"] == np.float32(0.125) != alike.step(random_batch(0))["lr"]
 
 
 def test_bfloat16_follows_float32(plain):

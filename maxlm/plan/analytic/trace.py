@@ -25,6 +25,7 @@ from maxlm.kernels.matmul import ATTENTION_NAME
 from maxlm.model.decoder import split_model
 from maxlm.model.runtime import Runtime
 from maxlm.optim.optimizers import make_optimizer
+from maxlm.optim.schedules import make_rates
 from maxlm.plan.analytic.symbols import Proxy
 from maxlm.train.state import abstract_shapes
 from maxlm.train.step import make_train_step
@@ -106,7 +107,8 @@ def step_program(traced: Proxy, *, named: bool) -> core.ClosedJaxpr:
     shape = (config.data.batch_size, config.data.sequence_length)
     ints, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(tokens=ints, targets=ints, segments=ints, positions=ints, weights=floats)
-    return jax.make_jaxpr(step)(abstract_shapes(config, optimizer), batch)
+    rates = make_rates(config.optim, config.train.steps)
+    return jax.make_jaxpr(step)(abstract_shapes(config, optimizer), batch, rates)
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
