@@ -82,5 +82,6 @@ def topology_of(devices: list[Any], local: list[Any]) -> Topology:
         chip = dataclasses.replace(CHIPS["cpu"], name=first.device_kind, platform=platform)
     chip = dataclasses.replace(chip, usable_bytes=limit or chip.usable_bytes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    flat = dataclasses.replace(chip, torus_dims=0)  # how the links lie is not known here; a switch is near enough
+    # How the links lie is not known here; a switch is near enough. Of what it joins, each is a device.
+    flat = dataclasses.replace(chip, torus_dims=0, devices_per_chip=1)
     return Topology(f"{len(devices)} x {first.device_kind}", flat, slices, (len(devices) // slices,))

@@ -66,7 +66,7 @@ def test_a_chip_that_the_table_does_not_name_is_told_changes_too(shortage, monke
     assert "  1. " in text and "--config." in text and "could not be found out" not in text
 
 
-@pytest.mark.parametrize(("platform", "kind"), [("gpu", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu")])
+@pytest.mark.parametrize(("platform", "kind"), [("gpu", "NVIDIA H100 80GB HBM3"), ("tpu", "TPU7x"), ("cpu", "cpu")])
 def test_a_process_asks_its_own_devices_for_their_memory(platform, kind):
     def elsewhere():
         raise RuntimeError("not addressable")
@@ -75,7 +75,7 @@ def test_a_process_asks_its_own_devices_for_their_memory(platform, kind):
     theirs = SimpleNamespace(platform=platform, device_kind=kind, slice_index=0, memory_stats=elsewhere)
     found = topology_of([theirs] * 4 + [mine] * 4, [mine] * 4)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert found.chip.usable_bytes == (7 if platform == "gpu" else machine / 4)
+    assert found.chip.usable_bytes == (machine / 4 if platform == "cpu" else 7)
     assert (found.devices, found.slices) == (8, 2)
 
 
