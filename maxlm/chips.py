@@ -339,19 +339,26 @@ def load_chips(path: str | Path) -> dict[str, Chip]:
     except (OSError, ValueError) as error:
         raise UserError(f"the chips in {path} cannot be read ({error}); give a JSON file") from error
     table = dict(CHIPS)
+    if not isinstance(added, dict) or not all(isinstance(figures, dict) for figures in added.values()):
+        raise UserError(f'{path} holds no chips by name; write {{"name": {{"like": "h100", "hbm_bandwidth": 4e12}}}}')
     for name, figures in added.items():
         figures = dict(figures)
-        like = figures.pop("like", name)
+        like = str(figures.pop("like", name))
         if like not in table:
             raise UserError(
                 f'{path}: {name} is like {like!r}, which is not in the table; use "like": one of {_names()}'
             )
-        known = {field.name for field in dataclasses.fields(Chip)} - {"name", "platform", "like"}
+        known = {field.name for field in dataclasses.fields(Chip)} - {"name", "platform", "like", "sources"}
         if unknown := set(figures) - known:
             raise UserError(
                 f"{path}: {name} has {', '.join(sorted(unknown))}; known figures: {', '.join(sorted(known))}"
             )
         base = table[like]
+        if wrong := [figure for figure, value in figures.items() if not _of_kind(value, getattr(base, figure))]:
+            raise UserError(
+                f"{path}: {name} has {wrong[0]}={figures[wrong[0]]!r}; write it as it is of {like}: "
+                f"{getattr(base, wrong[0])!r}"
+            )
         if "flops" in figures:
             figures["flops"] = {**base.flops, **figures["flops"]}
         figures["kinds"] = tuple(figures.get("kinds", ()))
@@ -360,6 +367,15 @@ def load_chips(path: str | Path) -> dict[str, Chip]:
             figures.setdefault("usable_bytes", figures["hbm_bytes"] * base.usable_bytes / base.hbm_bytes)
         table[name.lower()] = dataclasses.replace(base, name=name.lower(), like=base.kind, **figures)
     return table
+
+
+def _of_kind(value: Any, known: Any) -> bool:
+    """Whether it can stand where the table has `known`: a number, numbers by name, or words in a row."""
+    if isinstance(known, Mapping):
+        return isinstance(value, dict) and all(_of_kind(part, 0.0) for part in value.values())
+    if isinstance(known, tuple):
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _names() -> str:

@@ -55,7 +55,18 @@ def test_memory_of_a_files_chip_is_used_as_far_as_its_models(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("{", "cannot be read"), ('{"x": {}}', '"like": one of v4'), ('{"v4": {"speed": 1}}', "has speed; known figures")],
+    [
+        ("{", "cannot be read"),
+        ("[]", "holds no chips by name"),
+        ('{"v4": 3}', "holds no chips by name"),
+        ('{"x": {}}', '"like": one of v4'),
+        ('{"x": {"like": ["v4"]}}', '"like": one of v4'),
+        ('{"v4": {"speed": 1}}', "has speed; known figures"),
+        ('{"v4": {"price": "3"}}', "v4 has price='3'; write it as it is of v4: "),
+        ('{"v4": {"flops": 1e12}}', "v4 has flops="),
+        ('{"v4": {"flops": {"int8": "fast"}}}', "v4 has flops="),
+        ('{"v4": {"kinds": "TPU v4"}}', "v4 has kinds='TPU v4'"),
+    ],
 )
 def test_a_wrong_file_of_chips_is_refused_in_words(tmp_path, content, says):
     path = tmp_path / "chips.json"
