@@ -1,14 +1,14 @@
 """Plans the same work with MaxText 0.2.5 and with MaxLM, compiled for the same chips, and prints them side by side.
 
-python tools/plan_peer.py [WORK ...] [--python=python3.12] [--folder=DIR] [--whole] [--json=PATH]
+python tools/plan_peer.py [WORK ...] [--python=python3.12] [--folder=DIR] [--json=PATH]
 
 MaxText needs Python 3.12 and newer packages than ours; the tool makes an environment for it in --folder (several GB)
 and runs both sides in it, so that both are compiled by one jax and one libtpu. Where that cannot be had, ours is set
 beside what MaxText was once found to need (`Work.given`), and the page says so.
 
-What is compared: memory a chip; bytes on the wire by kind, as the compiler emits them; how many of those no other work
-hides; and with --whole (ten times the compile time) the compiler's own estimate of cycles, which leaves out kernels
-and collectives on both sides.
+What is compared, of programs that are compiled to the end on both sides: the compiler's own peak of memory a chip,
+which counts on-chip memory too (some 0.1 GiB); bytes on the wire by kind, as the compiler emits them; how many of those
+no other work hides; and its estimate of cycles, which leaves out kernels and collectives.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ VMEM = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 # --- one side, inside the environment --------------------------------------------------------------------------------
 
 
-def ours(work: Work, *, whole: bool) -> dict[str, Any]:
+def ours(work: Work) -> dict[str, Any]:
     """Figures of MaxLM's step."""
     from maxlm.plan.compile import compile_step
     from maxlm.plan.topology import parse_topology
@@ -96,19 +96,18 @@ def ours(work: Work, *, whole: bool) -> dict[str, Any]:
     given.data.sequence_length = work.positions
     given.data.batch_size = given.eval.batch_size = work.rows * topology.devices
     config = resolve(given, devices=topology.devices)
-    step = compile_step(config, topology, whole=whole, cache=None, options=VMEM, log=print)
-    held = sum(int(step.analysis.get(name, 0)) for name in ("argument_size", "output_size", "temp_size"))
-    held -= int(step.analysis.get("alias_size", 0))
-    return figures(step.program, step.mesh, memory=held, buffers=step.buffers, ranges=step.ranges)
+    step = compile_step(config, topology, cache=None, options=VMEM, log=print)
+    if step.refused:
+        raise SystemExit(f"{work.recipe} on {work.topology}: {step.refused}")
+    return figures(step.program, step.mesh, memory=step.analysis["peak_memory"])
 
 
-def peers(work: Work, *, whole: bool) -> dict[str, Any]:
+def peers(work: Work) -> dict[str, Any]:
     """Figures of MaxText's step: its own compile-only program, with the compiled step caught on its way out."""
     import maxtext
     from absl import flags
     from maxtext.trainers.pre_train import train_compile
 
-    del whole  # it has no other way
     caught: list[Any] = []
     compile_it = train_compile.jit_and_compile
 
@@ -137,27 +136,26 @@ def peers(work: Work, *, whole: bool) -> dict[str, Any]:
     flags.FLAGS.mark_as_parsed()
     train_compile.main(["train_compile", str(base), *settings])
     compiled, mesh = caught
-    analysis = compiled.memory_analysis()
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return figures(compiled.as_text(), dict(mesh.shape), memory=held + analysis.temp_size_in_bytes)
+    return figures(compiled.as_text(), dict(mesh.shape), memory=compiled.memory_analysis().peak_memory_in_bytes)
 
 
-def figures(
-    program: str, mesh: Mapping[str, int], *, memory: int, buffers: str = "", ranges: str = ""
-) -> dict[str, Any]:
-    """What is compared, of a compiled step; the same reading for both sides."""
+def figures(program: str, mesh: Mapping[str, int], *, memory: int) -> dict[str, Any]:
+    """What is compared, of a step that was compiled to the end; the same reading for both sides.
+
+    Args:
+      memory: the compiler's peak of a device, in bytes.
+    """
     from importlib.metadata import version
 
     import jax
 
     from maxlm.plan.collectives import by_kind_and_axes, find
     from maxlm.plan.hlo import parse, total_flops
-    from maxlm.plan.memory import read_memory
 
     module = parse(program)
     rows = by_kind_and_axes(find(module, mesh))
     found: dict[str, Any] = {
-        "memory": memory or read_memory(module, buffers, ranges).total,
+        "memory": memory,
         "flops": total_flops(module),
         "cycles": sum(times * instruction.cycles for instruction, _, times in module.scheduled()),
         "wire": sum(row.wire for row in rows),
@@ -195,14 +193,12 @@ def environment(folder: Path, python: str) -> Path:
     return inside
 
 
-def run_side(python: str, side: str, name: str, *, whole: bool, folder: Path) -> dict[str, Any]:
+def run_side(python: str, side: str, name: str, *, folder: Path) -> dict[str, Any]:
     """One side in a process of its own. Raises CalledProcessError, after what it printed, if it fails."""
     out = folder / f"{name}.{side}.json"
     tpu = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     command = [python, str(Path(__file__)), name, f"--side={side}", f"--json={out}"]
-    subprocess.run(
-        [*command, *(["--whole"] if whole else [])], check=True, env={**os.environ, **tpu, "PYTHONPATH": str(ROOT)}
-    )
+    subprocess.run(command, check=True, env={**os.environ, **tpu, "PYTHONPATH": str(ROOT)})
     return json.loads(out.read_text())
 
 
@@ -228,7 +224,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; all")
     parser.add_argument("--python", default="", help="a Python 3.12 to make MaxText's environment from")
     parser.add_argument("--folder", default=FOLDER, help="where the environment is made and figures are kept")
-    parser.add_argument("--whole", action="store_true", help="compile to the end, for the estimate of cycles")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -236,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{', '.join(sorted(unknown))}: no such work; there are {', '.join(WORKS)}")
     if args.side:
         side = {"ours": ours, "peer": peers}[args.side]
-        Path(args.json).write_text(json.dumps(side(WORKS[args.works[0]], whole=args.whole), indent=1))
+        Path(args.json).write_text(json.dumps(side(WORKS[args.works[0]]), indent=1))
         return 0
     folder = Path(args.folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     inside = str(environment(folder, python)) if python else sys.executable
     every = {}
     for name in args.works or WORKS:
-        mine = run_side(inside, "ours", name, whole=args.whole, folder=folder)
+        mine = run_side(inside, "ours", name, folder=folder)
         given = WORKS[name].given
-        theirs = run_side(inside, "peer", name, whole=True, folder=folder) if python else dict(given)
+        theirs = run_side(inside, "peer", name, folder=folder) if python else dict(given)
         every[name] = {"ours": mine, "peer": theirs}
         print(f"\n{name}: {mine['by']} / {theirs.get('by', 'as found')}", *table(mine, theirs), sep="\n", flush=True)
     if args.json:
