@@ -38,7 +38,6 @@ class Collective:
     payload: bytes of the whole array that is gathered, summed or exchanged, in one run.
     times: runs in a step.
     asynchronous: whether other work is issued between its start and its end.
-    hidden_cycles: the compiler's estimate of that work, in one run.
     members: devices of the first group, by their place in the mesh.
     """
 
@@ -50,7 +49,6 @@ class Collective:
     payload: float
     times: float
     asynchronous: bool
-    hidden_cycles: float
     emitter: str
     op_name: str
     members: tuple[int, ...]
@@ -99,7 +97,6 @@ def find(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
                     payload=_payload(inner, asked, holder),
                     times=times,
                     asynchronous=end > place + 1,
-                    hidden_cycles=sum(i.cycles for i in instructions[place + 1 : end] if i.opcode != "while"),
                     emitter=emitter,
                     op_name=inner.op_name or outer.op_name,
                     members=members,
