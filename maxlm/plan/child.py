@@ -1,12 +1,16 @@
-"""The process that compiles: `python -m maxlm.plan.child FOLDER`, started by `maxlm.plan.compile`.
+"""The process that compiles: `python -m maxlm.plan.child FOLDER PARENT`, started by `maxlm.plan.compile`.
 
-Reads FOLDER/request.json; leaves FOLDER/step.hlo, FOLDER/facts.json and XLA's dumps in FOLDER/dump.
+Reads FOLDER/request.json; leaves FOLDER/step.hlo, FOLDER/facts.json and XLA's dumps in FOLDER/dump. It ends with the
+process PARENT, whatever ends that.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -82,6 +86,14 @@ def place_of(device: Any, topology: Topology) -> list[int]:
 
 
 def run(work: Path) -> None:
+def end_with(parent: int) -> None:
+    """Has this process killed when its parent is gone (Linux): a compiler would go on for minutes, and many GiB."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        sys.exit("the process that asked for this is gone")
+
+
     """Compiles what was asked for."""
     settle_cpu_devices()
     request = request_from_json((work / "request.json").read_text())
@@ -108,3 +120,4 @@ def run(work: Path) -> None:
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]))
+    end_with(int(sys.argv[2]))

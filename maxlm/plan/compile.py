@@ -8,6 +8,7 @@ its and JAX's settings in the environment, of the versions, and of the sources t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import dataclasses
 import gzip
@@ -38,8 +39,10 @@ from maxlm.resolve import as_config_dict, resolve
 GIB = 2**30
 LIMIT = 24 * GIB  # of the compiler's memory
 POLL_SECONDS = 0.5
+PART_SECONDS = 3600.0  # nobody writes a plan for so long
 CACHE = "~/.cache/maxlm/plans"
-ROOMS = ("config.py", "compilation.py", "tree.py", "data/batch.py", "model", "kernels", "parallel", "optim", "train")
+FILES = ("config.py", "compilation.py", "tree.py", "jaxpr.py", "data/batch.py", "checkpoint/digest.py")
+ROOMS = (*FILES, "model", "kernels", "parallel", "optim", "train")
 """Sources that decide, with those of `OWN`, what is compiled; how it is read may change without compiling again."""
 OWN = ("plan/compile.py", "plan/child.py", "plan/cuda.py", "plan/topology.py")
 CUDA = ("jax-cuda12-pjrt", "jax-cuda13-pjrt")  # either compiles
@@ -281,7 +284,7 @@ def _run_child(work: Path, request: Request, *, limit: int, seconds: float, log:
     topology = request.topology
     with open(work / "log", "wb") as out:
         child = subprocess.Popen(
-            [sys.executable, "-m", "maxlm.plan.child", str(work)],
+            [sys.executable, "-m", "maxlm.plan.child", str(work), str(os.getpid())],
             env=_environment(work, topology),
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -376,12 +379,17 @@ def _collect(work: Path, peak: int, *, elapsed: float) -> Step:
 
 
 _TEXTS = ("program", "buffers", "ranges")
+_PART = ".part-"
 
 
 def _write(step: Step, place: Path) -> None:
-    """Beside its place, and moved into it, so that it is never half there."""
+    """Beside its place, and moved into it, so that it is never half there; what was once interrupted is removed."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=".part-"))
+    for left in place.parent.glob(f"{_PART}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process may be moving or removing it
+            if time.time() - left.stat().st_mtime > PART_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=_PART))
     for name in _TEXTS:
         (beside / f"{name}.txt.gz").write_bytes(gzip.compress(getattr(step, name).encode(), 5))
     facts = {name: value for name, value in vars(step).items() if name not in (*_TEXTS, "cached")}

@@ -1,9 +1,15 @@
 """From a compiled step to a forecast, and to the pages that say it."""
 
+import ast
 import dataclasses
 import itertools
 import json
+import os
 import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path, PurePath
 
 import pytest
 from rich.console import Console
@@ -20,8 +26,8 @@ from maxlm.config import (
     StoreConfig,
     TrainConfig,
 )
-from maxlm.plan import compile as compiling
 from maxlm.plan import hlo, network, predict
+from maxlm.plan import compile as compiling
 from maxlm.plan.compile import (
     CompileError,
     NotHere,
@@ -269,6 +275,64 @@ def test_what_cannot_be_compiled_here_says_why(name, packages, says, monkeypatch
     else:
         check_installed(config, topology)
         assert "major: 9" in target_config(topology.chip)
+
+
+def test_the_key_covers_every_source_that_the_step_is_made_of():
+    """All that `train/setup.py` imports, and what that imports."""
+    # What these do is done before a step is traced, or is in the key itself: the config, the chip, the options.
+    besides = {"chips.py", "cluster.py", "errors.py", "heartbeat.py", "resolve.py", "rollcall.py", "checks"}
+    root, todo, seen = ROOT / "maxlm", ["maxlm.train.setup"], set()
+    while todo:
+        place = todo.pop().replace(".", "/").removeprefix("maxlm/")
+        found = [path for path in (root / f"{place}.py", root / place / "__init__.py") if path.exists()]
+        for path in set(found) - seen:
+            seen.add(path)
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("maxlm"):
+                    todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                elif isinstance(node, ast.Import):
+                    todo += [alias.name for alias in node.names if alias.name.startswith("maxlm.")]
+    names = {str(path.relative_to(root)) for path in seen if path.parent != root or path.name != "__init__.py"}
+    assert {"model/decoder.py", "jaxpr.py", "checkpoint/digest.py"} <= names
+    rooms = {*compiling.ROOMS, *compiling.OWN, *besides}
+    assert not {name for name in names if rooms.isdisjoint([name, *map(str, PurePath(name).parents)])}
+
+
+def test_what_an_interrupted_write_left_is_swept(tmp_path):
+    for name, age in ((".part-old", 2 * compiling.PART_SECONDS), (".part-now", 0.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "program.txt.gz").touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    compiling._write(fake_step(), tmp_path / "key")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".part-now", "key"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a child is ended with its parent on Linux alone")
+def test_a_compiler_ends_with_the_process_that_asked_for_it(tmp_path):
+    """However that ends: here by a signal that leaves it no time."""
+    request = Request(tiny(data=8), parse_topology("cpu-8"), {}, True)
+    (tmp_path / "request.json").write_text(request.as_json())
+    parent = "import os, subprocess, sys\nchild = subprocess.Popen([*sys.argv[1:], str(os.getpid())], "
+    parent += "start_new_session=True)\nprint(child.pid, flush=True)\nchild.wait()"
+    command = [sys.executable, "-c", parent, sys.executable, "-m", "maxlm.plan.child", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as asking:
+        pid = int(asking.stdout.readline())
+        while asking.poll() is None and not (tmp_path / "facts.json").exists():  # then the step is lowered and compiled
+            time.sleep(0.02)
+        asking.kill()
+    end = time.monotonic() + 60
+    while time.monotonic() < end and _runs(pid):
+        time.sleep(0.05)
+    assert not _runs(pid) and not (tmp_path / "step.hlo").exists()
+
+
+def _runs(pid):
+    """Whether the process is there, and not only its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def test_what_was_compiled_is_read_again_and_found_by_content(tmp_path):
