@@ -68,24 +68,47 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
 
     The config itself is the first, if its mesh has these devices and the slices or nodes can share it out.
     """
-    rows, own = config.data.batch_size, config.parallel
+    own = config.parallel
     if math.prod(own.sizes.values()) == topology.devices and spreads(
         own.sizes, own.across_slices, slices=topology.slices
     ):
         yield config
+    for mesh, counts in _shared_out(config, topology):
+        for accumulation in counts:
+            yield from (one for one in _settled(config, mesh, accumulation, REMATS) if one != config)
+
+
+def leanest(config: Config, topology: Topology) -> Iterator[Config]:
+    """Of the candidates of every mesh those that take least memory: where none of these fits, none does.
+
+    They keep least for the backward pass, and have as many microbatches as there may be, or as few: a single one needs
+    no sums of gradients.
+    """
+    for mesh, counts in _shared_out(config, topology):
+        for accumulation in sorted({counts[0], counts[-1]}):
+            yield from _settled(config, mesh, accumulation, REMATS[-1:])
+
+
+def _shared_out(config: Config, topology: Topology) -> Iterator[tuple[dict[str, int], list[int]]]:
+    """Meshes that the slices or nodes and the batch's rows can share out, with the microbatches that each may have."""
     for mesh in meshes(config, topology.devices):
         if not spreads(mesh, config.parallel.across_slices, slices=topology.slices):
             continue
-        shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
-        if rows % shards or (mesh["context"] > 1 and config.model.moe.capacity_factor):
+        rows, odd = divmod(config.data.batch_size, mesh["data"] * mesh["fsdp"] * mesh["expert"])
+        if odd or (mesh["context"] > 1 and config.model.moe.capacity_factor):
             continue
-        for accumulation in microbatches(rows // shards, mesh["pipeline"]):
-            for parallel in _ways(config, mesh, accumulation):
-                for remat, names in REMATS:
-                    train = {"accumulation": accumulation, "remat": remat, "remat_names": names}
-                    candidate = changed(config, parallel=parallel, train=train)
-                    if candidate != config:
-                        yield candidate
+        if counts := microbatches(rows, mesh["pipeline"]):
+            yield mesh, counts
+
+
+def _settled(
+    config: Config, mesh: dict[str, int], accumulation: int, remats: tuple[tuple[str, tuple[str, ...]], ...]
+) -> Iterator[Config]:
+    """The config with this mesh and so many microbatches, in every way that suits them, with each of the policies."""
+    for parallel in _ways(config, mesh, accumulation):
+        for remat, names in remats:
+            train = {"accumulation": accumulation, "remat": remat, "remat_names": names}
+            yield changed(config, parallel=parallel, train=train)
 
 
 def microbatches(rows: int, stages: int) -> list[int]:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from maxlm.config import Config
 from maxlm.errors import UserError
+from maxlm.parallel.mesh import spreads
 from maxlm.plan.analytic import Estimate, Estimator
-from maxlm.plan.candidates import candidates
+from maxlm.plan.candidates import candidates, leanest
 from maxlm.plan.compile import OutOfTime
 from maxlm.plan.topology import Topology, TopologyError, parse_topology
 from maxlm.resolve import relations, resolve
@@ -29,7 +30,7 @@ LARGER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 307
 
 
 class SearchError(UserError):
-    """Nothing fits, or there is nothing to search."""
+    """Nothing fits, nothing could be compiled, or there is nothing to search."""
 
 
 class Verdict(NamedTuple):
@@ -38,6 +39,13 @@ class Verdict(NamedTuple):
     bytes: float
     seconds: float
     parts: Mapping[str, float]
+
+
+class Slice(NamedTuple):
+    """Hardware that can hold a run. across: the `parallel.across_slices` with which it does."""
+
+    topology: Topology
+    across: str
 
 
 Judge = Callable[[Config, Topology, float], Verdict]  # the last: the seconds that it may take
@@ -100,8 +108,8 @@ def search(
         and ended when nothing is.
 
     Raises:
-      SearchError: nothing fits; the message names the smallest slice of that chip that can hold the run. Or the table
-        does not know the chip's speed or memory.
+      SearchError: nothing fits; the message names the smallest slice of that chip that can hold the run. Or none of
+        what should fit could be compiled, or the table does not know the chip's speed or memory.
     """
     _check_known(topology, config.train.precision)
     begun = clock()
@@ -117,7 +125,7 @@ def search(
     fitting.sort(key=lambda ranked: ranked.estimate.time.total)
     fitting = list(itertools.islice(_accepted(fitting, topology), CONSIDERED))
     if not fitting:
-        raise SearchError(nothing_fits(config, topology, least=least))
+        raise SearchError(nothing_fits(config, topology, least=least, log=log))
     if judge is None:
         return Found(tuple(fitting[:COMPILED]), judged, many, took)
 
@@ -139,10 +147,15 @@ def search(
         longest = max(longest, clock() - before)
         log(f"compiled in {clock() - before:.0f} s: {describe(compiled[-1], topology)}")
     good = sorted((done for done in compiled if _fits(done, topology)), key=lambda done: done.seconds)
-    rest = [ranked for ranked in fitting if ranked.estimate.fits and ranked.config not in [c.config for c in compiled]]
-    best = (good + rest)[:COMPILED] if good else rest[:COMPILED]
+    done = [ranked.config for ranked in compiled]
+    rest = [
+        ranked
+        for ranked in fitting
+        if ranked.estimate.fits and ranked.config not in done and not _too_large(ranked, compiled, topology)
+    ]
+    best = (good + rest)[:COMPILED]
     if not best:
-        raise SearchError(nothing_fits(config, topology, least=least))
+        raise SearchError(_none_left(config, topology, compiled, least=least, log=log))
     return Found(tuple(best), judged, many, took, late)
 
 
@@ -160,10 +173,12 @@ def _check_known(topology: Topology, precision: str) -> None:
         )
 
 
-def judged_candidates(config: Config, topology: Topology) -> Iterator[tuple[Config, Estimate]]:
-    """All candidates with the model's estimate; whether `resolve` accepts them is yet to be seen (`_accepted`)."""
+def judged_candidates(
+    config: Config, topology: Topology, ways: Callable[[Config, Topology], Iterator[Config]] = candidates
+) -> Iterator[tuple[Config, Estimate]]:
+    """Candidates with the model's estimate; whether `resolve` accepts them is yet to be seen (`_accepted`)."""
     estimator = Estimator(config, topology)
-    for candidate in candidates(config, topology):
+    for candidate in ways(config, topology):
         yield candidate, estimator(candidate)
 
 
@@ -190,61 +205,111 @@ def _tells_little(ranked: Ranked, compiled: list[Ranked], topology: Topology) ->
 
     One that turned out too large stands for those alone that by the model take as much.
     """
-    twins = [done for done in compiled if done.config.parallel.sizes == ranked.config.parallel.sizes]
-    large = [done for done in twins if done.verdict is not None and not _fits(done, topology)]
-    same = [done for done in twins if done not in large]
-    return (
-        len(same) >= 2
-        or _policy(ranked) in map(_policy, same)
-        or any(ranked.estimate.memory.total >= done.estimate.memory.total for done in large)
+    same = [done for done in _twins(ranked, compiled) if done.verdict is None or _fits(done, topology)]
+    return len(same) >= 2 or _policy(ranked) in map(_policy, same) or _too_large(ranked, compiled, topology)
+
+
+def _too_large(ranked: Ranked, compiled: list[Ranked], topology: Topology) -> bool:
+    """Whether one of its mesh that by the model takes no more turned out too large."""
+    return any(
+        done.verdict is not None
+        and not _fits(done, topology)
+        and ranked.estimate.memory.total >= done.estimate.memory.total
+        for done in _twins(ranked, compiled)
     )
+
+
+def _twins(ranked: Ranked, compiled: list[Ranked]) -> list[Ranked]:
+    return [done for done in compiled if done.config.parallel.sizes == ranked.config.parallel.sizes]
 
 
 def _policy(ranked: Ranked) -> tuple:
     return ranked.config.train.remat, ranked.config.train.remat_names
 
 
-def nothing_fits(config: Config, topology: Topology, *, least: float) -> str:
+def _none_left(config: Config, topology: Topology, compiled: list[Ranked], *, least: float, log: Log) -> str:
+    """Why nothing is left of what was worth compiling; arguments as of `nothing_fits`."""
+    sizes = [done.bytes for done in compiled if done.verdict is not None]
+    if compiled and not sizes:
+        return (
+            f"{config.name} fits {topology.name} by the model or nearly so, but none of the {len(compiled)} ways that "
+            f"were tried could be compiled ({compiled[0].refused}); --budget_minutes=0 judges by the model alone"
+        )
+    return nothing_fits(config, topology, least=min(sizes, default=least), log=log)
+
+
+def nothing_fits(config: Config, topology: Topology, *, least: float, log: Log) -> str:
     """That nothing does, how near the nearest is, and the smallest slice of that chip that can hold the run.
 
     Args:
-      least: bytes of a device that any way of running it takes; infinite: there is none.
+      least: bytes of a device that any way of running it takes, of those compiled if there are any; infinite: there is
+        none.
     """
     usable, gib = topology.chip.usable_bytes, 2**30
     near = "no mesh divides"
     if least < math.inf:
         near = f"the least that any way of running it takes is {least / gib:.1f} GiB a device"
-    smallest = smallest_slice(config, topology)
-    if smallest is None:
+    found = smallest_slice(config, topology, log=log)
+    if found is None:
         rescue = "no slice that is known can; lower data.sequence_length, or take a chip with more memory"
+    elif found.topology is topology:
+        rescue = f"with parallel.across_slices={found.across} it does, by the model"
     else:
-        rescue = f"the smallest slice that can hold it is {smallest.name} ({smallest.devices} devices)"
+        rescue = f"the smallest slice that can hold it is {found.topology.name} ({found.topology.devices} devices)"
+        if found.across != config.parallel.across_slices:
+            rescue += f", with parallel.across_slices={found.across}"
     return (
         f"{config.name} does not fit {topology.name}: {near}, and a program may use {usable / gib:.1f} GiB of a "
         f"{topology.chip.name}; {rescue}"
     )
 
 
-def smallest_slice(config: Config, topology: Topology) -> Topology | None:
+def smallest_slice(config: Config, topology: Topology, *, log: Log = lambda line: None) -> Slice | None:
     """The smallest slice, or number of nodes, of that chip on which something fits by the model; None: none does.
 
-    One slice of no more devices counts where several were asked for: no mesh has to be shared out over them.
+    One slice of no more devices counts where several were asked for: no mesh has to be shared out over them. The
+    several count too, with another axis across them.
     """
-    for other in slices_of(topology):
-        if (other.devices, -other.slices) > (topology.devices, -topology.slices):
-            judged = judged_candidates(config, other)
-            fitting = (Ranked(candidate, guess) for candidate, guess in judged if guess.fits)
-            if next(_accepted(fitting, other), None) is not None:
-                return other
+    asked = (topology.devices, -topology.slices)
+    larger = (other for other in slices_of(topology) if (other.devices, -other.slices) > asked)
+    for other in itertools.chain([topology] if topology.slices > 1 else [], larger):
+        log(f"does it fit {other.name} ({other.devices} devices)?")
+        if across := _crossing(config, other, own=other is not topology):
+            return Slice(other, across)
     return None
 
 
+def _crossing(config: Config, topology: Topology, *, own: bool) -> str:
+    """The `parallel.across_slices` with which something fits by the model: the config's where it can be; "": none.
+
+    Args:
+      own: whether it can be the config's.
+    """
+    settings = list(dict.fromkeys((config.parallel.across_slices, "data", "pipeline", "any")))
+    freely = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, across_slices="any"))
+    first = len(settings)
+    for candidate, guess in judged_candidates(freely, topology, leanest):
+        if not guess.fits:
+            continue
+        sizes = candidate.parallel.sizes
+        place = next(i for i, across in enumerate(settings) if spreads(sizes, across, slices=topology.slices))
+        if (own or place) and place < first and not relations(candidate, devices=topology.devices):
+            first = place
+            if not first:
+                break
+    return (*settings, "")[first]
+
+
 def slices_of(topology: Topology) -> Iterator[Topology]:
-    """Slices of the chip in order of size; nodes like those of the topology for GPUs."""
+    """Slices of the chip in order of size; of GPUs, parts of a node, then full nodes."""
     chip = topology.chip
-    for count in LARGER:
-        name = f"{chip.name}-{count * chip.named_per_chip}" if chip.torus_dims else f"{chip.name}x{topology.shape[0]}"
-        name += "" if chip.torus_dims or count == 1 else f"x{count}"
+    if chip.torus_dims:
+        names = [f"{chip.name}-{count * chip.named_per_chip}" for count in LARGER]
+    else:
+        node = chip.devices_per_host or topology.shape[0]
+        names = [f"{chip.name}x{count}" for count in (*(few for few in LARGER if few < node), node)]
+        names += [f"{chip.name}x{node}x{count}" for count in LARGER[1:]]
+    for name in names:
         try:
             yield parse_topology(name, {chip.name: chip})
         except TopologyError:
@@ -273,9 +338,14 @@ def why(found: Found, topology: Topology) -> str:
     if len(found.best) < 2:
         return "it is the only one that fits"
     second = found.best[1]
-    gains = {part: second.estimate.time.parts[part] - seconds for part, seconds in first.estimate.time.parts.items()}
-    part, gain = max(gains.items(), key=lambda item: item[1])
+    if first.verdict and not second.verdict:
+        return "it is the only one that was compiled and fits"
+    by, mine, others = "by the model it is", first.estimate.time.parts, second.estimate.time.parts
+    if first.verdict and second.verdict:
+        by, mine, others = "it is", first.verdict.parts, second.verdict.parts
+    gains = {part: others.get(part, 0.0) - mine.get(part, 0.0) for part in [*mine, *others]}
+    part, gain = max(gains.items(), key=lambda item: item[1], default=("", 0.0))
     lead = second.seconds / first.seconds - 1 if first.seconds else 0.0
     if gain <= 0:
-        return f"it is {lead:.1%} faster than the next, which differs from it in nothing that the model sees"
-    return f"it is {lead:.1%} faster than the next ({describe(second, topology)}), which loses {gain:.3f} s on {part}"
+        return f"{by} {lead:.1%} faster than the next, which differs from it in no part of the time"
+    return f"{by} {lead:.1%} faster than the next ({describe(second, topology)}), which loses {gain:.3f} s on {part}"

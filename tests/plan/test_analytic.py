@@ -43,7 +43,7 @@ from maxlm.plan.analytic.memory import facts, memory, state_bytes, state_leaves
 from maxlm.plan.analytic.symbols import values
 from maxlm.plan.analytic.timing import BACKWARD, _attention_flops, axis_spans
 from maxlm.plan.analytic.walk import KINDS
-from maxlm.plan.candidates import candidates, overrides
+from maxlm.plan.candidates import candidates, leanest, overrides
 from maxlm.plan.changes import cheapest, sentences
 from maxlm.plan.compile import OutOfTime
 from maxlm.plan.forecast import Rates, calibrate, forecast
@@ -411,6 +411,18 @@ def test_what_cannot_fit_is_told_the_smallest_slice_that_can(large):
     )
     with pytest.raises(SearchError, match=r"does not fit v5e-4: .* the smallest slice that can hold it is v5e-\d+"):
         search(there, small, None, budget_seconds=0.0)
+
+
+def test_where_none_of_the_leanest_fits_none_of_the_candidates_does(large):
+    """Of every mesh, one of them takes as little as any."""
+    judge, least = Estimator(large, TOPOLOGY), [{}, {}]
+    for place, ways in enumerate((leanest, candidates)):
+        for one in ways(large, TOPOLOGY):
+            mesh, held = tuple(one.parallel.sizes.values()), judge(one).memory.total
+            least[place][mesh] = min(least[place].get(mesh, math.inf), held)
+    assert least[0].keys() == least[1].keys()
+    for mesh, held in least[0].items():
+        assert held == pytest.approx(least[1][mesh], rel=0.01), mesh
 
 
 def test_three_changes_that_fit_are_named_with_their_cost(large):

@@ -19,7 +19,7 @@ from maxlm.plan.analytic.memory import Memory
 from maxlm.plan.analytic.timing import Time, axis_spans
 from maxlm.plan.candidates import candidates, microbatches
 from maxlm.plan.compile import CompileError
-from maxlm.plan.search import SearchError, Verdict, search
+from maxlm.plan.search import Found, Ranked, SearchError, Verdict, search, slices_of, smallest_slice, why
 from maxlm.plan.topology import parse_topology
 from tests.parallel.test_mesh import nodes
 from tests.plan.test_plan import tiny
@@ -98,7 +98,7 @@ def guessed(monkeypatch, topology, *sizes):
         one = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2**place))
         held = Memory({"state": size * usable}, "")
         pairs.append((one, Estimate(held, Time({"products": 1.0 + place}), usable * (1 - size), 1.0)))
-    monkeypatch.setattr(search_module, "judged_candidates", lambda config, there: iter(pairs))
+    monkeypatch.setattr(search_module, "judged_candidates", lambda config, there, ways=None: iter(pairs))
     return config, [one for one, _ in pairs]
 
 
@@ -147,14 +147,117 @@ def test_a_candidate_that_resolve_refuses_does_not_end_the_search(monkeypatch):
 
 
 def test_where_several_slices_cannot_one_of_as_many_devices_may(monkeypatch):
-    def judged(config, there):
+    def judged(config, there, ways=None):
         yield config, Estimate(Memory({"state": 1.0}, ""), Time({}), 1.0 if there.slices == 1 else -1.0, 1.0)
 
     monkeypatch.setattr(search_module, "judged_candidates", judged)
     monkeypatch.setattr(search_module, "relations", lambda config, devices: [])
     config = tiny(data=8)
-    assert search_module.smallest_slice(config, parse_topology("2*v5e-4")).name == "v5e-8"
-    assert search_module.smallest_slice(config, parse_topology("v5e-8")).name == "v5e-16"
+    assert smallest_slice(config, parse_topology("2*v5e-4")).topology.name == "v5e-8"
+    assert smallest_slice(config, parse_topology("v5e-8")).topology.name == "v5e-16"
+
+
+def of_size(monkeypatch, gib):
+    """The model judges a state of so many GiB, which every axis but `data` and `context` cuts, and nothing else."""
+    judged = []
+
+    class Judged:
+        def __init__(self, config, topology):
+            self.usable = topology.chip.usable_bytes
+
+        def __call__(self, one):
+            judged.append(one)
+            sizes = one.parallel.sizes
+            held = gib * 2**30 / (sizes["fsdp"] * sizes["tensor"] * sizes["pipeline"] * sizes["expert"])
+            return Estimate(Memory({"state": held}, ""), Time({"products": 1.0}), self.usable - held, 1.0)
+
+    monkeypatch.setattr(search_module, "Estimator", Judged)
+    return judged
+
+
+@pytest.mark.parametrize(
+    ("gib", "layers", "asked", "expected", "across"),
+    [
+        (140, 2, "h100x1", "h100x2", "data"),  # of 75.7 GiB
+        (590, 2, "h100x1", "h100x8", "data"),
+        (590, 2, "h100x4x2", "h100x4x2", "pipeline"),  # as many devices as of one node
+        (900, 2, "h100x1", "h100x8x2", "pipeline"),  # replicas make the state of none smaller
+        (900, 2, "h100x8x2", "h100x8x2", "pipeline"),
+        (900, 3, "h100x8", "h100x8x2", "any"),  # three layers are no stages for two nodes
+    ],
+)
+def test_nodes_are_filled_before_there_are_more_and_other_axes_may_cross_them(
+    gib, layers, asked, expected, across, monkeypatch
+):
+    of_size(monkeypatch, gib)
+    config, topology = tiny(data=8, batch=64), parse_topology(asked)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers))
+    asked_of = []
+    found = smallest_slice(config, topology, log=asked_of.append)
+    assert (found.topology.name, found.across) == (expected, across)
+    assert asked_of[-1] == f"does it fit {expected} ({found.topology.devices} devices)?"
+    with pytest.raises(SearchError, match=f"parallel.across_slices={across}" if across != "data" else expected) as said:
+        search(config, topology, None, budget_seconds=0.0)
+    assert (f"the smallest slice that can hold it is {expected} (" in str(said.value)) == (asked != expected)
+
+
+def test_what_no_hardware_holds_is_judged_by_the_leanest_of_each_mesh(monkeypatch):
+    judged, config = of_size(monkeypatch, 1e9), tiny(data=8, batch=64)
+    assert smallest_slice(config, parse_topology("h100x4")) is None
+    assert {one.train.remat for one in judged} == {"full"}
+    per_mesh = {
+        (tuple(one.parallel.sizes.values()), one.parallel.pipeline_schedule, one.parallel.context_method): 0
+        for one in judged
+    }
+    assert len(judged) <= 2 * len(per_mesh)
+    names = [topology.name for topology in slices_of(parse_topology("h100x4"))]
+    assert names[:6] == ["h100x1", "h100x2", "h100x4", "h100x8", "h100x8x2", "h100x8x4"]
+    assert names[-1] == "h100x8x8192"
+
+
+def test_what_is_known_to_be_too_large_does_not_win(monkeypatch):
+    """It was not compiled, since a twin that takes less by the model was too large."""
+    topology = parse_topology("v5e-8")
+    config, _ = guessed(monkeypatch, topology, 0.95, 0.97)
+    usable = topology.chip.usable_bytes
+    with pytest.raises(SearchError, match=f"any way of running it takes is {1.1 * usable / 2**30:.1f} GiB"):
+        search(config, topology, lambda *_: Verdict(1.1 * usable, 2.0, {}), budget_seconds=60.0)
+
+
+def test_what_could_not_be_compiled_is_not_said_to_be_too_large(monkeypatch):
+    topology = parse_topology("v5e-8")
+    config, _ = guessed(monkeypatch, topology, 0.9)
+
+    def judge(*_):
+        raise CompileError("the compiler needs more than 24 GiB")
+
+    with pytest.raises(SearchError, match=r"none of .* could be compiled \(the compiler needs more .*\)") as said:
+        search(config, topology, judge, budget_seconds=60.0)
+    assert "does not fit" not in str(said.value)
+
+
+def ranked(seconds, compiled):
+    """By the model, and by the compiler; None: not compiled."""
+    verdict = Verdict(1.0, sum(compiled.values()), compiled) if compiled else None
+    return Ranked(tiny(data=8), Estimate(Memory({"state": 1.0}, ""), Time(seconds), 1.0, 1.0), verdict)
+
+
+def test_the_winner_is_compared_by_figures_of_one_kind():
+    topology = parse_topology("v5e-8")
+
+    def said(*best):
+        return why(Found(best, 2, 2, 0.0), topology)
+
+    first = ranked({"products": 3.0, "memory": 1.0}, {"kernels": 1.0, "waiting for data": 1.0})
+    second = ranked({"products": 1.0, "memory": 1.0}, {"kernels": 1.0, "waiting for fsdp": 1.5})
+    assert said(first, second).startswith("it is 25.0% faster than the next (")
+    assert said(first, second).endswith("which loses 1.500 s on waiting for fsdp")
+    guess = ranked({"products": 2.0, "memory": 3.0}, None)
+    assert said(first, guess) == "it is the only one that was compiled and fits"
+    other = ranked({"products": 4.0, "memory": 2.0}, None)
+    assert said(guess, other).startswith("by the model it is 20.0% faster than the next (")
+    assert said(guess, other).endswith("which loses 2.000 s on products")
+    assert said(first) == "it is the only one that fits"
 
 
 @pytest.mark.parametrize("given", ["--json", "--html"])
