@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from maxlm.chips import CHIPS, load_chips
-from maxlm.config import Config
+from maxlm.config import MESH_AXES, Config
 from maxlm.errors import UserError
 from maxlm.files import check_asked, write_asked
 from maxlm.parallel.mesh import check_spreads
 from maxlm.plan import searching
 from maxlm.plan.topology import Topology, parse_topology
-from maxlm.resolve import resolve
+from maxlm.resolve import ConfigError, resolve
 
 Log = Callable[[str], None]
 OF_ONE_PLAN = ("html", "price", "memory_only", "mtbf", "stall_seconds", "write_seconds")
@@ -55,10 +57,13 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
     """Compiles the step and prints the page; returns the exit code: 1 where the step does not fit."""
     _check_search(values)
     check_asked(values.json, values.html, values.winner if values.search else None)
-    config, topology = planned(values)
-    if not values.search:
-        check_spreads(config.parallel, devices=topology.devices, slices=topology.slices)
     options = _options(values.options)
+    if values.search:
+        topology = _topology(values)
+        config = _for_any_mesh(values.config, topology, log=log)
+    else:
+        config, topology = planned(values)
+        check_spreads(config.parallel, devices=topology.devices, slices=topology.slices)
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
     if values.search:
         return searching.run_search(values, config, topology, options=options, log=log)
@@ -131,8 +136,30 @@ def planned(values: flags.FlagValues) -> tuple[Config, Topology]:
     Raises:
       UserError: one of them is not known, or they do not go together.
     """
-    topology = parse_topology(values.topology, load_chips(values.chips) if values.chips else CHIPS)
+    topology = _topology(values)
     return resolve(values.config, devices=topology.devices), topology
+
+
+def _topology(values: flags.FlagValues) -> Topology:
+    return parse_topology(values.topology, load_chips(values.chips) if values.chips else CHIPS)
+
+
+def _for_any_mesh(given: ConfigDict, topology: Topology, *, log: Log) -> Config:
+    """The run that a search is about. Its mesh, which is what is looked for, may be for other hardware.
+
+    Raises:
+      ConfigError: naming the problems that another mesh does not mend.
+    """
+    try:
+        return resolve(given, devices=topology.devices)
+    except ConfigError as error:
+        raw, one = given.to_dict(), dict.fromkeys((*MESH_AXES, "virtual_stages"), 1)
+        if not isinstance(raw.get("parallel"), Mapping):
+            raise
+        config = resolve(raw | {"parallel": raw["parallel"] | one})
+        log(f"the config's own mesh is no candidate: {'; '.join(error.problems)}")
+    own = {name: size for name, size in raw["parallel"].items() if name in one}
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **own))
 
 
 def _check_search(values: flags.FlagValues) -> None:

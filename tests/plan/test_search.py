@@ -306,6 +306,23 @@ def told(args, tmp_path):
     return cli.main(["plan", f"--config={file}", *args])
 
 
+def test_a_mesh_for_other_hardware_is_no_candidate_and_refuses_no_search(tmp_path, monkeypatch, capsys):
+    of_size(monkeypatch, 1)
+    file, winner = tmp_path / "config.py", tmp_path / "winner.flags"
+    file.write_text(source(tiny(devices=256, batch=256, data=4, fsdp=32, tensor=2)))
+    args = [f"--config={file}", "--config.data.batch_size=64"]  # which the mesh of 256 could not share out, either
+    asked = ["--topology=v5e-16", "--search", "--budget_minutes=0", f"--winner={winner}"]
+    assert cli.main(["plan", *args, *asked]) == 0
+    out = capsys.readouterr().out
+    assert "own mesh is no candidate: " in out and "has 256 devices, but there are 16" in out
+    assert cli.main(["check", *args, "--devices=16"]) == 1
+    assert cli.main(["check", *args, "--devices=16", *winner.read_text().split()]) == 0
+    capsys.readouterr()
+    assert cli.main(["plan", *args, *asked, "--config.model.moe.dense_layers=1"]) == 1
+    said = capsys.readouterr().err
+    assert "model.moe.dense_layers is 1" in said and "devices" not in said
+
+
 @pytest.mark.parametrize("given", ["--winner=x.flags", "--budget_minutes=3"])
 def test_a_flag_of_a_search_is_refused_without_one(given, tmp_path, capsys):
     assert told(["--topology=v5e-8", given], tmp_path) == 1
