@@ -84,7 +84,7 @@ def list_source(spec: str, field: str) -> Listing:
     paths = _stdlib_files() if word == "stdlib" else _matches(word, rest)
     if not paths:
         raise SourceError(f"the source {spec!r} matches no files (looked from {os.getcwd()})")
-    stats = [(path, os.stat(path)) for path in paths]
+    stats = [(path, _stat(path)) for path in paths]
     sized = [(path, stat.st_size) for path, stat in stats]
     unit_bytes = _unit_bytes(sum(size for _, size in sized))
     if word == "parquet":
@@ -150,7 +150,7 @@ def _stdlib_files() -> list[str]:
     return [
         path
         for path in _walk(sysconfig.get_path("stdlib"), leave_out=("site-packages", "dist-packages"))
-        if path.endswith(".py")
+        if path.endswith(".py") and os.path.isfile(path)  # distributions link to files that other packages bring
     ]
 
 
@@ -160,13 +160,15 @@ def _matches(word: str, pattern: str) -> list[str]:
         path = os.path.abspath(match)
         if os.path.isdir(path):
             found.update(file for file in _walk(path) if file.endswith(ENDINGS[word]))
-        elif os.path.isfile(path):
+        elif _is_text(path):
             found.add(path)
     return sorted(found)
 
 
 def _walk(folder: str, leave_out: tuple[str, ...] = ()) -> list[str]:
     """Every file below a folder, sorted, without hidden files and folders; links to folders are followed.
+
+    Links that lead nowhere are among them.
 
     A folder that is there under several names is taken once, so that links may lead in a circle.
 
@@ -182,21 +184,31 @@ def _walk(folder: str, leave_out: tuple[str, ...] = ()) -> list[str]:
                 seen.add(identity)
                 folders.append(name)
         paths = (os.path.join(parent, name) for name in files if not name.startswith("."))
-        found += [path for path in paths if os.path.isfile(path)]
+        found += [path for path in paths if _is_text(path)]
     return sorted(found)
+
+
+def _is_text(path: str) -> bool:
+    """Whether a file, or what was one, is there: sockets and devices are none, of a broken link reading will tell."""
+    return os.path.isfile(path) or not os.path.exists(path)
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        _unreadable(error)
 
 
 def _identity(folder: str) -> tuple[int, int]:
     """The same under all names that a folder has."""
-    try:
-        status = os.stat(folder)
-    except OSError as error:
-        _unreadable(error)
+    status = _stat(folder)
     return status.st_dev, status.st_ino
 
 
 def _unreadable(error: OSError) -> NoReturn:
-    raise SourceError(f"the folder {error.filename} cannot be read: {error.strerror}") from None
+    link = f" (a link to {os.readlink(error.filename)})" if os.path.islink(error.filename) else ""
+    raise SourceError(f"{error.filename}{link} cannot be read: {error.strerror}") from None
 
 
 # Whole files: each is one document.
@@ -373,7 +385,8 @@ def _list_tfds(spec: str, name: str, field: str) -> Listing:
         )
         for start in range(0, records, step)
     ]
-    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in _walk(folder)]
+    stats = [(path, _stat(path)) for path in _walk(folder)]
+    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return _listing(spec, f"{field} of {split}", units, files)
 
 

@@ -245,8 +245,21 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(SourceError, match=r"the folder .*data/closed cannot be read: Permission denied"):
+    with pytest.raises(SourceError, match=r"data/closed cannot be read: Permission denied"):
         list_source(f"text:{tmp_path}/data", "text")
+
+
+@pytest.mark.parametrize("spec", ["text:{}", "text:{}/*.txt", "text:{}/gone.txt"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, spec):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "one.txt").write_text("one")
+    (tmp_path / "data" / "gone.txt").symlink_to("../moved/two.txt")
+    with pytest.raises(SourceError, match=r"data/gone.txt \(a link to ../moved/two.txt\) cannot be read: No such file"):
+        list_source(spec.format(tmp_path / "data"), "text")
+    # One that the source would not have read is nothing to it, nor is what holds no text.
+    (tmp_path / "data" / "two.jsonl").write_text('{"text": "two"}\n')
+    os.mkfifo(tmp_path / "data" / "three.jsonl")
+    assert list_source(f"jsonl:{tmp_path}/data", "text").files == 1
 
 
 def test_an_empty_folder_matches_nothing(tmp_path):
