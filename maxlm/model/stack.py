@@ -63,7 +63,9 @@ def run_stack(
     graphdef, state = nnx.split(stacked)
     params = nnx.to_pure_dict(state)
     count = jax.tree.leaves(params)[0].shape[0]
-    cycle = make_cycle(graphdef, sight=sight, windows=windows, runtime=runtime)
+    make = functools.partial(
+        make_cycle, graphdef, sight=sight, windows=windows, runtime=runtime, in_turn=len(windows) > 1
+    )
 
     cycles, rest = divmod(count, len(windows))
     scanned, outs, kept = cycles * len(windows), [], []
@@ -71,34 +73,52 @@ def run_stack(
         folded = params
         if len(windows) > 1:
             folded = jax.tree.map(lambda p: p[:scanned].reshape(cycles, len(windows), *p.shape[1:]), params)
-        x, (rms, memories, aux) = jax.lax.scan(cycle, x, (folded, jax.tree.map(lambda m: m[:cycles], memory)))
+        x, (rms, memories, aux) = jax.lax.scan(make(), x, (folded, jax.tree.map(lambda m: m[:cycles], memory)))
         outs.append(jax.tree.map(lambda y: y.reshape(scanned, *y.shape[2:]), (rms, aux)))
         kept.append(memories)
     if rest:
         last = jax.tree.map(lambda m: m[cycles], memory[:rest]) if memory else None
-        x, (rms, memories, aux) = cycle(x, (jax.tree.map(lambda p: p[scanned:], params), last))
+        x, (rms, memories, aux) = make(scanned=False)(x, (jax.tree.map(lambda p: p[scanned:], params), last))
         outs.append((rms, aux))
         kept.append(jax.tree.map(lambda m: m[None], memories))
     rms, aux = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
     return Carried(x, rms, _memories(kept) if memory else None, aux)
 
 
-def make_cycle(graphdef: Any, *, sight: Sight, windows: tuple[int, ...], runtime: Runtime) -> CycleFn:
+def make_cycle(
+    graphdef: Any,
+    *,
+    sight: Sight,
+    windows: tuple[int, ...],
+    runtime: Runtime,
+    scanned: bool = True,
+    in_turn: bool = False,
+) -> CycleFn:
     """The layers of one cycle of windows as a function of the stream and of (parameters, memories).
 
     Parameters have one entry a layer in front, unless the cycle is of one layer; given fewer than there are windows, it
     runs the first of them. Memories are one a layer, or None. The second result is (rms, memories, aux), where rms and
     aux have one entry a layer in front.
+
+    Args:
+      scanned: whether it is run by a scan; else what is recomputed is kept apart from the forward pass.
+      in_turn: whether a layer's backward pass is over, the gradients of its parameters included, before that of the
+        layer below begins. Otherwise XLA is free to leave those gradients to the end of the cycle, and on TPUs it does:
+        what they are made of is then held for all layers of the cycle at once.
     """
 
     def run(x: jax.Array, layer: Any, *, index: int) -> tuple[jax.Array, Any]:
         params, memory = layer
         # A layer is cut out of its cycle here, under `rematerialised`, which then keeps no copy of its parameters.
         own = jax.tree.map(lambda p: p[index], params) if len(windows) > 1 else params
+        if in_turn:
+            x, own = _gradients_together(x, own)
         out = nnx.merge(graphdef, own)(x, sight=sight, window=windows[index], runtime=runtime, memory=memory)
         return out.out, (_rms(out.out), out.memory, out.aux)
 
-    blocks = [rematerialised(functools.partial(run, index=i), runtime) for i in range(len(windows))]
+    blocks = [
+        rematerialised(functools.partial(run, index=i), runtime, prevent_cse=not scanned) for i in range(len(windows))
+    ]
 
     def cycle(x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
         params, memories = layers
@@ -112,6 +132,23 @@ def make_cycle(graphdef: Any, *, sight: Sight, windows: tuple[int, ...], runtime
         return x, (rms, tuple(kept) if memories else None, aux)
 
     return cycle
+
+
+@jax.custom_vjp
+def _gradients_together(x: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+    """The same two, of whose gradients none goes on before all are there."""
+    return x, params
+
+
+def _together_forward(x: jax.Array, params: Any) -> tuple[tuple[jax.Array, Any], None]:
+    return (x, params), None
+
+
+def _together_backward(_: None, gradients: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    return jax.lax.optimization_barrier(gradients)
+
+
+_gradients_together.defvjp(_together_forward, _together_backward)
 
 
 def _memories(parts: list[tuple[KeyValues, ...]]) -> tuple[KeyValues, ...]:

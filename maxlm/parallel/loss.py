@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
@@ -24,6 +25,7 @@ _LOGICAL: dict[str, tuple[str | None, ...]] = {
     "hidden": ("batch", "seq", None),
     "head": ("embed", "vocab"),
 }
+PIECE = 2**28  # bytes of the head's gradient that are added up over `fsdp` at a time
 _POSITIONS = RULES["batch"] + RULES["seq"]
 
 
@@ -51,9 +53,12 @@ def _dtype(kind: str, x: jax.Array, hidden: jax.Array) -> Any:
 
 
 def _head_gradient(x: jax.Array) -> jax.Array:
+    """(D, V) of a device's positions -> its part of the sum. In pieces, of which one at a time is there twice."""
     (embed,) = RULES["embed"]
-    own = lax.psum_scatter(x, embed, scatter_dimension=0, tiled=True)
-    return lax.psum(own, tuple(axis for axis in _POSITIONS if axis != embed))
+    count = -(-x.size * x.dtype.itemsize // PIECE)
+    cuts = [i * x.shape[1] // count for i in range(1, count)]
+    own = [lax.psum_scatter(part, embed, scatter_dimension=0, tiled=True) for part in jnp.split(x, cuts, axis=1)]
+    return lax.psum(jnp.concatenate(own, axis=1), tuple(axis for axis in _POSITIONS if axis != embed))
 
 
 _TOGETHER: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm import tree
 from maxlm.config import MoeConfig
+from maxlm.jaxpr import subprograms
 from maxlm.model.attention import GroupedQueryAttention, Sight
 from maxlm.model.decoder import Block, Decoder, init_cache, init_params, merge, split_model
 from maxlm.model.loss import chunked_cross_entropy
@@ -114,6 +115,35 @@ def test_layer_count_need_not_divide_by_the_cycle(tiny):
     tokens = tiny.tokens(2, 11)
     expected = tiny.hidden(other, tokens).hidden_BSD
     np.testing.assert_allclose(tiny.hidden(cycled.model, tokens).hidden_BSD, expected, **CLOSE)
+
+
+def _barriers(program, stream):
+    """The numbers of operands of all barriers that an array of the stream's shape is among."""
+    for equation in program.eqns:
+        if equation.primitive.name == "optimization_barrier":
+            shapes = [var.aval.shape for var in equation.invars]
+            if stream in shapes:
+                yield len(shapes)
+        for inner in subprograms(equation.params):
+            yield from _barriers(inner, stream)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_layers_of_a_cycle_are_done_with_their_gradients_one_after_the_other(tiny, remat):
+    """The gradient of the stream goes on with all those of the layer's parameters; two layers are left over."""
+    built = tiny.build(tiny.config(num_layers=8, attention={"windows": (3, 0, 2)}))
+    tokens = tiny.tokens(2, 9)
+
+    def total(params, windows=None):
+        return jnp.sum(tiny.hidden(merge(built.graphdef, params), tokens, runtime=Runtime(remat=remat)).hidden_BSD)
+
+    found = list(_barriers(jax.make_jaxpr(jax.grad(total))(built.params).jaxpr, (2, 9, 24)))
+    leaves = len(jax.tree.leaves(built.params["layers"]))
+    assert found.count(1 + leaves) == 3 + 2
+
+    one = tiny.build(tiny.config(num_layers=8))  # a scan over single layers needs none
+    program = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(tiny.hidden(merge(one.graphdef, p), tokens).hidden_BSD)))
+    assert 1 + leaves not in list(_barriers(program(one.params).jaxpr, (2, 9, 24)))
 
 
 class Counted(nnx.Module):

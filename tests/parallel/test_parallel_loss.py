@@ -1,12 +1,14 @@
 """The loss over a mesh is that of one device: sums, gradients and the loss of every token, softly capped or not."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import maxlm.parallel.loss
 from maxlm.config import ParallelConfig
 from maxlm.kernels.cross_entropy import alone
 from maxlm.model.loss import chunked_cross_entropy, token_nll
@@ -47,6 +49,18 @@ def test_over_a_mesh_nothing_changes(sizes):
     expected = everything(alone)(*operands())
     for got, want in zip(jax.tree.leaves(run(*operands())), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-5)  # float32 sums in another order
+
+
+def test_a_large_gradient_of_the_head_crosses_the_mesh_in_pieces(monkeypatch):
+    """768 bytes in five pieces of 4 and 5 columns, so that no second copy of the whole is ever there."""
+    monkeypatch.setattr(maxlm.parallel.loss, "PIECE", 160)
+    run = everything(sharded_loss(make_mesh(ParallelConfig(data=2, fsdp=4)))).lower(*operands()).compile()
+    for got, want in zip(
+        jax.tree.leaves(run(*operands())), jax.tree.leaves(everything(alone)(*operands())), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-5)
+    sent = re.findall(rf"f32\[{DIM // 4},(\d+)\]\S* reduce-scatter", run.as_text())
+    assert sorted(map(int, sent)) == [4, 5, 5, 5, 5]
 
 
 def test_the_gradient_of_the_head_crosses_the_mesh_once_and_in_no_loop():

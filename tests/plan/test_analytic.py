@@ -34,13 +34,14 @@ from maxlm.config import (
     TrainConfig,
 )
 from maxlm.configfile import source
+from maxlm.jaxpr import subprograms
 from maxlm.model.flops import ledger
 from maxlm.parallel.mesh import make_mesh
 from maxlm.plan import forecast as forecasting
 from maxlm.plan import searching, shortage
 from maxlm.plan.analytic import Estimator, timing
 from maxlm.plan.analytic.memory import facts, memory, state_bytes, state_leaves
-from maxlm.plan.analytic.symbols import values
+from maxlm.plan.analytic.symbols import COLUMNS, values
 from maxlm.plan.analytic.timing import BACKWARD, _attention_flops, axis_spans
 from maxlm.plan.analytic.walk import KINDS
 from maxlm.plan.candidates import candidates, leanest, overrides
@@ -50,7 +51,7 @@ from maxlm.plan.forecast import Rates, calibrate, forecast
 from maxlm.plan.search import SearchError, Verdict, search, why
 from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
-from maxlm.train.setup import make_setup
+from maxlm.train.setup import abstract_batch, make_setup
 
 ROWS, LENGTH = 16, 256
 
@@ -88,6 +89,28 @@ def done(resolved):
     """Amounts of work by kind, on a device."""
     anatomy = facts(resolved).anatomy
     return dict(zip(KINDS, anatomy.kinds @ anatomy.amounts(values(resolved)), strict=True))
+
+
+def _exchanged(program):
+    """The rows of every array that an all-to-all of (rows, D) exchanges."""
+    for equation in program.eqns:
+        if equation.primitive.name == "all_to_all" and equation.invars[0].aval.shape[1:] == (128,):
+            yield equation.invars[0].aval.shape[0]
+        for inner in subprograms(equation.params):
+            yield from _exchanged(inner)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.5, 8.0])
+def test_a_device_keeps_the_rows_for_its_experts_that_the_model_says(factor):
+    plain = config(mesh={"fsdp": 2, "expert": 4}, experts=8)
+    moe = dataclasses.replace(plain.model.moe, capacity_factor=factor)
+    resolved = dataclasses.replace(plain, model=dataclasses.replace(plain.model, moe=moe))
+    setup = make_setup(resolved, make_mesh(resolved.parallel))
+    batch = abstract_batch(setup.mesh, ROWS, LENGTH)
+    (rows,) = set(_exchanged(jax.make_jaxpr(setup.train_step)(setup.abstract_state(), batch, setup.rates()).jaxpr))
+    named = dict(zip(COLUMNS, values(resolved), strict=True))
+    entries = named["rows"] * named["chunks"] * named["chunk"] * moe.active
+    assert rows == pytest.approx(entries * named["regions"])
 
 
 @pytest.mark.parametrize("experts", [0, 8])

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.config import Config, ModelConfig
+from maxlm.model.moe import capacity
 from maxlm.resolve import leaves
 
 SYMBOLS = (
@@ -30,6 +31,8 @@ SYMBOLS = (
     "vocab",
     "experts",  # of a group
     "places",  # that are learned
+    "query_latent",
+    "kv_latent",
 )
 """What is a prime in a trace."""
 
@@ -105,7 +108,7 @@ def proxy(config: Config) -> Proxy:
 
 
 def _model(model: ModelConfig, primes: Mapping[str, int]) -> ModelConfig:
-    attention, moe = model.attention, model.moe
+    attention, moe, latent = model.attention, model.moe, model.attention.latent
     cycle = len(attention.windows)
     rest = (model.num_layers - moe.dense_layers) % cycle
     return dataclasses.replace(
@@ -117,6 +120,11 @@ def _model(model: ModelConfig, primes: Mapping[str, int]) -> ModelConfig:
             attention,
             kv_heads=primes["kv_heads"],
             q_heads=primes["kv_heads"] * (attention.q_heads // attention.kv_heads),
+            latent=dataclasses.replace(
+                latent,
+                query_dim=primes["query_latent"] if latent.query_dim else 0,
+                kv_dim=primes["kv_latent"] if latent.kv_dim else 0,
+            ),
         ),
         mlp=dataclasses.replace(model.mlp, dim=primes["mlp"]),
         moe=dataclasses.replace(
@@ -153,7 +161,10 @@ def values(config: Config) -> np.ndarray:
     chunks = -(-rows // batch_shards * length // config.train.loss_chunk)
     scanned = (model.num_layers - moe.dense_layers) // len(model.attention.windows)
     stream = tensor if length % tensor == 0 and parallel.pipeline == 1 else 1
-    experts = moe.experts // parallel.expert if moe.experts else 1
+    held = moe.experts // parallel.expert if moe.experts else 1
+    sent = float(min(moe.active, held))  # of a token to one device, at most
+    if moe.capacity_factor:
+        sent = min(sent, held * capacity(moe, config.data.sequence_length) / config.data.sequence_length)
     found = {
         "rows": rows / batch_shards,
         "chunks": chunks,
@@ -167,13 +178,15 @@ def values(config: Config) -> np.ndarray:
         "vocab": model.vocab_size / tensor,
         "experts": moe.experts // moe.groups,
         "places": model.learned_positions,
+        "query_latent": model.attention.latent.query_dim,
+        "kv_latent": model.attention.latent.kv_dim,
         "cut_embed": 1 / parallel.fsdp,
         "cut_stream": 1 / stream,
         "cut_experts": 1 / parallel.expert,
         "gathers_weights": float(parallel.fsdp > 1),
         "gathers_stream": float(stream > 1),
         "micros": accumulation,
-        "regions": parallel.expert * min(moe.active, experts) / moe.active if parallel.expert > 1 else 1.0,
+        "regions": parallel.expert * sent / moe.active if parallel.expert > 1 else 1.0,
     }
     return np.array([found[name] for name in COLUMNS])
 

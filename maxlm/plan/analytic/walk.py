@@ -114,7 +114,8 @@ class Walker:
 
     def is_weight(self, size: Size) -> bool:
         """Whether it is a parameter, or a gradient of one, that `fsdp` spreads."""
-        return size.has("embed") and not self.of_tokens(size)
+        spread = any(size.has(name) for name in ("embed", "query_latent", "kv_latent"))
+        return spread and not self.of_tokens(size)
 
     def is_stream(self, shape: tuple[int, ...]) -> bool:
         """Whether it is (..., S, D)."""
