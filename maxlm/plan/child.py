@@ -85,7 +85,6 @@ def place_of(device: Any, topology: Topology) -> list[int]:
     return [device.id // topology.devices_per_slice]
 
 
-def run(work: Path) -> None:
 def end_with(parent: int) -> None:
     """Has this process killed when its parent is gone (Linux): a compiler would go on for minutes, and many GiB."""
     if sys.platform == "linux":
@@ -94,6 +93,7 @@ def end_with(parent: int) -> None:
         sys.exit("the process that asked for this is gone")
 
 
+def run(work: Path) -> None:
     """Compiles what was asked for."""
     settle_cpu_devices()
     request = request_from_json((work / "request.json").read_text())
@@ -119,5 +119,5 @@ def end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
     end_with(int(sys.argv[2]))
+    run(Path(sys.argv[1]))
