@@ -26,6 +26,7 @@ from maxlm.config import MESH_AXES, ParallelConfig
 from maxlm.parallel.mesh import arrange, make_mesh
 from maxlm.plan.compile import request_from_json
 from maxlm.plan.topology import Topology
+from maxlm.train.outlook import heaviest
 from maxlm.train.setup import make_setup
 
 ANALYSIS = ("argument_size", "output_size", "alias_size", "temp_size", "generated_code_size", "peak_memory")
@@ -94,7 +95,7 @@ def end_with(parent: int) -> None:
 
 
 def run(work: Path) -> None:
-    """Compiles what was asked for."""
+    """Compiles what was asked for: of a run with phases the heaviest step."""
     settle_cpu_devices()
     request = request_from_json((work / "request.json").read_text())
     config = request.config
@@ -108,7 +109,7 @@ def run(work: Path) -> None:
     (work / "facts.json").write_text(json.dumps(facts))  # the parent may end this process before the compiler ends
     begun = time.monotonic()
     with jax.set_mesh(mesh):  # kernels read from it which chip they are for
-        lowered = setup.lower(config.data.batch_size, config.data.sequence_length)
+        lowered = setup.lower(*heaviest(config).shape)
     traced = time.monotonic()
     compiled = lowered.compile(dict(request.options) or None)
     analysis: Any = compiled.memory_analysis()

@@ -16,6 +16,7 @@ from maxlm.errors import UserError
 from maxlm.files import check_asked, write_asked
 from maxlm.parallel.mesh import check_spreads
 from maxlm.plan import searching
+from maxlm.plan.plan import phase_planned
 from maxlm.plan.topology import Topology, parse_topology
 from maxlm.resolve import ConfigError, resolve
 
@@ -24,6 +25,8 @@ OF_ONE_PLAN = ("html", "price", "memory_only", "mtbf", "stall_seconds", "write_s
 """Flags that say something of one plan, and nothing of a search."""
 OF_A_SEARCH = ("winner", "budget_minutes")
 """And the other way round."""
+OF_FAILURES = ("stall_seconds", "write_seconds")
+"""And what says something to `--mtbf` alone."""
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -55,7 +58,7 @@ def define_hardware(values: flags.FlagValues) -> None:
 
 def plan(values: flags.FlagValues, *, log: Log) -> int:
     """Compiles the step and prints the page; returns the exit code: 1 where the step does not fit."""
-    _check_search(values)
+    _check_flags(values)
     check_asked(values.json, values.html, values.winner if values.search else None)
     options = _options(values.options)
     if values.search:
@@ -66,6 +69,8 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
         check_spreads(config.parallel, devices=topology.devices, slices=topology.slices)
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with something else
     if values.search:
+        if phase := phase_planned(config):
+            log(f"judged are {phase}")
         return searching.run_search(values, config, topology, options=options, log=log)
     from maxlm.plan.compile import NotHere, check_installed, compile_step
     from maxlm.plan.html import render
@@ -108,7 +113,7 @@ def _uncompiled(values: flags.FlagValues, config: Config, topology: Topology, *,
     from maxlm.plan.uncompiled import as_json, figures, print_figures
 
     found = figures(config, topology, estimate(config, topology), price=values.price)
-    print_figures(found, topology, Console())
+    print_figures(found, Console())
     if not found["fits"]:
         searching.print_changes(found["memory"]["total"], config, topology, log=log)
     if values.html:
@@ -162,9 +167,8 @@ def _for_any_mesh(given: ConfigDict, topology: Topology, *, log: Log) -> Config:
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **own))
 
 
-def _check_search(values: flags.FlagValues) -> None:
-    names = OF_ONE_PLAN if values.search else OF_A_SEARCH
-    given = [f"--{name}" for name in names if values[name].value != values[name].default]
+def _check_flags(values: flags.FlagValues) -> None:
+    given = _given(values, OF_ONE_PLAN if values.search else OF_A_SEARCH)
     if given and not values.search:
         raise UserError(
             f"{' and '.join(given)} {'are' if len(given) > 1 else 'is'} of a search; type --search besides, or plan "
@@ -175,6 +179,13 @@ def _check_search(values: flags.FlagValues) -> None:
             f"--search compares many plans, and {' and '.join(given)} {'are' if len(given) > 1 else 'is'} of one; "
             f"search first, then plan with {' '.join(given)} and the winner's flags"
         )
+    if not values.mtbf and (given := _given(values, OF_FAILURES)):
+        raise UserError(f"{' and '.join(given)} say what a failure costs, to --mtbf alone; type --mtbf=HOURS besides")
+
+
+def _given(values: flags.FlagValues, names: tuple[str, ...]) -> list[str]:
+    """Those that are not as they are without being typed."""
+    return [f"--{name}" for name in names if values[name].value != values[name].default]
 
 
 def _options(text: str | None) -> dict[str, str] | None:

@@ -35,6 +35,7 @@ from maxlm.errors import UserError
 from maxlm.plan.cuda import has_target
 from maxlm.plan.topology import Topology
 from maxlm.resolve import as_config_dict, resolve
+from maxlm.train.outlook import at_heaviest
 
 GIB = 2**30
 LIMIT = 24 * GIB  # of the compiler's memory
@@ -140,7 +141,7 @@ def compile_step(
     """The step of a resolved config for the hardware.
 
     Args:
-      config: its mesh multiplies to the devices of the hardware.
+      config: its mesh multiplies to the devices of the hardware. Of one with phases the heaviest step is compiled.
       whole: False ends the compiler as soon as it has laid out the memory, a small part of its time.
       cache: folder of what was compiled before; None: neither read nor written.
       limit: bytes of memory that the compiler may take.
@@ -188,7 +189,9 @@ def check_installed(config: Config, topology: Topology) -> None:
         return
     from maxlm.plan.analytic import attention_backends
 
-    if "cudnn" in attention_backends(config, "gpu") and not _has_cudnn():
+    if config.parallel.context > 1:  # attends in blocks of its own
+        return
+    if "cudnn" in attention_backends(at_heaviest(config), "gpu") and not _has_cudnn():
         raise NotHere(
             f"attention of {config.name} is cuDNN's on {topology.name}, which is compiled only where its library is; "
             f"type: pip install nvidia-cudnn-cu{'12' if _installed(CUDA[0]) else '13'}"

@@ -31,6 +31,7 @@ from maxlm.optim.schedules import make_rates
 from maxlm.parallel.sharding import RULES, cut, settled
 from maxlm.plan.page import WIDTH, gib
 from maxlm.plan.topology import Topology
+from maxlm.train.outlook import heaviest
 from maxlm.train.state import abstract_shapes
 from maxlm.train.step import make_train_step
 
@@ -117,7 +118,7 @@ def _activations(config: Config, sizes: Mapping[str, int]) -> list[Placed]:
         remat_names=config.train.remat_names,
     )
     optimizer = make_optimizer(config.optim, parts.specs)
-    shape = (config.data.batch_size, config.data.sequence_length)
+    shape = heaviest(config).shape
     ints, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(tokens=ints, targets=ints, segments=ints, positions=ints, weights=floats)
     step, rates = make_train_step(config, parts, optimizer, runtime), make_rates(config.optim, config.train.steps)

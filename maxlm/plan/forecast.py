@@ -25,10 +25,11 @@ from maxlm.kernels.matmul import einsum
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.mlp import GATED, UNGATED
 from maxlm.plan.analytic import names_results
-from maxlm.plan.analytic.memory import facts
+from maxlm.plan.analytic.memory import facts, state_leaves
 from maxlm.plan.analytic.symbols import PLACE, values
 from maxlm.plan.analytic.walk import KINDS
 from maxlm.plan.plan import Plan
+from maxlm.train.outlook import at_heaviest
 
 SECONDS = 0.8  # of measuring each kernel, besides its compilation
 PARTS = ("products", "attention", "loss", "elementwise", "optimizer")
@@ -198,7 +199,8 @@ def forecast(config: Config, rates: Rates, *, device_bytes: float) -> Forecast:
     # `context` devices of a row share out its positions, and those of `tensor` its heads, of which `rates` are.
     shards = parallel.data * parallel.fsdp * parallel.expert
     rows = config.data.batch_size / shards / config.train.accumulation / parallel.context
-    parameters = sum(leaf.bytes for leaf in facts(config).state if leaf.part == "parameters") / 4
+    leaves = state_leaves(config.model, config.optim)
+    parameters = sum(leaf.bytes for leaf in leaves if leaf.part == "parameters") / 4
     tokens = config.data.batch_size * config.data.sequence_length
     parts = {
         "products": done["product"] / rates.products,
@@ -219,6 +221,7 @@ def compiled_bytes(program: jax.stages.Compiled) -> float:
 
 def on_this_machine(plan: Plan, config: Config) -> Plan:
     """A plan for CPUs with the time that this machine takes, calibrated in this process."""
+    config = at_heaviest(config)
     foretold = forecast(config, calibrate(config), device_bytes=float(plan.memory.total))
     rate = plan.forecast.tokens / foretold.seconds if foretold.seconds else 0.0
     timed = dataclasses.replace(

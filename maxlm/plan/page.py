@@ -24,7 +24,8 @@ def headlines(plan: Plan) -> list[str]:
     ahead = plan.forecast
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
-        f"{plan.name} on {plan.hardware}: {mesh}; {plan.rows:,} rows of {plan.positions:,} tokens a step, "
+        f"{plan.name} on {plan.hardware}: {mesh}; {plan.rows:,} rows of {plan.positions:,} tokens a step"
+        f"{f' ({plan.phase})' if plan.phase else ''}, "
         f"{plan.parameters / 1e9:,.3g}B parameters, {plan.attention} attention",
     ]
     if plan.fits and not plan.usable:
@@ -43,13 +44,20 @@ def headlines(plan: Plan) -> list[str]:
     if ahead.seconds:
         lines.append(
             f"a step takes {ahead.seconds:.3g} s: {ahead.tokens_per_second:,.0f} tokens/s, "
-            f"{ahead.tokens_per_second / plan.devices:,.0f} a device, "
-            f"MFU {ahead.mfu_causal:.1%} causal-exact, {ahead.mfu_6n:.1%} by 6N; FLOPs compiled over the model's: "
-            f"{ahead.compiled_flops / ahead.model_flops:.2f}"
+            f"{ahead.tokens_per_second / plan.devices:,.0f} a device{mfu(ahead.mfu_causal, ahead.mfu_6n)}; "
+            f"FLOPs compiled over the model's: {ahead.compiled_flops / ahead.model_flops:.2f}"
         )
         money = f", {plan.dollars:,.0f} dollars at {plan.price:g} a device and hour" if plan.price else ""
-        lines.append(f"the run's {plan.run_tokens:,} tokens: {format_duration(plan.days * 86_400)}{money}")
+        phased = ", its phases by their FLOPs" if plan.phase else ""
+        lines.append(f"the run's {plan.run_tokens:,} tokens: {format_duration(plan.days * 86_400)}{money}{phased}")
     return lines
+
+
+def mfu(causal: float | None, six_n: float | None) -> str:
+    """Both, for the middle of a line; "" where the peak is not known (of a CPU the table of chips has none)."""
+    if causal is None or six_n is None:
+        return ""
+    return f", MFU {causal:.1%} causal-exact, {six_n:.1%} by 6N"
 
 
 def print_plan(plan: Plan, console: Console) -> None:

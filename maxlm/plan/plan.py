@@ -12,7 +12,7 @@ from maxlm.model.flops import ledger
 from maxlm.plan import collectives, hlo, memory, predict, stages, uneven
 from maxlm.plan.compile import Step
 from maxlm.plan.topology import Topology
-from maxlm.train.outlook import run_tokens
+from maxlm.train.outlook import at_heaviest, equal_steps, heaviest, run_stretches, run_tokens
 
 DAY = 86_400.0
 
@@ -26,9 +26,10 @@ class Plan:
     mesh: size of every mesh axis.
     usable: bytes that a device leaves to programs; 0: not known.
     refused: what the compiler says against it; "" where nothing.
+    phase: which steps of a run with phases the figures are of, the heaviest ones; "" where all are alike.
     notes: what a reader has to know to judge the figures.
     price: dollars an hour of a device; 0: not known.
-    run_tokens: of the whole run.
+    run_tokens: of the whole run. run_steps: as many of the steps planned as take the FLOPs of the whole run.
     compiler: facts of the compilation: versions, options, seconds, bytes.
     """
 
@@ -40,6 +41,7 @@ class Plan:
     attention: str
     rows: int
     positions: int
+    phase: str
     parameters: int
     usable: float
     memory: memory.Memory
@@ -49,6 +51,7 @@ class Plan:
     notes: tuple[str, ...]
     price: float
     run_tokens: int
+    run_steps: float
     compiler: Mapping[str, Any]
 
     @property
@@ -63,9 +66,8 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """Of the whole run, were it never to stop."""
-        rate = self.forecast.tokens_per_second
-        return self.run_tokens / rate / DAY if rate else 0.0
+        """Of the whole run, were it never to stop. Phases go by their FLOPs."""
+        return self.run_steps * self.forecast.seconds / DAY
 
     @property
     def dollars(self) -> float:
@@ -74,11 +76,12 @@ class Plan:
 
 
 def make_plan(config: Config, topology: Topology, step: Step, *, price: float | None = None) -> Plan:
-    """What a compiled step says.
+    """What a compiled step says: of a run with phases the heaviest.
 
     Args:
       price: dollars an hour of a device; None: the table's.
     """
+    run, config = config, at_heaviest(config)
     module = uneven.settled(stages.weighted(hlo.parse(step.program), config), config)
     sent = collectives.find(module, step.mesh)
     notes = []
@@ -106,6 +109,7 @@ def make_plan(config: Config, topology: Topology, step: Step, *, price: float | 
         attention=step.attention,
         rows=config.data.batch_size,
         positions=config.data.sequence_length,
+        phase=phase_planned(run),
         parameters=ledger(config.model, sequence_length=config.data.sequence_length).params_total,
         usable=topology.chip.usable_bytes,
         memory=memory.read_memory(module, step.buffers, step.ranges),
@@ -114,7 +118,8 @@ def make_plan(config: Config, topology: Topology, step: Step, *, price: float | 
         forecast=forecast,
         notes=tuple(notes),
         price=topology.chip.price if price is None else price,
-        run_tokens=run_tokens(config),
+        run_tokens=run_tokens(run),
+        run_steps=equal_steps(run),
         compiler={
             "versions": dict(step.versions),
             "seconds": list(step.seconds),
@@ -126,7 +131,16 @@ def make_plan(config: Config, topology: Topology, step: Step, *, price: float | 
     )
 
 
+def phase_planned(config: Config) -> str:
+    """Which steps of a run with phases are planned and judged, in words; "" where all are alike."""
+    stretches, most = run_stretches(config), heaviest(config)
+    if len({stretch.shape for stretch in stretches}) < 2:
+        return ""
+    last = most.from_step + most.steps - 1
+    return f"steps {most.from_step:,} to {last:,}, the heaviest of the run's {len(stretches)} phases"
+
+
 def as_json(plan: Plan) -> str:
-    """All figures of a plan, with what is derived from them."""
-    derived = {name: getattr(plan, name) for name in ("fits", "spare", "days", "dollars")}
+    """All figures of a plan, with what is derived from them; `uncompiled.figures` has the same names for its own."""
+    derived = {name: getattr(plan, name) for name in ("fits", "spare", "days", "dollars")} | {"compiled": True}
     return json.dumps({**dataclasses.asdict(plan), **derived}, indent=1) + "\n"

@@ -81,7 +81,7 @@ class Forecast:
     by_cycles: whether the compiler estimated the cycles.
     compiled_flops: of a device in a step; kernels are within it.
     model_flops: what the model asks of a device (causal-exact, without any recomputation).
-    mfu_causal, mfu_6n: share of the peak in both conventions.
+    mfu_causal, mfu_6n: share of the peak in both conventions; None where the peak is not known.
     """
 
     seconds: float
@@ -94,8 +94,8 @@ class Forecast:
     model_flops: float
     tokens: int
     tokens_per_second: float
-    mfu_causal: float
-    mfu_6n: float
+    mfu_causal: float | None
+    mfu_6n: float | None
 
 
 def forecast(config: Config, topology: Topology, step: Step, module: Module, sent: list[Collective]) -> Forecast:
@@ -124,8 +124,8 @@ def forecast(config: Config, topology: Topology, step: Step, module: Module, sen
         model_flops=counts.causal_exact * tokens / topology.devices,
         tokens=tokens,
         tokens_per_second=rate,
-        mfu_causal=counts.causal_exact * rate / peak if peak else 0.0,
-        mfu_6n=counts.six_n * rate / peak if peak else 0.0,
+        mfu_causal=counts.causal_exact * rate / peak if peak else None,
+        mfu_6n=counts.six_n * rate / peak if peak else None,
     )
 
 

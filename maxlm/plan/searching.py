@@ -22,6 +22,7 @@ from maxlm.plan.plan import make_plan
 from maxlm.plan.search import Found, Judge, Ranked, Verdict, search, why
 from maxlm.plan.topology import Topology
 from maxlm.plan.uncompiled import ALONE
+from maxlm.train.outlook import at_heaviest
 
 Log = Callable[[str], None]
 GIB = 2**30
@@ -151,14 +152,14 @@ def _cells(ranked: Ranked, topology: Topology) -> list[str]:
     parts = ranked.verdict.parts if ranked.verdict else ranked.estimate.time.parts
     largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
     mark = "" if ranked.verdict else "~"
-    tokens = ranked.config.data.batch_size * ranked.config.data.sequence_length
+    judged = at_heaviest(ranked.config).data
     return [
         mesh,
         "+".join(train.remat_names) if train.remat == "custom" else train.remat,
         str(train.accumulation),
         schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""),
         f"{mark}{ranked.seconds:.3f}",
-        f"{tokens / ranked.seconds:,.0f}",
+        f"{judged.batch_size * judged.sequence_length / ranked.seconds:,.0f}",
         f"{mark}{ranked.bytes / GIB:.1f}",
         f"{(topology.chip.usable_bytes - ranked.bytes) / GIB:.1f}",
         ", ".join(f"{name} {seconds:.2f}" for name, seconds in largest if seconds > 0.005),

@@ -11,10 +11,10 @@ from rich.table import Table
 from maxlm.config import Config
 from maxlm.model.flops import ledger
 from maxlm.plan.analytic import Estimate
-from maxlm.plan.page import WIDTH, gib
-from maxlm.plan.plan import DAY
+from maxlm.plan.page import WIDTH, gib, mfu
+from maxlm.plan.plan import DAY, phase_planned
 from maxlm.plan.topology import Topology
-from maxlm.train.outlook import run_tokens
+from maxlm.train.outlook import at_heaviest, equal_steps, run_tokens
 from maxlm.train.progress import format_duration
 
 ALONE = (
@@ -24,51 +24,69 @@ ALONE = (
 
 
 def figures(config: Config, topology: Topology, estimate: Estimate, *, price: float | None) -> dict[str, Any]:
-    """What a plan says, as far as the model knows it; bytes of a device, seconds of a step.
+    """What a plan says, as far as the model knows it, by the names that `plan.as_json` has for it.
 
     Args:
+      estimate: of the config on the hardware.
       price: dollars an hour of a device; None: the table's.
     """
-    rate, tokens = estimate.tokens_per_second, run_tokens(config)
-    counts = ledger(config.model, sequence_length=config.data.sequence_length)
+    run, config = config, at_heaviest(config)
+    data, rate, seconds = config.data, estimate.tokens_per_second, estimate.time.total
+    counts = ledger(config.model, sequence_length=data.sequence_length)
     peak = topology.chip.peak(config.train.precision) * topology.devices
-    days = tokens / rate / DAY if rate else 0.0
+    price = topology.chip.price if price is None else price
+    days = equal_steps(run) * seconds / DAY
     return {
         "name": config.name,
         "topology": topology.name,
-        "compiled": False,
-        "note": ALONE,
-        "fits": estimate.fits,
+        "hardware": topology.describe(),
+        "devices": topology.devices,
+        "mesh": dict(config.parallel.sizes),
+        "rows": data.batch_size,
+        "positions": data.sequence_length,
+        "phase": phase_planned(run),
+        "parameters": counts.params_total,
         "usable": topology.chip.usable_bytes,
         "memory": {"total": estimate.memory.total, "components": dict(estimate.memory.parts)},
-        "seconds": estimate.time.total,
-        "parts": dict(estimate.time.parts),
-        "tokens_per_second": rate,
-        "mfu_causal": counts.causal_exact * rate / peak if peak else 0.0,
-        "mfu_6n": counts.six_n * rate / peak if peak else 0.0,
+        "forecast": {
+            "seconds": seconds,
+            "parts": dict(estimate.time.parts),
+            "tokens": data.batch_size * data.sequence_length,
+            "tokens_per_second": rate,
+            "mfu_causal": counts.causal_exact * rate / peak if peak else None,
+            "mfu_6n": counts.six_n * rate / peak if peak else None,
+        },
+        "notes": [ALONE],
+        "price": price,
+        "run_tokens": run_tokens(run),
+        "run_steps": equal_steps(run),
+        "fits": estimate.fits,
+        "spare": estimate.room,
         "days": days,
-        "dollars": days * 24 * topology.devices * (topology.chip.price if price is None else price),
+        "dollars": days * 24 * topology.devices * price,
+        "compiled": False,
     }
 
 
-def print_figures(found: dict[str, Any], topology: Topology, console: Console) -> None:
+def print_figures(found: dict[str, Any], console: Console) -> None:
     """The page."""
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
-    held, usable = found["memory"]["total"], found["usable"]
+    held, usable, ahead = found["memory"]["total"], found["usable"], found["forecast"]
     verdict = "it fits" if found["fits"] else "it does not fit"
-    console.print(f"{found['name']} on {topology.describe()}; {found['note']}", highlight=False)
+    phase = f" ({found['phase']}; the run's days count the others by their FLOPs)" if found["phase"] else ""
+    console.print(f"{found['name']} on {found['hardware']}; {found['notes'][0]}", highlight=False)
+    console.print(f"{found['rows']:,} rows of {found['positions']:,} tokens a step{phase}", highlight=False)
     console.print(f"{verdict}: {gib(held)} of {gib(usable)} a device", highlight=False)
     console.print(
-        f"a step takes {found['seconds']:.3g} s: {found['tokens_per_second']:,.0f} tokens/s, MFU "
-        f"{found['mfu_causal']:.1%} causal-exact, {found['mfu_6n']:.1%} by 6N; the run takes "
-        f"{format_duration(found['days'] * DAY)}"
+        f"a step takes {ahead['seconds']:.3g} s: {ahead['tokens_per_second']:,.0f} tokens/s"
+        f"{mfu(ahead['mfu_causal'], ahead['mfu_6n'])}; the run takes {format_duration(found['days'] * DAY)}"
         + (f" and {found['dollars']:,.0f} dollars" if found["dollars"] else ""),
         highlight=False,
     )
     for title, parts, form in (
         ("memory of a device", found["memory"]["components"], gib),
-        ("seconds of a step", found["parts"], "{:.4g}".format),
+        ("seconds of a step", ahead["parts"], "{:.4g}".format),
     ):
         table = Table("", title=title, title_justify="left", box=None)
         table.add_column("", justify="right")

@@ -122,13 +122,21 @@ def facts(run: Run, samples: list[Sample], baselines: Baselines | None) -> Facts
 def foretold(run: Run) -> Foretold | None:
     """What a plan that lies in the workdir said of this run: `maxlm plan --json=WORKDIR/plan.json`.
 
-    None where there is none, or where it is for another number of devices than the run's mesh has.
+    None where there is none, and, with a line in the log, where it cannot be read or is for another number of devices
+    than the run's mesh has.
     """
+    devices = run.setup.mesh.size
     try:
         plan = json.loads((run.workdir / "plan.json").read_text())
-        said = plan["forecast"]["seconds"], plan["memory"]["total"], plan["topology"]
-        planned, devices = plan["devices"], run.setup.mesh.size
-    except (OSError, ValueError, KeyError, TypeError):
+        seconds, held = float(plan["forecast"]["seconds"]), float(plan["memory"]["total"])
+        hardware, planned, phase = str(plan["topology"]), int(plan["devices"]), plan.get("phase", "")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        run.log(
+            f"plan.json is no plan that can be read ({type(error).__name__}: {error}): the report has no forecast; "
+            "write it with maxlm plan --json"
+        )
         return None
     if planned != devices:
         run.log(
@@ -137,7 +145,10 @@ def foretold(run: Run) -> Foretold | None:
         )
         return None
     return Foretold(
-        hardware=str(said[2]), seconds=float(said[0]), device_bytes=float(said[1]), device_bytes_held=run.device_bytes
+        hardware=f"{hardware} ({phase})" if phase else hardware,
+        seconds=seconds,
+        device_bytes=held,
+        device_bytes_held=run.device_bytes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ def outlook(config: Config) -> Figures:
 
     stretches = run_stretches(config)
     tokens = sum(stretch.tokens for stretch in stretches)
-    costs = {length: ledger(config.model, sequence_length=length).causal_exact for _, length in stretches}
+    costs = _token_flops(config)
     total = size((state.params, state.opt_state, state.average))
     figures: Figures = {
         "parameters": {
@@ -65,10 +66,22 @@ def outlook(config: Config) -> Figures:
 
 
 class Stretch(NamedTuple):
-    """Steps of one shape in a row: the positions of all their batches, and those of a row."""
+    """Steps of one shape in a row: the first of them and how many, rows B and positions S of their batches."""
 
-    tokens: int
+    from_step: int
+    steps: int
+    rows: int
     sequence_length: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S)."""
+        return self.rows, self.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all batches."""
+        return self.steps * self.rows * self.sequence_length
 
 
 def run_stretches(config: Config) -> list[Stretch]:
@@ -76,9 +89,36 @@ def run_stretches(config: Config) -> list[Stretch]:
     data, found = config.data, []
     rows, positions, since = data.batch_size, data.sequence_length, 0
     for phase in sorted(data.phases.values(), key=lambda phase: phase.from_step):
-        found.append(Stretch((phase.from_step - since) * rows * positions, positions))
+        found.append(Stretch(since, phase.from_step - since, rows, positions))
         rows, positions, since = phase.batch_size or rows, phase.sequence_length or positions, phase.from_step
-    return [*found, Stretch((config.train.steps - since) * rows * positions, positions)]
+    return [*found, Stretch(since, config.train.steps - since, rows, positions)]
+
+
+def heaviest(config: Config) -> Stretch:
+    """The steps that take most memory and time: of the most tokens a batch, and of those the longest rows."""
+    return max(run_stretches(config), key=lambda one: (math.prod(one.shape), one.sequence_length))
+
+
+def at_heaviest(config: Config) -> Config:
+    """The config of a run whose steps are all as the heaviest of this one's; itself where there are no phases."""
+    if not config.data.phases:
+        return config
+    most = heaviest(config)
+    data = dataclasses.replace(config.data, batch_size=most.rows, sequence_length=most.sequence_length, phases={})
+    return dataclasses.replace(config, data=data)
+
+
+def equal_steps(config: Config) -> float:
+    """As many of the heaviest steps as take the FLOPs of the whole run; its steps, where they are all alike."""
+    costs, most = _token_flops(config), heaviest(config)
+    flops = sum(costs[stretch.sequence_length] * stretch.tokens for stretch in run_stretches(config))
+    return flops / (costs[most.sequence_length] * math.prod(most.shape))
+
+
+def _token_flops(config: Config) -> dict[int, float]:
+    """Causal-exact FLOPs of a token, by the positions of its row."""
+    lengths = {stretch.sequence_length for stretch in run_stretches(config)}
+    return {length: ledger(config.model, sequence_length=length).causal_exact for length in lengths}
 
 
 def run_tokens(config: Config) -> int:

@@ -29,6 +29,7 @@ from maxlm.config import (
     MoeConfig,
     OptimConfig,
     ParallelConfig,
+    PhaseConfig,
     StoreConfig,
     TokenizerConfig,
     TrainConfig,
@@ -50,7 +51,10 @@ from maxlm.plan.compile import OutOfTime
 from maxlm.plan.forecast import Rates, calibrate, forecast
 from maxlm.plan.search import SearchError, Verdict, search, why
 from maxlm.plan.topology import parse_topology
+from maxlm.plan.uncompiled import figures
 from maxlm.resolve import resolve
+from maxlm.train.finish import foretold
+from maxlm.train.report import Foretold
 from maxlm.train.setup import abstract_batch, make_setup
 
 ROWS, LENGTH = 16, 256
@@ -418,13 +422,36 @@ def test_without_a_compiler_the_model_answers_alone(large, tmp_path, monkeypatch
     file.write_text(source(large))
     code = cli.main(["plan", f"--config={file}", f"--topology={TOPOLOGY.name}", f"--json={said}", "--price=2"])
     out = " ".join(capsys.readouterr().out.split())
-    guess, figures = Estimator(large, TOPOLOGY)(large), json.loads(said.read_text())
-    assert code == 1 and not guess.fits and not figures["fits"]  # keeps everything; it needs remat
+    guess, told = Estimator(large, TOPOLOGY)(large), json.loads(said.read_text())
+    assert code == 1 and not guess.fits and not told["fits"]  # keeps everything; it needs remat
     assert "libtpu has to be installed" in out and "answers alone: 1% off in memory" in out
     assert "these changes would make it fit" in out
-    assert figures["memory"]["total"] == pytest.approx(guess.memory.total)
-    assert figures["seconds"] == pytest.approx(guess.time.total) and not figures["compiled"]
-    assert figures["dollars"] == pytest.approx(figures["days"] * 24 * 8 * 2)
+    assert told["memory"]["total"] == pytest.approx(guess.memory.total)
+    assert told["forecast"]["seconds"] == pytest.approx(guess.time.total) and not told["compiled"]
+    assert told["dollars"] == pytest.approx(told["days"] * 24 * 8 * 2)
+    assert told["days"] == pytest.approx(large.train.steps * guess.time.total / 86_400)
+    mesh = SimpleNamespace(size=TOPOLOGY.devices)  # the report of a run reads it as it does a compiled plan
+    run = SimpleNamespace(workdir=tmp_path, setup=SimpleNamespace(mesh=mesh), device_bytes=None, log=pytest.fail)
+    found = foretold(run)
+    assert found == Foretold(TOPOLOGY.name, guess.time.total, pytest.approx(guess.memory.total), None)
+
+
+def test_of_phases_the_heaviest_is_judged(large):
+    phases = {"long": PhaseConfig(from_step=9_000, sequence_length=32_768, batch_size=8)}
+    phased = dataclasses.replace(
+        large,
+        data=dataclasses.replace(large.data, phases=phases),
+        train=dataclasses.replace(large.train, steps=10_000),
+    )
+    longer = dataclasses.replace(
+        large, data=dataclasses.replace(large.data, sequence_length=32_768, batch_size=8, phases={})
+    )
+    estimator = Estimator(large, TOPOLOGY)
+    assert estimator(phased) == estimator(longer) != estimator(large)
+    said = figures(phased, TOPOLOGY, estimator(phased), price=None)
+    assert (said["rows"], said["positions"]) == (8, 32_768)
+    assert said["phase"] == "steps 9,000 to 9,999, the heaviest of the run's 2 phases"
+    assert 1_000 < said["run_steps"] < 1_000 + 9_000 / 2  # a short step has half the tokens, and cheaper ones
 
 
 def test_what_cannot_fit_is_told_the_smallest_slice_that_can(large):

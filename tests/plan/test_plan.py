@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -23,10 +24,12 @@ from maxlm.config import (
     LatentConfig,
     MlpConfig,
     ModelConfig,
+    PhaseConfig,
     StoreConfig,
     TrainConfig,
 )
-from maxlm.plan import hlo, network, predict
+from maxlm.model.flops import ledger
+from maxlm.plan import child, hlo, network, predict
 from maxlm.plan import compile as compiling
 from maxlm.plan.compile import (
     CompileError,
@@ -46,6 +49,8 @@ from maxlm.plan.page import headlines, print_plan
 from maxlm.plan.plan import as_json, make_plan
 from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
+from maxlm.train.finish import foretold
+from maxlm.train.report import Foretold
 from tests.plan.test_memory import BUFFERS, RANGES
 from tests.plan.test_plan_hlo import TPU
 from tests.runs import ROOT
@@ -233,6 +238,59 @@ def test_the_pages_say_whether_it_fits_and_by_how_much():
     assert said["forecast"]["busiest"][0]["kind"] and said["forecast"]["kernels"][0]["rule"].startswith("other")
 
 
+def test_a_run_with_phases_is_planned_at_its_heaviest_and_paid_phase_by_phase():
+    config, topology = tiny(data=4, fsdp=2), parse_topology("v5p:2x4x1")
+    phases = {"long": PhaseConfig(from_step=900, sequence_length=64)}
+    phased = dataclasses.replace(config, data=dataclasses.replace(config.data, phases=phases))
+    plan, short = (make_plan(given, topology, fake_step(), price=2.0) for given in (phased, config))
+    assert (plan.rows, plan.positions, plan.forecast.tokens) == (8, 64, 8 * 64)
+    assert plan.phase == "steps 900 to 999, the heaviest of the run's 2 phases" and not short.phase
+    assert plan.phase in headlines(plan)[0] and "its phases by their FLOPs" in headlines(plan)[-1]
+    assert "phase" not in " ".join(headlines(short))
+    costs = [ledger(config.model, sequence_length=length).causal_exact for length in (16, 64)]
+    steps = 100 + 900 * 16 * costs[0] / (64 * costs[1])
+    assert plan.days == pytest.approx(steps * plan.forecast.seconds / 86_400)
+    assert plan.run_tokens == 8 * (900 * 16 + 100 * 64)
+
+
+def test_the_heaviest_step_is_what_is_compiled(tmp_path, monkeypatch):
+    config, asked = tiny(data=8), []
+    phases = {"long": PhaseConfig(from_step=900, sequence_length=64)}
+    phased = dataclasses.replace(config, data=dataclasses.replace(config.data, phases=phases))
+
+    def lower(*shape):
+        asked.append(shape)
+        raise InterruptedError
+
+    monkeypatch.setattr(child, "make_setup", lambda *_: SimpleNamespace(attention="plain", lower=lower))
+    for given in (config, phased):
+        (tmp_path / "request.json").write_text(Request(given, parse_topology("cpu-8"), {}, True).as_json())
+        with pytest.raises(InterruptedError):
+            child.run(tmp_path)
+    assert asked == [(8, 16), (8, 64)]
+
+
+def test_no_utilisation_is_told_of_hardware_whose_peak_is_not_known():
+    config, step = tiny(data=8), fake_step()
+    known = make_plan(config, parse_topology("v5p:2x4x1"), step)
+    assert "MFU" in headlines(known)[2]
+    program = "HloModule m\n\nENTRY %main (q: bf16[1]) -> bf16[1] {\n  ROOT %q = bf16[1] parameter(0)\n}\n"
+    ahead = predict.forecast(config, parse_topology("cpu-8"), step, hlo.parse(program), [])
+    assert ahead.mfu_causal is None and ahead.mfu_6n is None
+    foretold = dataclasses.replace(known.forecast, mfu_causal=ahead.mfu_causal, mfu_6n=ahead.mfu_6n)
+    plan = dataclasses.replace(known, forecast=foretold)
+    assert "tokens/s" in headlines(plan)[2] and "MFU" not in " ".join(headlines(plan)) + render(plan)
+    assert json.loads(as_json(plan))["forecast"]["mfu_6n"] is None
+
+
+def test_a_compiled_plan_is_what_a_runs_report_reads(tmp_path):
+    plan = make_plan(tiny(data=4, fsdp=2), parse_topology("v5p:2x4x1"), fake_step())
+    (tmp_path / "plan.json").write_text(as_json(plan))
+    setup = SimpleNamespace(mesh=SimpleNamespace(size=8))
+    run = SimpleNamespace(workdir=tmp_path, setup=setup, device_bytes=7.0, log=pytest.fail)
+    assert foretold(run) == Foretold("v5p:2x4x1", plan.forecast.seconds, plan.memory.total, 7.0)
+
+
 def test_a_compiler_that_needs_too_much_memory_is_ended_with_one_sentence(tmp_path):
     with pytest.raises(CompileError, match="needs more than .* GiB of this machine's memory; plan a smaller slice"):
         compile_step(tiny(data=8), parse_topology("cpu-8"), cache=None, limit=2**20)
@@ -275,6 +333,17 @@ def test_what_cannot_be_compiled_here_says_why(name, packages, says, monkeypatch
     else:
         check_installed(config, topology)
         assert "major: 9" in target_config(topology.chip)
+
+
+def test_attention_in_blocks_over_several_devices_asks_for_no_cudnn(monkeypatch):
+    monkeypatch.setattr(compiling, "_installed", lambda package: package == "jax-cuda12-pjrt")
+    monkeypatch.setattr(compiling.ctypes.util, "find_library", lambda name: None)
+    given, topology = tiny(data=4, context=2), parse_topology("h100x8")
+    data = dataclasses.replace(given.data, mask_documents=False)
+    config = dataclasses.replace(given, data=data, train=dataclasses.replace(given.train, precision="bfloat16"))
+    check_installed(config, topology)
+    with pytest.raises(NotHere, match="is cuDNN's"):
+        check_installed(dataclasses.replace(config, parallel=tiny(data=8).parallel), topology)
 
 
 def test_the_key_covers_every_source_that_the_step_is_made_of():

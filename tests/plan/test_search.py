@@ -330,6 +330,13 @@ def test_a_flag_of_a_search_is_refused_without_one(given, tmp_path, capsys):
     assert given.split("=")[0] in said and "type --search besides" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("given", ["--stall_seconds=3", "--write_seconds=60"])
+def test_what_a_save_costs_is_refused_where_no_failure_is_simulated(given, tmp_path, capsys):
+    assert told(["--topology=v5e-8", given], tmp_path) == 1
+    said = capsys.readouterr().err
+    assert given.split("=")[0] in said and "type --mtbf=HOURS besides" in said and "Traceback" not in said
+
+
 def test_a_plan_of_nodes_is_refused_where_the_run_would_be(tmp_path, capsys):
     """Eight GPUs in two nodes, along `fsdp` alone: no axis that may cross them divides into them."""
     args = ["--config.parallel.data=1", "--config.parallel.fsdp=8", "--topology=h100x4x2"]

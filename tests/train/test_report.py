@@ -220,6 +220,21 @@ def test_a_plan_for_other_devices_is_no_forecast_of_the_run(tmp_path):
     assert len(said) == 1 and said[0].startswith("plan.json is for 8 devices, and the run has 1: ")
     mesh.size = 8
     assert foretold(run) == Foretold("cpu-8", 0.4, 3.0, 4.0) and len(said) == 1
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"phase": "steps 3 to 4"}))
+    assert foretold(run).hardware == "cpu-8 (steps 3 to 4)"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [("{", "JSONDecodeError"), ('{"seconds": 1}', "KeyError: 'forecast'"), ("[]", "list")]
+)
+def test_a_plan_that_cannot_be_read_is_said_to_be_none(tmp_path, content, says):
+    said = []
+    run = SimpleNamespace(
+        workdir=tmp_path, setup=SimpleNamespace(mesh=SimpleNamespace(size=1)), device_bytes=4.0, log=said.append
+    )
+    (tmp_path / "plan.json").write_text(content)
+    assert foretold(run) is None
+    assert len(said) == 1 and "plan.json is no plan that can be read" in said[0] and says in said[0]
 
 
 def write_page(folder, given):

@@ -15,6 +15,7 @@ from maxlm.kernels import attention
 from maxlm.plan.analytic.memory import Facts, Memory, facts, memory
 from maxlm.plan.analytic.timing import Time, step_time
 from maxlm.plan.topology import Topology
+from maxlm.train.outlook import at_heaviest
 from maxlm.train.setup import attention_needs
 
 UNNAMED = ("cudnn", "plain")
@@ -41,7 +42,8 @@ class Estimate(NamedTuple):
 class Estimator:
     """Estimates configs that share a model and an optimizer; each remat policy is traced once.
 
-    The configs are resolved, with whole meshes of as many devices as the hardware has.
+    The configs are resolved, with whole meshes of as many devices as the hardware has. Of phases the
+    heaviest is judged.
     """
 
     def __init__(self, config: Config, topology: Topology, *, usable: float = 0.0):
@@ -56,6 +58,7 @@ class Estimator:
 
     def __call__(self, config: Config) -> Estimate:
         """The estimate of one."""
+        config = at_heaviest(config)
         known = self._facts(config)
         held, time = memory(config, known), step_time(config, self._topology, known)
         tokens = config.data.batch_size * config.data.sequence_length
