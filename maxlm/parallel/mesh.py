@@ -2,7 +2,7 @@
 
 Inside a slice (TPU) or a node (GPU) the network is many times faster than between them. A mesh over several is built so
 that a single axis crosses the slow network, `data` unless `parallel.across_slices` names another: its gradients are
-summed once a step, while `fsdp` gathers weights in every layer and `tensor` sums activations twice in each.
+summed once for each microbatch, while `fsdp` gathers weights in each of its layers and `tensor` sums activations twice.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ import pytest
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.pipeline.schedule import COSTS, NAMES, build, report
 from maxlm.plan import collectives, hlo, stages
+from maxlm.plan.analytic import timing
+from maxlm.plan.analytic.memory import state_leaves
+from maxlm.plan.analytic.walk import KINDS
 from maxlm.plan.plan import make_plan
 from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
@@ -49,10 +52,36 @@ def planned(given, text):
     return make_plan(given, TOPOLOGY, dataclasses.replace(step, program=text))
 
 
-def test_a_pipelines_step_costs_the_work_of_one_without_and_the_bubble():
-    plain, piped = config(data=2, fsdp=4), config(data=1, fsdp=2, pipeline=4)
+@pytest.fixture(scope="module")
+def unpiped():
+    """A step without a pipeline: (config, program)."""
+    given = config(data=2, fsdp=4)
+    return given, program(given)
+
+
+def test_gradients_are_summed_over_the_mesh_once_for_each_microbatch(unpiped):
+    given, text = unpiped
+    sent = [c for c in collectives.find(hlo.parse(text), given.parallel.sizes) if "data" in c.axes]
+    assert {c.kind for c in sent} == {"all-reduce"}
+    state = state_leaves(given.model, given.optim)
+    # Norms are summed over `data` and `fsdp` together, whole.
+    once = timing._summed(given, state, "data")
+    assert sum(c.times * c.payload for c in sent) == pytest.approx(MICROBATCHES * once, rel=0.03)
+
+    def waited(accumulation):
+        train = dataclasses.replace(given.train, accumulation=accumulation)
+        nothing = dict.fromkeys(KINDS, 0.0)
+        return timing._network(dataclasses.replace(given, train=train), TOPOLOGY, nothing, state=state, hidden=0.0)[
+            "data"
+        ]
+
+    assert waited(MICROBATCHES) == pytest.approx(MICROBATCHES * waited(1))
+
+
+def test_a_pipelines_step_costs_the_work_of_one_without_and_the_bubble(unpiped):
+    piped = config(data=1, fsdp=2, pipeline=4)
     text = program(piped)
-    alone, staged = planned(plain, program(plain)).forecast, planned(piped, text).forecast
+    alone, staged = planned(*unpiped).forecast, planned(piped, text).forecast
     assert staged.compiled_flops == pytest.approx(alone.compiled_flops, rel=0.01)
     found = report(stages.table_of(piped))
     # The last stage's head makes its ticks longer than the others', here by the products of about one layer.

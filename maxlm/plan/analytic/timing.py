@@ -42,9 +42,9 @@ class Rates(NamedTuple):
 
 
 RATES: Mapping[str, Rates] = {
-    # XLA's own cycle estimates of an 8B step (docs/performance.md), and splash with blocks of 512.
+    # Products as XLA's own cycles have them in an 8B step on v5p (`plan.predict.PRODUCTS`); the rest is assumed.
     "tpu": Rates(products=0.8, attention=0.5, memory=0.8, hidden=0.0),
-    # What published runs on H100s reach (docs/performance.md); XLA runs collectives on streams of their own.
+    # Assumed, and held against no run. XLA runs collectives on streams of their own.
     "gpu": Rates(products=0.7, attention=0.45, memory=0.8, hidden=0.7),
     "cpu": Rates(products=1.0, attention=1.0, memory=1.0, hidden=0.0),
 }
@@ -146,8 +146,11 @@ def _network(
     weights = take("fsdp", "all-gather", done["gather_weights"])
     weights += take("fsdp", "reduce-scatter", done["reduce_weights"])
     stream = _stream_bytes(config)
+    # Each has sums of its own, before it is added to the others. XLA for TPUs leaves those of the table, and no others,
+    # for behind the loop: too little to count.
+    micros = config.train.accumulation
     exposed = {
-        axis: take(axis, "all-reduce", _summed(config, state, axis)) * (1 - hidden)
+        axis: micros * take(axis, "all-reduce", _summed(config, state, axis)) * (1 - hidden)
         for axis in ("data", "expert", "context")
     }
     exposed["fsdp"] = weights * (1 - hidden)
@@ -162,7 +165,7 @@ def _network(
 
 
 def _summed(config: Config, state: tuple[StateBytes, ...], axis: str) -> float:
-    """Bytes on a device of the parameters that an axis of the batch does not cut: it sums their gradients."""
+    """Bytes on a device of the parameters that an axis of the batch does not cut: it sums a microbatch's gradients."""
     whole = tuple(leaf for leaf in state if leaf.part == "parameters" and axis not in leaf.cut_by)
     return state_bytes(config, whole)["parameters"]
 

@@ -89,8 +89,9 @@ class _Value:
 class Walker:
     """Walks programs, nested ones included; `work` collects what is done."""
 
-    def __init__(self, primes: Mapping[str, int], *, accumulation: int):
-        self.primes, self.accumulation = primes, accumulation
+    def __init__(self, primes: Mapping[str, int], *, accumulation: int, micros: bool = False):
+        """Of a step with so many microbatches; `micros`: of the body of the loop over them."""
+        self.primes, self.accumulation, self.micros = primes, accumulation, micros
         self.row = primes["chunks"] * primes["chunk"]
         self.outer = False
         self.sums: set[int] = set()  # which of a body's results are sums of weights' gradients
@@ -307,6 +308,8 @@ class Walker:
                 if total in handed:
                     values[out].array = False
                     self.sums.add(program.outs.index(total))
+                    if self.micros:  # over microbatches the sum is spread, and each one's gradient before it is added
+                        continue
                     self.work = [
                         done for done in self.work if done.kind != "reduce_weights" or done.size != values[out].whole
                     ]
@@ -340,9 +343,10 @@ class Walker:
             if place in ready:
                 self.gathered(at, node, values[i], values, trips)
         count = size_of((node.params["trips"],), 1, self.primes)
-        if self.outer and self.accumulation == count.number and any(n.name in LOOPS for n in node.body.nodes):
+        micros = self.outer and self.accumulation == count.number and any(n.name in LOOPS for n in node.body.nodes)
+        if micros:
             count = ONE.times(micros=1)
-        inner = Walker(self.primes, accumulation=self.accumulation)
+        inner = Walker(self.primes, accumulation=self.accumulation, micros=micros)
         inner_moments = inner.walk(node.body, trips.by(count), outer=False, node=node)
         self.work += inner.work
         self.made(at, node, values)
@@ -356,7 +360,8 @@ class Walker:
                     start.last = at - 1  # is handed on in place
                 if i in inner.sums and value.whole is not None:
                     extra[Held(value.whole, "gradients")] += 1
-                    self.note("reduce_weights", value.whole, trips)
+                    if not micros:
+                        self.note("reduce_weights", value.whole, trips)
             elif value.role == "temporaries" and value.size.has("layers") and self.of_tokens(value.size):
                 value.role = "activations"
         for size in self.hoisted(node.body, given + carried):
