@@ -11,11 +11,15 @@ GOOGLE_APPLICATION_CREDENTIALS (or the machine's account) for Google's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,8 @@ os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}  # half a minute in all
 ANSWER_SECONDS = 300.0  # for one object, retries included
-_PIECE = 64 << 20  # bytes of an object that are read at once
+_PIECE = 16 << 20  # bytes of an object that are read at once
+_AT_ONCE = 8  # pieces that are asked for at once
 _LARGEST = 5 << 30  # bytes of an object that S3 takes in one request
 _URL = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?")
 _DAMAGE = ("NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE", "DATA_LOSS", "INVALID_ARGUMENT")
@@ -46,6 +51,23 @@ def is_bucket(place: str | Path) -> bool:
 def cache_folder() -> Path:
     """Where this machine keeps copies of what is in buckets: MAXLM_CACHE, or ~/.cache/maxlm."""
     return Path(os.environ.get("MAXLM_CACHE") or "~/.cache/maxlm").expanduser()
+
+
+@contextlib.contextmanager
+def on_this_machine(copy: Path) -> Iterator[None]:
+    """What this machine's own disk refuses inside, while `copy` is made or read, becomes a StorageError.
+
+    It is no damage to what is in the bucket. Errors in our words, which bear no number of the system's, stay.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise StorageError(
+            f"{copy}, a copy of what is in a bucket, cannot be kept on this machine ({error.strerror}): see that "
+            f"{cache_folder()} can be written and has room, or set MAXLM_CACHE to a folder on another disk"
+        ) from error
 
 
 def local_name(url: str) -> str:
@@ -146,31 +168,51 @@ class Folder:
             raise UserError(f"{file} has more than 5 GiB, which is too much for one object of {self.url}")
         self.write(name, file.read_bytes())
 
-    def download(self, name: str, file: Path, *, sha256: str = "") -> None:
+    def download(
+        self, name: str, file: Path, *, sha256: str = "", came_on: Callable[[int], None] = lambda size: None
+    ) -> None:
         """Copies an object here: beside `file`, compared with its SHA-256 (hex) if that is known, and moved there.
+
+        Args:
+          came_on: called with the size of each piece that has come.
 
         Raises:
           FileNotFoundError: there is no such object.
-          StorageError: it could not be read, or its bytes are others.
+          StorageError: it could not be read, its bytes are others, or this machine has no room for it.
         """
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside, digest, start = file.with_name(f".{file.name}.{os.getpid()}"), hashlib.sha256(), 0
-        try:
-            with beside.open("wb") as out:
-                while True:
-                    piece = self._piece(name, start)
-                    out.write(piece)
-                    digest.update(piece)
-                    start += len(piece)
-                    if len(piece) < _PIECE:
-                        break
-                out.flush()
-                os.fsync(out.fileno())
-            if sha256 and digest.hexdigest() != sha256:
-                raise StorageError(f"{self.url}/{name} is damaged: its SHA-256 is not the one that was noted")
-            beside.replace(file)
-        finally:
-            beside.unlink(missing_ok=True)
+        beside, digest = file.with_name(f".{file.name}.{os.getpid()}"), hashlib.sha256()
+        with on_this_machine(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with beside.open("wb") as out, contextlib.closing(self._pieces(name)) as pieces:
+                    for piece in pieces:
+                        out.write(piece)
+                        digest.update(piece)
+                        came_on(len(piece))
+                    out.flush()
+                    os.fsync(out.fileno())
+                if sha256 and digest.hexdigest() != sha256:
+                    raise StorageError(f"{self.url}/{name} is damaged: its SHA-256 is not the one that was noted")
+                beside.replace(file)
+            finally:
+                beside.unlink(missing_ok=True)
+
+    def _pieces(self, name: str) -> Generator[bytes]:
+        """An object in pieces, in their order. Of a larger one several are under way: a single stream is slow."""
+        piece = self._piece(name, 0)
+        yield piece
+        if len(piece) < _PIECE:
+            return
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            asked = (pool.submit(self._piece, name, start) for start in itertools.count(_PIECE, _PIECE))
+            coming = deque(itertools.islice(asked, _AT_ONCE - 1))
+            try:
+                while len(piece) == _PIECE:  # who has asked beyond the end gets nothing
+                    coming.append(next(asked))
+                    piece = coming.popleft().result()
+                    yield piece
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _piece(self, name: str, start: int) -> bytes:
         """What an object holds from `start` on, as much as is read at once; nothing from its end on."""

@@ -39,6 +39,35 @@ def test_objects_come_back_and_folders_keep_apart(bucket, tmp_path, monkeypatch)
     assert run.read("odd") == contents["odd"]
 
 
+def test_pieces_come_at_once_and_in_their_order(bucket, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_PIECE", 10)
+    run, content = Folder(f"{bucket}/run"), bytes(range(200))
+    run.write("a", content)
+    here, most, lock = [0], [0], threading.Lock()
+
+    def slow(method, path):  # no answer before others have asked, too
+        with lock:
+            here[0] += 1
+            most[0] = max(most[0], here[0])
+        time.sleep(0.05)
+        with lock:
+            here[0] -= 1
+        return False
+
+    server.concerns, sizes = slow, []
+    run.download("a", tmp_path / "a", sha256=hashlib.sha256(content).hexdigest(), came_on=sizes.append)
+    assert (tmp_path / "a").read_bytes() == content and sum(sizes) == 200
+    assert 3 <= most[0] <= storage._AT_ONCE
+
+
+def test_what_this_machine_refuses_is_put_down_to_it(bucket, tmp_path):
+    run = Folder(f"{bucket}/run")
+    run.write("a", b"1")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="cannot be kept on this machine \(File exists\).*MAXLM_CACHE"):
+        run.download("a", tmp_path / "file" / "a")
+
+
 def test_what_is_not_there_or_altered_is_never_taken(bucket, tmp_path):
     run = Folder(f"{bucket}/run")
     with pytest.raises(FileNotFoundError, match="s3://.*/run/none is not there"):

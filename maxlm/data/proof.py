@@ -36,7 +36,7 @@ class Proof:
         for store in self._stores:
             try:
                 store.verify()
-            except StorageError as error:  # a bucket that does not answer is no damage
+            except StorageError as error:  # a bucket that does not answer, or a cache without room, is no damage
                 note(f"{store.place} was not read in full: {error}. Each file is compared with its hash before its use")
             except (StoreError, OSError) as error:
                 self._problem = str(error)

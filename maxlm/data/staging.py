@@ -8,22 +8,24 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from maxlm.data.workers import note
-from maxlm.files import file_digest
-from maxlm.storage import Folder, StorageError, cache_folder
+from maxlm.data.workers import Lines, note
+from maxlm.files import file_digest, locked
+from maxlm.storage import Folder, StorageError, cache_folder, on_this_machine
 
 MANIFEST = "manifest.json"
 ABANDONED_SECONDS = 3600.0  # after which a file that was not written any more is left over; a piece takes minutes
 
 
 class Staged:
-    """The files of a store in a bucket, as copies on this machine.
+    """The files of a store in a bucket, as copies on this machine, which threads and processes may ask for at once.
+
+    Attributes:
+      came_on: called when a part of a file has come, by the thread that waits for the file.
 
     Args:
       remote: the store.
@@ -34,24 +36,47 @@ class Staged:
         self.remote = remote
         self.folder = copies_of(manifest["fingerprint"])
         _remove_abandoned(self.folder)
+        self.came_on: Callable[[], None] = lambda: None
         self._proven: set[str] = set()
-        self._lock = threading.Lock()
 
-    def file(self, name: str, *, sha256: str = "") -> Path:
+    def file(self, name: str, *, sha256: str = "", size: int = 0) -> Path:
         """The copy of a file: made now where there is none, and compared with its SHA-256 once in each process.
+
+        Of all who ask for it on this machine one copies, and the others wait.
+
+        Args:
+          size: bytes of the file, where that is known: then it is told how far a long copy is.
 
         Raises:
           FileNotFoundError: the store has no such file.
-          StorageError: the bucket cannot be read, or holds other bytes.
+          StorageError: the bucket cannot be read, or holds other bytes; or there is no room for the copy.
         """
         copy = self.folder / name
-        with self._lock:
-            if name in self._proven:
-                return copy
-            if not copy.is_file() or (sha256 and file_digest(copy) != sha256):
-                self.remote.download(name, copy, sha256=sha256)
+        if name in self._proven:
+            return copy
+        with on_this_machine(copy):
+            if not _is_whole(copy, sha256):
+                with locked(self.folder / f".{name}.lock"):
+                    if not _is_whole(copy, sha256):
+                        self._copy(name, copy, sha256=sha256, size=size)
             self._proven.add(name)
+        self.came_on()
         return copy
+
+    def _copy(self, name: str, copy: Path, *, sha256: str, size: int) -> None:
+        lines = Lines(f"copying {name} of {self.remote}", size)
+
+        def came_on(piece: int) -> None:
+            self.came_on()
+            if size:
+                lines.advance(piece)
+
+        self.remote.download(name, copy, sha256=sha256, came_on=came_on)
+
+
+def _is_whole(copy: Path, sha256: str) -> bool:
+    """Whether a copy is there, and is the one that is wanted where that is known."""
+    return copy.is_file() and (not sha256 or file_digest(copy) == sha256)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -187,16 +187,20 @@ class TokenStore:
         for name in SPLITS:
             entry = self.manifest["splits"][name]
             for item in (*entry["shards"], entry["offsets"], entry["byte_lengths"]):
-                if file_digest(self._file(item)) != item["sha256"]:
-                    raise StoreError(
-                        f"{self.path / item['file']} is damaged, its SHA-256 changed: prepare the store again"
-                    )
+                path = self._file(item)  # of a bucket's it is compared there
+                if self._staged is None and file_digest(path) != item["sha256"]:
+                    raise StoreError(f"{path} is damaged, its SHA-256 changed: prepare the store again")
         try:
             self.check_tokenizer(self.tokenizer())
         except ValueError as error:
             raise StoreError(
                 f"the tokenizer inside {self.place} is damaged ({error}): prepare the store again"
             ) from None
+
+    def on_arrival(self, came_on: Callable[[], None]) -> None:
+        """From now on calls `came_on` when a part of the store has come from its bucket, on the thread that waits."""
+        if self._staged is not None:
+            self._staged.came_on = came_on
 
     @property
     def fingerprint(self) -> str:
@@ -241,10 +245,12 @@ class TokenStore:
 
     def _file(self, item: Mapping[str, Any]) -> Path:
         """A file of the store by what the manifest says of it; one of a bucket is copied if it has to be."""
-        name = item["file"]
+        name, size = item["file"], item.get("tokens", 0) * np.dtype(self.manifest["dtype"]).itemsize
         if Path(name).name != name:
             raise StoreError(f"the manifest of {self.place} names {name!r}, which is no file of its folder")
-        return self._staged.file(name, sha256=item.get("sha256", "")) if self._staged else self.path / name
+        if self._staged is None:
+            return self.path / name
+        return self._staged.file(name, sha256=item.get("sha256", ""), size=size)
 
 
 class StoreWriter:

@@ -144,12 +144,33 @@ def worker_count(setting: int, jobs: int) -> int:
     return max(1, min(setting or cores, jobs))
 
 
-class Progress:
-    """Shows how far a job of a known number of bytes is: a bar on a terminal, lines in a log, on standard error."""
+class Lines:
+    """Says on standard error how far a job of a known number of bytes is, in lines; of a short one nothing."""
 
     def __init__(self, what: str, total: int):
         self._what, self._total, self._done = what, max(total, 1), 0
         self._begin = self._shown = time.monotonic()
+
+    def advance(self, size: int) -> None:
+        """Counts `size` more bytes as done."""
+        self._done += size
+        now = time.monotonic()
+        told = self._shown > self._begin
+        if now - self._shown >= SECONDS_BETWEEN_LINES or (told and self._done >= self._total):
+            self._shown = now
+            rate = self._done / max(now - self._begin, 1e-9)
+            left = (self._total - self._done) / max(rate, 1.0)
+            note(
+                f"{self._what}: {self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB, "
+                f"{self._done / self._total:.0%}, {rate / 1e6:.1f} MB/s, {left:.0f} s left"
+            )
+
+
+class Progress(Lines):
+    """The same as a bar where there is a terminal."""
+
+    def __init__(self, what: str, total: int):
+        super().__init__(what, total)
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -173,18 +194,10 @@ class Progress:
 
     def advance(self, size: int) -> None:
         """Counts `size` more bytes as done."""
-        self._done += size
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
-        elif now - self._shown >= SECONDS_BETWEEN_LINES or self._done >= self._total:
-            self._shown = now
-            rate = self._done / max(now - self._begin, 1e-9)
-            left = (self._total - self._done) / max(rate, 1.0)
-            note(
-                f"{self._what}: {self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB, "
-                f"{self._done / self._total:.0%}, {rate / 1e6:.1f} MB/s, {left:.0f} s left"
-            )
+        if self._bar is None:
+            super().advance(size)
+        else:
+            self._bar.advance(self._task, size)
 
 
 def note(text: str) -> None:

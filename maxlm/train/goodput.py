@@ -100,7 +100,7 @@ class Ledger:
     @property
     def standing(self) -> tuple[int, str]:
         """Steps done, and the bucket that holds now."""
-        return self._step, (self._open or [self._base])[-1]
+        return self._step, [self._base, *self._open][-1]  # a copy: other threads ask, too
 
     def settle(self, bucket: str) -> None:
         """The bucket from now on, outside of `bucket` blocks."""

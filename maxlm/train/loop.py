@@ -100,11 +100,18 @@ class Run:
         self.agreement = Agreement(self.setup.mesh)
         settings = self.config.checkpoint
         self.copy_pace = Pace(settings.local_every_steps, mtbf=settings.mtbf_hours * 3600)
+        for store in self.data.stores.values():
+            store.on_arrival(self.data_came_on)
 
     @property
     def workdir(self) -> Path:
         """The run's folder on this machine."""
         return self.home.folder
+
+    def data_came_on(self) -> None:
+        """A part of a store has come from its bucket: whoever waits for data does not hang."""
+        if self.goodput.standing[1] in ("data_wait", "evaluation"):
+            self.sentries.watchdog.alive()
 
     def to_the_end(self, state: TrainState, start: int) -> TrainState:
         """`steps`, and again from an earlier checkpoint where too many updates are refused."""

@@ -1,5 +1,7 @@
 """Stores are read in full beside the run, and a flipped bit in one of them ends it."""
 
+import errno
+import os
 import threading
 
 import pytest
@@ -39,6 +41,20 @@ def test_a_bucket_that_does_not_answer_is_no_damage(stores, bucket, server, caps
     server.heal()
     Proof({"away": opened}).check(wait=30)
     assert not capsys.readouterr().err
+
+
+def test_a_full_disk_under_the_copies_is_no_damage(stores, bucket, capsys, monkeypatch):
+    publish(stores["tiny"].path, Folder(f"{bucket}/store"))
+    opened = TokenStore.open(f"{bucket}/store")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(os, "fsync", full)
+        Proof({"away": opened, "tiny": stores["tiny"]}).check(wait=30)
+    said = capsys.readouterr().err
+    assert f"{bucket}/store was not read in full: " in said and "No space left" in said and "MAXLM_CACHE" in said
 
 
 def test_nobody_waits_for_a_large_store(stores, monkeypatch):

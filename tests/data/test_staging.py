@@ -1,18 +1,24 @@
 """Stores in a bucket: made there, read by the shard, proved, and never half there."""
 
+import errno
 import os
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from maxlm import storage
 from maxlm.config import StoreConfig
-from maxlm.data import staging
+from maxlm.data import staging, workers
+from maxlm.data import store as stores
 from maxlm.data.prepare import prepare_data, prepare_store
 from maxlm.data.store import StoreError, StoreWriter, TokenStore
 from maxlm.data.tokenizers import ByteTokenizer
+from maxlm.files import file_digest
 from maxlm.storage import Folder, StorageError, local_name
 from tests.tiny import tiny_config, write_corpus
 
@@ -58,6 +64,72 @@ def test_shards_are_copied_as_they_are_read_and_hold_what_was_written(store, ser
     assert TokenStore.open(str(store)).split("train").read(0, 200).tolist() == whole.read(0, 200).tolist()
     # The second process copies nothing: it asks for the manifest alone.
     assert [path for _, path in server.seen[before:] if not path.endswith("manifest.json")] == []
+
+
+def test_of_many_who_want_a_file_one_copies_it_and_another_file_waits_for_nobody(store, server, tmp_path):
+    """Threads stand for processes here: the lock is the file's, so each opening of the store is on its own."""
+    whole = TokenStore.open(tmp_path / "store").split("train")
+    opened = [TokenStore.open(str(store)) for _ in range(6)]
+    before = server.count
+    held, asked = threading.Event(), threading.Event()
+
+    def hold(method, path):  # the first shard does not come before the second is there
+        if path.endswith("train-00000.bin"):
+            asked.set()
+            held.wait(20)
+        return False
+
+    server.concerns = hold
+    with ThreadPoolExecutor(6) as pool:
+        reads = [pool.submit(each.split("train").read, 0, 64) for each in opened]
+        assert asked.wait(20)
+        np.testing.assert_array_equal(TokenStore.open(str(store)).split("train").read(64, 100), whole.read(64, 100))
+        assert not any(read.done() for read in reads)
+        held.set()
+        for read in reads:
+            np.testing.assert_array_equal(read.result(), whole.read(0, 64))
+    asked_for = [path.rpartition("/")[2] for _, path in server.seen[before:]]
+    # Once each, in the requests that one copy takes: a part, and where the file ends before it, what is left.
+    assert asked_for.count("train-00000.bin") == asked_for.count("train-00001.bin") <= 2
+
+
+def test_what_comes_is_told_as_it_comes(store, server, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "_PIECE", 40)
+    monkeypatch.setattr(workers, "SECONDS_BETWEEN_LINES", 0.02)
+    server.delay, server.delay_every = 0.03, 1
+    opened, came = TokenStore.open(str(store)), []
+    opened.on_arrival(lambda: came.append(None))
+    capsys.readouterr()
+    split = opened.split("train")
+    split.read(0, 64)  # 128 bytes: 40, 40, 40 and 8
+    assert len(came) == 5  # four pieces, and the file is there
+    said = capsys.readouterr().err.splitlines()
+    assert said and all(line.startswith(f"copying train-00000.bin of {store}: ") for line in said)
+    assert said[-1].startswith(f"copying train-00000.bin of {store}: 0.0 of 0.0 MB, 100%, ")
+    split.read(0, 64)
+    assert len(came) == 5
+
+
+def test_a_cache_without_room_is_named_and_no_damage(store, monkeypatch):
+    opened = TokenStore.open(str(store))
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(
+        StorageError, match="train-00000.bin, a copy.*No space left.*/cache can be written.*MAXLM_CACHE"
+    ):
+        opened.split("train").read(0, 64)
+    assert not list(opened.path.glob(".train-00000.bin.[0-9]*")) and shards_of(opened) == []
+
+
+def test_a_copy_is_hashed_once(store, monkeypatch):
+    opened = TokenStore.open(str(store))
+    opened.verify()  # all is copied, and proved on its way
+    again, hashed = TokenStore.open(str(store)), []
+    monkeypatch.setattr(staging, "file_digest", lambda path: hashed.append(path.name) or file_digest(path))
+    monkeypatch.setattr(stores, "file_digest", lambda path: hashed.append(path.name) or file_digest(path))
+    again.verify()
+    assert len(hashed) == len(set(hashed)) >= 4
+    again.verify()
+    assert len(hashed) == len(set(hashed))
 
 
 def test_a_damaged_copy_is_made_again_and_a_damaged_object_is_named(store):

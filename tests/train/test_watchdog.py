@@ -3,9 +3,12 @@
 import contextlib
 import threading
 import time
+import types
 
 import pytest
 
+from maxlm.train import loop
+from maxlm.train.goodput import Ledger
 from maxlm.train.watchdog import FOLDER, LONGEST, Watchdog
 
 
@@ -98,6 +101,24 @@ def test_what_is_no_step_has_a_limit_too(tmp_path, capfd):
         clock.now += 3.9
         watchdog.check()
         assert len(reasons) == 1
+
+
+def test_who_waits_for_a_bucket_that_gives_is_not_late_and_who_does_not_wait_may_be(tmp_path):
+    watchdog, clock, reasons = watched(tmp_path, steps=0)
+    goodput = Ledger(None, age=0.0)
+    goodput.settle("step")
+    run = types.SimpleNamespace(goodput=goodput, sentries=types.SimpleNamespace(watchdog=watchdog))
+    with goodput.bucket("data_wait"):
+        for _ in range(4):
+            clock.now += LONGEST - 1
+            loop.Run.data_came_on(run)
+            watchdog.check()
+    assert not stacks(tmp_path) and not reasons
+    for _ in range(4):  # shards come in the background, for the proof, say, while a step hangs
+        clock.now += LONGEST - 1
+        loop.Run.data_came_on(run)
+        watchdog.check()
+    assert stacks(tmp_path) and reasons
 
 
 def test_nothing_is_watched_that_need_not_be(tmp_path):
