@@ -5,8 +5,9 @@ over ln 2 and over the documents' bytes. No end token is counted.
 
 A document with more tokens than fit into a window is cut into windows that overlap: the positions shared with the
 window before serve as context only, so that every token is counted exactly once. Documents and windows shorter than a
-row are put together in rows as segments that do not see each other. The plan is pure NumPy and the same in every
-process; rows go through one compiled program in batches of one shape.
+row are put together in rows as segments that do not see each other; rotary positions that go by how long a text is
+(longrope, dynamic) go by the window alone. The plan is pure NumPy and the same in every process; rows go through one
+compiled program in batches of one shape.
 
 Shapes: N windows, R rows, B rows of a batch, S positions of a row.
 """
@@ -29,7 +30,7 @@ from maxlm.cluster import meet
 from maxlm.config import Config
 from maxlm.data.batch import Batch, empty_batch
 from maxlm.data.store import Split
-from maxlm.model.decoder import merge
+from maxlm.model.decoder import document_lengths, merge
 from maxlm.model.loss import token_nll
 from maxlm.model.runtime import Runtime
 from maxlm.parallel.sharding import named_sharding
@@ -157,8 +158,17 @@ class Sums(NamedTuple):
 def batch_sums(params: Any, batch: Batch, *, graphdef: Any, runtime: Runtime, chunk: int, softcap: float) -> Sums:
     """Nats and tokens of a batch (B, S); over a mesh these are sums over the whole of it, alike in every process."""
     model = merge(graphdef, params)
-    tokens, targets, segments, positions, weights = runtime.arrange(jax.tree.map(jnp.asarray, batch))
-    out = model.hidden(tokens, positions_BS=positions, segments_BS=segments, runtime=runtime)
+    batch = jax.tree.map(jnp.asarray, batch)
+    batch, lengths = runtime.arrange((batch, document_lengths(batch.positions, batch.segments)))
+    tokens, targets, segments, positions, weights = batch
+    out = model.hidden(
+        tokens,
+        positions_BS=positions,
+        segments_BS=segments,
+        real_BS=segments > 0,
+        runtime=runtime,
+        longest=lengths,
+    )
     nll = token_nll(
         out.hidden_BSD,
         model.head_matrix(),

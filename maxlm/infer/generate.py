@@ -57,7 +57,8 @@ def generate(
     """Continues every prompt.
 
     A row's draws depend on `key`, its index among the prompts and the position of the token that is drawn, not on the
-    other prompts. Compiled programs are kept for a model, a sampling and rounded lengths.
+    other prompts: rotary positions that go by how long a text is (longrope, dynamic) go by how long the row itself may
+    become. Compiled programs are kept for a model, a sampling and rounded lengths.
 
     Args:
       prompts: token ids, with the begin token that the model was trained with; none is empty.
@@ -85,7 +86,7 @@ def generate(
         capacity=_rounded(width + max_new_tokens),
         dtype=model.runtime.dtype,
         padding=jnp.asarray(width - lengths),
-        longest=int(lengths.max()) + max_new_tokens - 1,  # the last token that is drawn is not read
+        longest=jnp.asarray(lengths + max_new_tokens - 1),  # the last token that is drawn is not read
     )
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(prompts)))
     advance = functools.partial(

@@ -31,7 +31,8 @@ class Sight(NamedTuple):
     offset: () int32, decoding only: the slot of the first query's token among the keys.
     real: (B, S) bool, False at padding; None: every position holds a token. Attention needs no telling, as padding is
       behind causality or in a segment of its own.
-    longest: () int32, how many positions the rows have, or may come to have in the cache; None: no matter.
+    longest: int32, () or what spreads over (B, S): how many positions the rows, or the row or document of each
+      position, have, or may come to have in the cache; None: no matter.
     """
 
     positions: jax.Array

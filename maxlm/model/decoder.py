@@ -66,7 +66,7 @@ class Cache(NamedTuple):
     slots: jax.Array  # (C,) int32: 0, 1, ...
     padding: jax.Array  # (B,) int32
     used: jax.Array  # () int32: slots filled, padding included
-    longest: jax.Array  # () int32: positions that a row may come to have, at most C
+    longest: jax.Array  # (B,) int32: positions that each row may come to have, at most C
 
 
 class DecodeOut(NamedTuple):
@@ -176,7 +176,8 @@ class Decoder(nnx.Module):
           tokens_BS, positions_BS: int32.
           segments_BS: int32 document numbers; a token sees its own document only. None: a row is one document.
           real_BS: bool, False at padding, which then takes no part in a router's counts. None: all hold tokens.
-          longest: () int32, as of `longest_row`, where these rows are a part of a batch. None: of these rows.
+          longest: int32, () as of `longest_row`, where these rows are a part of a batch, or (B, S) as of
+            `document_lengths`. None: `longest_row` of these rows.
         """
         sight = _whole_rows(positions_BS, segments_BS, real_BS, longest)
         out = self._run(tokens_BS, sight=sight, runtime=runtime, memory=None)
@@ -228,7 +229,7 @@ class Decoder(nnx.Module):
             segments_k=(cache.slots >= padding).astype(jnp.int32),
             offset=cache.used,
             real=real,
-            longest=cache.longest,
+            longest=cache.longest[:, None],
         )
         out = self._run(tokens_Bt, sight=sight, runtime=runtime, memory=cache.memory)
         return DecodeOut(out.x, cache._replace(memory=out.memory, used=cache.used + tokens_Bt.shape[1]))
@@ -282,6 +283,18 @@ def longest_row(positions_BS: jax.Array) -> jax.Array:
     return jnp.max(positions_BS) + 1
 
 
+def document_lengths(positions_BS: jax.Array, segments_BS: jax.Array) -> jax.Array:
+    """(B, S) int32: how many positions the document of each position has, for longrope and dynamic.
+
+    What is computed for a document then hangs on nothing that it shares a row or a batch with. Needs the positions of a
+    row in their order, those of a document side by side, and segments that differ between neighbours.
+    """
+    places = jnp.arange(positions_BS.shape[1], dtype=jnp.int32)
+    last = jnp.pad(segments_BS[:, 1:] != segments_BS[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    end = jax.lax.cummin(jnp.where(last, places, places.size), axis=1, reverse=True)  # the first at or behind each
+    return positions_BS + 1 + end - places
+
+
 def _whole_rows(
     positions: jax.Array, segments: jax.Array | None, real: jax.Array | None, longest: jax.Array | None
 ) -> Sight:
@@ -304,13 +317,13 @@ def init_cache(
     capacity: int,
     dtype: Any,
     padding: jax.Array | None = None,
-    longest: int | None = None,
+    longest: jax.Array | None = None,
 ) -> Cache:
     """An empty cache for `capacity` tokens a row.
 
     Args:
       padding: (B,) int32 as `Cache` says. None: no row is padded.
-      longest: positions that a row will come to have, where that is less than the capacity. None: as many.
+      longest: (B,) int32, positions that each row will come to have, where less than the capacity. None: as many.
     """
     counts = [config.moe.dense_layers, config.num_layers - config.moe.dense_layers]
     memory = tuple(
@@ -327,8 +340,8 @@ def init_cache(
         for count, cycle in zip(filter(None, counts), stack_windows(config), strict=True)
     )
     pads = jnp.zeros(batch, jnp.int32) if padding is None else jnp.asarray(padding, jnp.int32)
-    slots, most = jnp.arange(capacity, dtype=jnp.int32), jnp.asarray(longest or capacity, jnp.int32)
-    return Cache(memory, slots, pads, jnp.zeros((), jnp.int32), most)
+    most = jnp.full(batch, capacity, jnp.int32) if longest is None else jnp.asarray(longest, jnp.int32)
+    return Cache(memory, jnp.arange(capacity, dtype=jnp.int32), pads, jnp.zeros((), jnp.int32), most)
 
 
 def split_model(config: ModelConfig) -> ModelParts:

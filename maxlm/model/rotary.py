@@ -31,8 +31,8 @@ def rotary(
       x: (B, S, H, h) queries or keys; angles and products are float32, the result has x's dtype.
       positions: (B, S) int32.
       windowed: whether the layer sees a window only; such a layer may have a base of its own, which is not stretched.
-      longest: () int32, positions that the rows have or may come to have, by which longrope and dynamic go; None: as
-        many as in pretraining.
+      longest: int32, () or what spreads over (B, S): positions that the rows, or the row or document of each position,
+        have or may come to have, by which longrope and dynamic go; None: as many as in pretraining.
     """
     dims = rotated_dims(rope, x.shape[-1])
     if not dims:
@@ -93,6 +93,9 @@ def _plain(theta: float, dims: int) -> np.ndarray:
 
 
 def _bands(rope: RopeConfig, dims: int, longest: jax.Array | None) -> jax.Array:
+    """Radians a position, (p,) or (B, S, 1, p) with a `longest` of each position; B and S may be 1."""
+    if longest is not None and longest.ndim:
+        longest = longest[:, :, None, None]
     if rope.scaling == "dynamic" and longest is not None:
         # Longer rows have a larger base (bloc97 and emozilla 2023), up to the original length that of pretraining.
         longer = jnp.maximum(longest / rope.original_length, 1.0)

@@ -11,14 +11,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.config import AttentionConfig, Config, DataConfig, EvalConfig, MlpConfig, ModelConfig, ParallelConfig
+from maxlm.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    MlpConfig,
+    ModelConfig,
+    MoeConfig,
+    ParallelConfig,
+    RopeConfig,
+)
 from maxlm.data.store import StoreWriter, TokenStore
 from maxlm.eval import heldout
-from maxlm.model.decoder import merge, split_model
+from maxlm.kernels.experts import local_experts
+from maxlm.model.decoder import document_lengths, merge, split_model
 from maxlm.model.runtime import Runtime
 from maxlm.parallel.mesh import make_mesh
-from maxlm.parallel.sharding import constrainer
+from maxlm.resolve import resolve
+from maxlm.train.setup import make_setup
 from maxlm.tree import map_paths
+from tests.tiny import tiny_config
 
 VOCAB, BOS = 50, 49
 LENGTHS = [1, 2, 5, 17, 18, 40, 3, 9, 33, 2, 12]  # with the begin token; windows have 16 positions
@@ -130,6 +143,10 @@ def parts():
 
 @pytest.fixture(scope="module")
 def params(parts):
+    return params_of(parts)
+
+
+def params_of(parts):
     rng = np.random.default_rng(1)
 
     def value(_path, spec):  # NumPy, because compiling JAX's own initialisation takes longer than the tests
@@ -140,15 +157,17 @@ def params(parts):
 
 @pytest.fixture(scope="module")
 def naive(parts, params, store):
+    return naive_of(parts, params, store)
+
+
+def naive_of(parts, params, store):
     """Nats of each document after its begin token: a window at a time, one a row, by whole logits in float64."""
 
     @jax.jit
-    def forward(tokens):
+    def forward(tokens, length):
         model = merge(parts.graphdef, params)
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        return model.logits(
-            model.hidden(tokens, positions_BS=positions, segments_BS=None, runtime=Runtime()).hidden_BSD
-        )
+        rows = {"positions_BS": jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], "segments_BS": None}
+        return model.logits(model.hidden(tokens, **rows, runtime=Runtime(), longest=length).hidden_BSD)
 
     def nats(document, window, overlap):
         total, done = 0.0, 0
@@ -157,7 +176,7 @@ def naive(parts, params, store):
             inputs = document[begin : min(begin + window, len(document) - 1)]
             row = np.zeros((1, 48), np.int32)
             row[0, : len(inputs)] = inputs
-            logits = np.asarray(forward(row))[0, done - begin : len(inputs)].astype(np.float64)
+            logits = np.asarray(forward(row, len(inputs)))[0, done - begin : len(inputs)].astype(np.float64)
             targets = document[done + 1 : begin + len(inputs) + 1]
             total += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(targets)), targets]).sum()
             done += len(targets)
@@ -203,19 +222,82 @@ def test_a_limit_takes_the_first_documents(parts, params, store, naive):
     np.testing.assert_allclose(result.bits_per_byte, nats / math.log(2) / result.bytes, rtol=1e-6)
 
 
-def test_a_mesh_gives_the_figure_of_one_device(parts, params, store):
-    mesh = make_mesh(ParallelConfig(data=2, fsdp=2), jax.devices()[:4])
-    setup = types.SimpleNamespace(
-        config=CONFIG, mesh=mesh, parts=parts, eval_runtime=Runtime(constrain=constrainer(mesh))
+@pytest.mark.parametrize("scaling", ["longrope", "dynamic"])
+def test_a_document_does_not_feel_what_it_is_batched_with(store, scaling):
+    """Where frequencies go by how long a text is: some are below the original length, some above."""
+    factors = {"short_factors": (1.0,) * 4, "long_factors": (2.0, 8.0, 8.0, 8.0)} if scaling == "longrope" else {}
+    rope = RopeConfig(scaling=scaling, factor=4.0, original_length=10, **factors)
+    config = dataclasses.replace(with_eval(sequence_length=48), model=dataclasses.replace(CONFIG.model, rope=rope))
+    parts = split_model(config.model)
+    params = params_of(parts)
+    expected = sum(naive_of(parts, params, store)(48, 0))
+    for rows in (1, 4):
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=rows))
+        result = run(parts, params, store, config)
+        np.testing.assert_allclose(result.nats_per_token * result.tokens, expected, rtol=1e-6)
+
+
+def test_lengths_of_documents_by_hand():
+    positions = np.array([[0, 1, 2, 0, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
+    segments = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [1] * 8])
+    lengths = document_lengths(jnp.asarray(positions), jnp.asarray(segments))
+    np.testing.assert_array_equal(lengths[:, :6], [[3, 3, 3, 1, 2, 2], [8] * 6])
+
+
+def experts_config(**sizes):
+    """A mixture of experts, with frequencies by length, as a run on such a mesh has it."""
+    rope = RopeConfig(
+        scaling="longrope", factor=4.0, original_length=10, short_factors=(1.0,) * 4, long_factors=(2.0, 8.0, 8.0, 8.0)
     )
+    config = tiny_config(
+        "unused",
+        model=ModelConfig(
+            vocab_size=264,
+            embed_dim=16,
+            num_layers=2,
+            attention=AttentionConfig(
+                q_heads=4, kv_heads=2, head_dim=8, windows=(6, 0)[: 3 - sizes.get("pipeline", 1)]
+            ),
+            rope=rope,
+            moe=MoeConfig(experts=4, active=2, dim=24),
+        ),
+        parallel=ParallelConfig(data=1, **sizes),
+        train__accumulation=2,
+        eval=EvalConfig(batch_size=4, overlap=6, sequence_length=16),
+    )
+    return resolve(config, devices=math.prod(sizes.values()))
+
+
+@pytest.mark.parametrize("sizes", [{"context": 2, "tensor": 2}, {"pipeline": 2, "expert": 2}], ids=str)
+def test_a_mesh_gives_the_figure_of_one_device(store, sizes):
+    """As runs evaluate: experts, packed rows with padding, each axis with what a run takes for it."""
+    config = experts_config(**sizes)
+    setup = make_setup(config, make_mesh(config.parallel, jax.devices()[:4]))
+    params = params_of(setup.parts)
+    alone = run(setup.parts, params, store, config)
     told = []
     data = types.SimpleNamespace(stores={"numbers": store})
+    params = jax.device_put(params, setup.shardings.params)
     with jax.transfer_guard_device_to_host("disallow"):
         found = heldout.evaluate_stores(setup, params, data, final=True, progress=lambda *call: told.append(call))
-    alone = run(parts, params, store)
+    # Float32 sums in another order; 1e-6 is some ten roundings of them.
     np.testing.assert_allclose(found["numbers"].bits_per_byte, alone.bits_per_byte, rtol=1e-6)
     batches = told[-1][2]
     assert batches > 1 and told == [("numbers", done, batches) for done in range(1, batches + 1)]
+
+
+def test_padding_goes_to_no_expert(store):
+    config = experts_config(expert=1)
+    parts, sent = split_model(config.model), []
+
+    def watched(x, routes, experts, **rest):
+        jax.debug.callback(lambda chosen: sent.append(int((chosen < 4).sum())), routes.experts)
+        return local_experts(x, routes, experts, **rest)
+
+    run(parts, params_of(parts), store, config, runtime=Runtime(experts=watched))
+    jax.effects_barrier()
+    windows = heldout.plan_windows(store.split("heldout").offsets, window=16, overlap=6)
+    assert sum(sent) == windows.length.sum() * config.model.moe.active * config.model.num_layers
 
 
 def test_processes_meet_between_compiling_and_running(parts, params, store, monkeypatch):

@@ -105,6 +105,9 @@ def test_longrope_goes_by_what_a_row_comes_to_have_and_not_by_the_room_that_is_m
     assert naive(24) != naive(25)
     assert run(stretched, PROMPTS[2:], count=6)[0] == naive(24)
     assert run(stretched, PROMPTS[2:], count=7)[0][:6] == naive(25)
+    short = PROMPTS[0] + PROMPTS[1]  # and not by what another row comes to have
+    assert run(stretched, [PROMPTS[2], short], count=7)[1] == run(stretched, [short], count=7)[0]
+    assert run(stretched, [PROMPTS[2], short], count=7)[1] != run(stretched, [short], count=24)[0][:7]
 
 
 def test_a_prompt_does_not_feel_the_others(model):
