@@ -174,6 +174,11 @@ class ModelConfig:
         choices=("depth_scaled", "fan_in", "zero_output"),
     )
 
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether a layer has the feed-forward half of `mlp.dim`, and not experts in its place."""
+        return not self.moe.experts or self.moe.dense_layers > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class StoreConfig:

@@ -225,11 +225,10 @@ def _check_mesh(config: Config) -> Iterator[str]:
     if sum(size == -1 for size in sizes.values()) > 1:
         axes = " and ".join(f"parallel.{axis}" for axis, size in sizes.items() if size == -1)
         yield f"{axes} are both -1; only one axis can take the devices that are left"
-    dims = {
+    dims: dict[str, tuple[tuple[str, int], ...]] = {
         "tensor": (
             ("model.attention.q_heads", config.model.attention.q_heads),
             ("model.attention.kv_heads", config.model.attention.kv_heads),
-            ("model.mlp.dim", config.model.mlp.dim),
             ("model.vocab_size", config.model.vocab_size),
         ),
         "fsdp": (
@@ -238,6 +237,8 @@ def _check_mesh(config: Config) -> Iterator[str]:
             ("model.attention.latent.query_dim", config.model.attention.latent.query_dim),
         ),
     }
+    if config.model.has_dense_layers:
+        dims["tensor"] += (("model.mlp.dim", config.model.mlp.dim),)
     if config.model.mtp_layers:  # their projection has the stream and an embedding side by side
         dims["tensor"] += (("twice model.embed_dim", 2 * config.model.embed_dim),)
     for axis, sharded in dims.items():

@@ -23,6 +23,7 @@ from maxlm.config import (
     StoreConfig,
 )
 from maxlm.configfile import record, source
+from maxlm.plan.candidates import meshes
 from maxlm.resolve import ConfigError, as_config_dict, differences, leaves, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -181,6 +182,18 @@ def test_a_mixture_fills_its_dim():
             ),
             devices=8,
         )
+
+
+def test_tensor_has_to_divide_the_hidden_dim_of_dense_layers_alone():
+    """A model of experts only has no parameter of `mlp.dim`, whatever stands there."""
+    experts = {"model__moe__experts": 4, "model__moe__dim": 32}
+    settings = {"model__mlp__dim": 75, "parallel__tensor": 2}
+    refused = "parallel.tensor is 2, which does not divide model.mlp.dim 75; use one of 1, 3, 5, 15, 25, 75"
+    assert problems(changed(**settings), devices=8) == [refused]
+    assert problems(changed(**settings, **experts, model__moe__dense_layers=1), devices=8) == [refused]
+    resolved = resolve(changed(**settings, **experts), devices=8)
+    assert not resolved.model.has_dense_layers
+    assert {"tensor": 2, "data": 4} in [{k: n for k, n in mesh.items() if n > 1} for mesh in meshes(resolved, 8)]
 
 
 def test_all_problems_are_reported_at_once():

@@ -40,8 +40,9 @@ def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
     model = config.model
     limits = {axis: devices for axis in MESH_AXES} | LARGEST
     limits["expert"] = model.moe.experts or 1
+    hidden = (model.mlp.dim,) if model.has_dense_layers else ()
     whole = {
-        "tensor": math.gcd(model.attention.kv_heads, model.mlp.dim, model.vocab_size),
+        "tensor": math.gcd(model.attention.kv_heads, model.vocab_size, *hidden),
         "expert": model.moe.experts or 1,
         "fsdp": model.embed_dim,
         "context": config.data.sequence_length // 2,
