@@ -402,7 +402,7 @@ class EvalConfig:
     overlap: int = leaf(0, "positions a window shares with the one before, as context only", unit="tokens", low=0)
     documents: int = leaf(0, "held-out documents used during training; 0: all", unit="documents", low=0)
     stores: tuple[str, ...] = leaf((), "stores whose held-out documents are evaluated; empty: all that hold some out")
-    prompts: tuple[str, ...] = leaf((), "prompts continued at the end, for the report")
+    prompts: tuple[str, ...] = leaf((), "prompts continued at the end of a run of one process, for the report")
     sample_tokens: int = leaf(64, "tokens that a prompt is continued by", unit="tokens", low=1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ from maxlm.infer.pretrained import PretrainedText
 from maxlm.infer.sampling import Sampling
 from maxlm.kernels import grouped
 from maxlm.kernels.attention import dispatch
-from maxlm.kernels.experts import local_experts
 from maxlm.model.decoder import split_model
 from maxlm.model.runtime import Runtime
 from maxlm.parallel.experts import sharded_experts
@@ -53,21 +51,6 @@ class Asked(NamedTuple):
     chat: bool = False
 
 
-def runnable(config: Config, params: Any) -> RunnableModel:
-    """The model of a config with these parameters, brought to one device of this process."""
-    device = jax.local_devices()[0]
-    return RunnableModel(
-        config=config.model,
-        graphdef=split_model(config.model).graphdef,
-        params=jax.device_put(params, device),
-        runtime=Runtime(
-            dtype=jnp.dtype(config.train.precision),
-            attend=dispatch(device.platform),
-            experts=functools.partial(local_experts, backend=grouped.choose(device.platform, config.train.precision)),
-        ),
-    )
-
-
 def generation_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> Mesh:
     """As many of the devices as divide the model's dims: `tensor` first, which cuts each product, then `fsdp`."""
     specs = tree.paths(split_model(model).specs).values()
@@ -83,7 +66,7 @@ def generation_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> Mesh:
 
 def generation_runtime(mesh: Mesh, dtype: Any) -> Runtime:
     """Every device works on all rows, which are few, and on its part of the weights: those never travel, but for
-    experts' from `fsdp`."""
+    experts' from `fsdp`, and layers' over the stages of a run's pipeline, as in an evaluation."""
     place = constrainer(mesh)
 
     def constrain(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:

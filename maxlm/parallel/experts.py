@@ -66,16 +66,16 @@ def sharded_experts(backend: Backend, mesh: Mesh, *, rows: str | None = "batch")
     are cross the network; the CPU's XLA has no such collective, and whole regions are sent.
 
     Args:
-      rows: the logical axis of the batch; None: every device has all rows.
+      rows: the logical axis of the batch; None: every device has all rows, whole, and is given the whole result.
     """
-    tokens = partition((rows, "seq", None))
+    tokens = partition((rows, "seq" if rows else None, None))
     ragged = mesh.devices.flat[0].platform in RAGGED_PLATFORMS
 
     def run(
         x: jax.Array, routes: Routes, experts: Experts, *, hidden: Hidden, capacity: int = 0, dtype: Any
     ) -> jax.Array:
         # The sum over `tensor` leaves each of its devices a part of the positions, as the stream has them.
-        scattered = x.shape[1] % shards(mesh, "residual") == 0
+        scattered = rows is not None and x.shape[1] % shards(mesh, "residual") == 0
         settings = _Settings(mesh.shape["expert"], ragged, scattered, hidden, capacity, dtype, backend)
         place: Any = Routes
         specs = (
@@ -83,7 +83,7 @@ def sharded_experts(backend: Backend, mesh: Mesh, *, rows: str | None = "batch")
             place(tokens, tokens),
             jax.tree.map(lambda _, axes: partition(axes), experts, _logical(experts)),
         )
-        out = partition((rows, "residual" if scattered else "seq", None))
+        out = partition((rows, "residual", None)) if scattered else tokens
         function = functools.partial(_on_device, settings)
         return island(function, mesh, in_specs=specs, out_specs=out)(x.astype(dtype), routes, experts)
 

@@ -6,12 +6,13 @@ import json
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 
 from maxlm.data.prepare import heldout_documents
 from maxlm.errors import UserError
 from maxlm.eval.baselines import Baselines, Text, compression_baselines
-from maxlm.infer.generate import check_prompts, encode_prompts, generate_text
-from maxlm.infer.load import runnable
+from maxlm.infer.generate import RunnableModel, check_prompts, encode_prompts, generate_text
+from maxlm.infer.load import generation_runtime
 from maxlm.infer.sampling import Sampling
 from maxlm.model.flops import ledger as flop_ledger
 from maxlm.train.report import Facts, Foretold, Sample, write_report
@@ -68,18 +69,36 @@ def check_finish(config: Config, data: Prepared) -> None:
 
 
 def draw_samples(run: Run, state: TrainState) -> list[Sample]:
-    """Continues the config's prompts, on one device of each process."""
-    prompts = run.config.eval.prompts
-    if not prompts or jax.process_count() > 1:  # the parameters of several processes are not on one device
+    """Continues the config's prompts, with the parameters where they are; [] where that fails, which the log tells.
+
+    By then all that the run was for is done: a report without samples is better than none.
+    """
+    prompts, again = run.config.eval.prompts, f"maxlm generate --workdir={run.home.place} draws some"
+    if not prompts:
         return []
-    texts = generate_text(
-        runnable(run.config, state.evaluated()),
-        encode_prompts(run.data.tokenizer, prompts),
-        tokenizer=run.data.tokenizer,
-        max_new_tokens=run.config.eval.sample_tokens,
-        sampling=Sampling(temperature=0.8),
-        key=jax.random.key(run.config.seed),
+    if jax.process_count() > 1:
+        run.log(f"the report has no samples: a run of several processes draws none; {again}")
+        return []
+    config, setup = run.config, run.setup
+    model = RunnableModel(
+        config.model,
+        setup.parts.graphdef,
+        state.evaluated(),
+        generation_runtime(setup.mesh, jnp.dtype(config.train.precision)),
     )
+    try:
+        texts = generate_text(
+            model,
+            encode_prompts(run.data.tokenizer, prompts),
+            tokenizer=run.data.tokenizer,
+            max_new_tokens=config.eval.sample_tokens,
+            sampling=Sampling(temperature=0.8),
+            key=jax.random.key(config.seed),
+        )
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]  # an allocator goes on for pages
+        run.log(f"the report has no samples: {type(error).__name__}: {said}; {again}")
+        return []
     return [Sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
 

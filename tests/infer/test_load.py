@@ -1,22 +1,31 @@
 """Models from folders and checkpoints, over eight devices and one; tokenizers and chat templates that come along."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from maxlm.config import MoeConfig, ParallelConfig
 from maxlm.convert import model_config
 from maxlm.convert.engine import from_hf
 from maxlm.data.tokenizers import TokenizerError, train_sentencepiece
 from maxlm.errors import UserError
 from maxlm.infer import load
-from maxlm.infer.generate import generate
-from maxlm.infer.load import Asked, generate_from, generation_mesh, load_model
+from maxlm.infer.generate import RunnableModel, generate
+from maxlm.infer.load import Asked, generate_from, generation_mesh, generation_runtime, load_model
 from maxlm.infer.pretrained import PretrainedText
 from maxlm.infer.sampling import Sampling
+from maxlm.model.runtime import Runtime
+from maxlm.parallel.mesh import make_mesh
+from maxlm.resolve import resolve
+from maxlm.train.compare import drawn_params
+from maxlm.train.setup import make_setup
 from tests.convert.folders import CONFIG, write_folder
 from tests.data.test_tokenizers import of_bytes
+from tests.tiny import MODEL, tiny_config
 
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
@@ -79,6 +88,33 @@ def test_eight_devices_generate_what_one_does(place):
     assert len(set(one[0])) > 3
     many = run("hf", jax.devices(), temperature=1.0, top_k=5)
     assert run("ours", jax.devices()[:1], temperature=1.0, top_k=5) == many
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"context": 2, "tensor": 2, "fsdp": 2}, {"pipeline": 2, "expert": 2, "data": 2}], ids=str
+)
+def test_a_run_samples_where_its_parameters_lie(sizes):
+    """Experts on any mesh give what one device gives."""
+    config = tiny_config(
+        "unused",
+        model=dataclasses.replace(MODEL, vocab_size=272, moe=MoeConfig(experts=4, active=2, dim=48)),
+        parallel=ParallelConfig(**{"data": 1} | sizes),
+        train__accumulation=2,
+    )
+    config = resolve(config, devices=8)
+    setup = make_setup(config, make_mesh(config.parallel))
+    params = drawn_params(setup.parts.specs, 0)
+    spread = generation_runtime(setup.mesh, jnp.dtype("float32"))
+    prompts = [[1, 5, 9], [1], [1, *range(30)]]
+
+    def run(params, runtime):
+        model = RunnableModel(config.model, setup.parts.graphdef, params, runtime)
+        sampling = Sampling(temperature=1.0, top_k=20)
+        return generate(model, prompts, max_new_tokens=12, sampling=sampling, key=jax.random.key(0))
+
+    expected = run(params, Runtime())
+    assert len(set(expected[0])) > 3
+    assert run(jax.device_put(params, setup.shardings.params), spread) == expected
 
 
 @pytest.mark.parametrize("source", ["hf", "ours"])

@@ -1,5 +1,6 @@
 """A run in one process: what comes after what, so that a failure or a signal at any moment costs next to nothing."""
 
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from maxlm.data.proof import HEAD_START, Proof
 from maxlm.errors import UserError
 from maxlm.model.flops import ledger
 from maxlm.resolve import resolve
-from maxlm.train import loop
+from maxlm.train import finish, loop
 from maxlm.train.goodput import FILE_NAME as LEDGER
 from maxlm.train.goodput import summarise
 from maxlm.train.metrics import Truncation, read_metrics
@@ -66,17 +67,18 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fail():
+def fail(*_args, **_kwargs):
     raise MemoryError("as where an evaluation takes more than there is")
 
 
-def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_signals(config, tmp_path, capfd):
+def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_signals(config, tmp_path, monkeypatch):
     """One run, ended in an evaluation at a step without a save, at one with a save, and at the end."""
     workdir, said = tmp_path / "run", []
     reader = CheckpointReader(workdir / "checkpoints", log=said.append)
 
-    def go():
-        return train(config, workdir, log=said.append)
+    def go(**leaves):
+        changed = functools.reduce(lambda c, leaf: replace(c, leaf[0].split("__"), leaf[1]), leaves.items(), config)
+        return train(changed, workdir, log=said.append)
 
     with pytest.MonkeyPatch.context() as first:
         at_evaluation(first, 1, terminate)
@@ -97,8 +99,11 @@ def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_sig
         -1
     ] is False  # of the evaluation nothing is left
     steps = list(read_metrics(workdir, "step"))
-    assert go() == 0 and list(read_metrics(workdir, "step")) == steps
-    assert (workdir / "report.json").exists()
+    monkeypatch.setattr(finish, "generate_text", fail)  # nothing is left of the run but its report
+    assert go(eval__prompts=("document 1\n",)) == 0 and list(read_metrics(workdir, "step")) == steps
+    why = "no samples: MemoryError: as where an evaluation takes more than there is; maxlm generate --workdir="
+    assert any(why in line for line in said)
+    assert json.loads((workdir / "report.json").read_text())["samples"] == []
     (last,) = [record for record in read_metrics(workdir, "evaluation") if record["step"] == STEPS]
     assert reader.score_of(STEPS) == last["bits_per_byte"]
     records = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
