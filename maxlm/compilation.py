@@ -6,8 +6,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
+
+if TYPE_CHECKING:
+    from maxlm.chips import Chip
 
 COMPILER_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     chip: {
@@ -21,13 +25,27 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
 }
 """Options of XLA by chip (`maxlm.chips`): name -> (value, why)."""
 
+ACCUMULATION_OPTIONS: Mapping[str, tuple[str, str]] = {
+    "xla_disable_hlo_passes": (
+        "while-loop-all-reduce-code-motion",
+        "the pass takes sums over devices out of the loop over microbatches, and as of libtpu 0.0.48 it has done so "
+        "where gradients of an embedding came out wrong, without a word (openxla/xla#49143, mended upstream in "
+        "September 2026); of a step of ours it moves the table's sum over `data` alone, which without it runs once a "
+        "microbatch, as those of all other gradients do",
+    ),
+}
+"""Options for TPUs of a step that accumulates gradients: name -> (value, why)."""
+
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """Flag of XLA with which CPU devices enter collectives in one order; see `settle_cpu_devices`."""
 
 
-def compiler_options(chip: str) -> dict[str, str]:
-    """The options that a step is compiled with on a chip of this name, in training and in planning alike."""
-    return {name: value for name, (value, _) in COMPILER_OPTIONS.get(chip, {}).items()}
+def compiler_options(chip: Chip, *, accumulation: int) -> dict[str, str]:
+    """The options that a step of so many microbatches is compiled with on a chip, in training and planning alike."""
+    options = dict(COMPILER_OPTIONS.get(chip.kind, {}))
+    if chip.platform == "tpu" and accumulation > 1:
+        options |= ACCUMULATION_OPTIONS
+    return {name: value for name, (value, _) in options.items()}
 
 
 def use_compilation_cache(folder: str) -> None:

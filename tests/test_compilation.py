@@ -7,7 +7,8 @@ import sys
 import jax
 import pytest
 
-from maxlm.compilation import IN_ORDER, settle_cpu_devices
+from maxlm.chips import CHIPS
+from maxlm.compilation import IN_ORDER, compiler_options, settle_cpu_devices
 
 EIGHT = "--xla_force_host_platform_device_count=8"
 
@@ -43,6 +44,14 @@ def test_several_processes_have_an_order(settled, monkeypatch):
 def test_what_the_user_has_set_stays(settled):
     other = f"{EIGHT} {IN_ORDER.replace('false', 'true')}"
     assert settled(other, NPROC="9") == ("9", other)
+
+
+def test_only_steps_that_accumulate_on_a_tpu_do_without_the_pass_that_moves_their_sums():
+    off = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
+    for name, chip in CHIPS.items():
+        alone = compiler_options(chip, accumulation=1)
+        assert not set(off) & set(alone)
+        assert compiler_options(chip, accumulation=2) == (alone | off if chip.platform == "tpu" else alone), name
 
 
 @pytest.mark.parametrize(

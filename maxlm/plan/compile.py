@@ -145,14 +145,15 @@ def compile_step(
       whole: False ends the compiler as soon as it has laid out the memory, a small part of its time.
       cache: folder of what was compiled before; None: neither read nor written.
       limit: bytes of memory that the compiler may take.
-      options: of the compiler; None: those of the chip (`maxlm.compilation`).
+      options: of the compiler; None: those of chip and step (`maxlm.compilation`).
       seconds: that it may take.
 
     Raises:
       CompileError: the compiler is not installed, needs more than `limit` or `seconds`, failed or died. That the step
         does not fit the device is no error: the result says so.
     """
-    chosen = compiler_options(topology.chip.kind) if options is None else dict(options)
+    usual = compiler_options(topology.chip, accumulation=config.train.accumulation)
+    chosen = usual if options is None else dict(options)
     request = Request(config, topology, chosen, whole or topology.chip.platform != "tpu")
     check_installed(config, topology)
     place = Path(cache).expanduser() / content_key(request) if cache else None

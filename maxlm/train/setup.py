@@ -121,7 +121,8 @@ class Setup:
     def _executable(self, rows: int, positions: int) -> jax.stages.Compiled:
         first = self.mesh.devices.flat[0]
         chip = chip_of_kind(first.device_kind)
-        options: dict[str, str | bool] = {**compiler_options(chip.name)} if chip else {}
+        accumulation = self.config.train.accumulation
+        options: dict[str, str | bool] = {**compiler_options(chip, accumulation=accumulation)} if chip else {}
         compiled = self.lower(rows, positions).compile(options or None)
         if self.mesh.shape["pipeline"] > 1 and first.platform == "cpu":
             refuse_permutes_in_branches(compiled.as_text() or "")

@@ -1,6 +1,8 @@
 """The step compiled by the TPU's own compiler. Needs libtpu (the extra `plan`), and no TPU."""
 
+import dataclasses
 import importlib.util
+import re
 
 import pytest
 
@@ -51,6 +53,16 @@ def test_cycles_and_flops_are_there_and_no_figure_is_above_the_peak(planned):
     _, _, plan = planned
     assert plan.forecast.by_cycles and 0 < plan.forecast.mfu_causal < 1
     assert plan.forecast.compiled_flops > 0.9 * plan.forecast.model_flops
+
+
+def test_no_sum_of_gradients_is_taken_out_of_the_loop_over_microbatches():
+    """The compiler takes the option by which it leaves them there; by default it moves that of the embedding."""
+    config = tiny(batch=16, data=2, fsdp=4)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
+    program = compile_step(config, parse_topology("v5e-8"), cache=None).program
+    made = re.findall(r" = (.*?) all-reduce(?:-start)?\(", program[program.index("\nENTRY ") :])
+    dims = [dims for shapes in made for dims in re.findall(r"\w\[([\d,]*)\]", shapes)]
+    assert dims and not any(dims), made  # what is left are the scalars of norms
 
 
 def test_memory_alone_takes_no_program_and_says_the_same(planned):
