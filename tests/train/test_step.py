@@ -169,17 +169,28 @@ def spiked(weights: np.ndarray) -> np.ndarray:
     return out
 
 
-def test_float16_overflow_lowers_the_scale_and_is_not_held_against_the_run():
-    runner = Runner(ParallelConfig(data=1), train__precision="float16")
-    start = float(runner.state.scale.scale)
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"),
+    [({"data": 1}, 1), pytest.param({"data": 1, "pipeline": 2, "fsdp": 2}, 2, marks=pytest.mark.slow)],
+)
+def test_float16_overflow_halves_the_scale_and_is_not_held_against_the_run(sizes, accumulation):
+    """Of microbatches the first alone: the other, of the odd rows, bears no loss."""
+    settings = {"train__precision": "float16", "train__accumulation": accumulation, "optim__ema_decay": 0.5}
+    runner = Runner(ParallelConfig(**sizes), **settings)
     batch = random_batch(0)
     losses = [runner.step(batch) for _ in range(10)]
-    assert losses[-1]["loss"] < losses[0]["loss"]
-    before = frozen(runner.state)
-    bad = runner.step(batch._replace(weights=np.where(batch.weights > 0, np.float32(np.inf), 0)))
-    assert not bad["accepted"] and bad["rejections_in_row"] == 0
+    assert losses[-1]["loss"] < losses[0]["loss"] and losses[-1]["accepted"]
+    before, scale = frozen(runner.state), runner.state.scale
+    even = np.arange(ROWS) % 2 == 0
+    bad = batch._replace(weights=batch.weights * even[:, None] if accumulation > 1 else batch.weights)
+    # Far beyond what float16 holds of a gradient.
+    large, ceiling = (jax.device_put(np.float32(2**40), x.sharding) for x in (scale.scale, scale.ceiling))
+    runner.state = dataclasses.replace(runner.state, scale=scale._replace(scale=large, ceiling=ceiling))
+    metrics = runner.step(bad)
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert not metrics["accepted"] and metrics["rejections_in_row"] == 0
     assert frozen(runner.state) == before
-    assert float(runner.state.scale.scale) < start
+    assert float(runner.state.scale.scale) == 2**39
 
 
 @pytest.mark.parametrize(
