@@ -146,8 +146,7 @@ def _network(
     weights = take("fsdp", "all-gather", done["gather_weights"])
     weights += take("fsdp", "reduce-scatter", done["reduce_weights"])
     stream = _stream_bytes(config)
-    # Each has sums of its own, before it is added to the others. XLA for TPUs leaves those of the table, and no others,
-    # for behind the loop: too little to count.
+    # Each has sums of its own, before it is added to the others.
     micros = config.train.accumulation
     exposed = {
         axis: micros * take(axis, "all-reduce", _summed(config, state, axis)) * (1 - hidden)
