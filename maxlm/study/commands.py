@@ -56,6 +56,11 @@ def main(verb: str, path: str, values: flags.FlagValues, *, log: Log) -> int:
     }
     if verb not in verbs:
         raise UserError(f"{verb!r} is nothing to do with a study; type one of {', '.join(verbs)}")
+    if "://" in (values.dir or ""):
+        raise UserError(
+            f"--dir is {values.dir}, but a study keeps locks and results in files, which a bucket is not for; give a "
+            "folder, as in --dir=/shared/NAME"
+        )
     study = load_study(path)
     folder = Path(values.dir or f"studies/{study.name}").expanduser().absolute()
     return verbs[verb](study, folder, values, log)
@@ -140,12 +145,15 @@ def _predict(path: str, study: Study, folder: Path, values: flags.FlagValues, lo
 
 def _judge(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
     from maxlm.study.predict import judge, predictions
+    from maxlm.train.home import Home
 
     names: Sequence[str] = [item["name"] for item in predictions(folder)]
     if not values.prediction and len(names) != 1:
         raise UserError(f"--prediction is missing; there are {', '.join(names) or 'none: type maxlm study predict'}")
     place = folder / "predictions" / (values.prediction or names[0])
-    log(judge(folder, place, Path(values.workdir or place / "run").expanduser().absolute()))
+    home = Home(values.workdir or place / "run", log=log, writes=False)
+    home.pull()  # of a bucket, without its checkpoints
+    log(judge(folder, place, home.folder))
     return 0
 
 

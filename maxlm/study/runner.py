@@ -34,6 +34,11 @@ from maxlm.train.signals import EXIT_PREEMPTED
 
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 30.0  # between lines of progress
+_STOPPING = "asked to stop: the runs under way save and leave; the same command continues"
+_LEAVING = (
+    "asked to stop: the launchers are ended, but jobs that they have handed to a scheduler or to other hosts go on; "
+    "the same command watches them again, and a launcher's own words stop them (docs/launch.md)"
+)
 Log = Callable[[str], None]
 
 
@@ -190,7 +195,7 @@ class _Queue:
             while self.waiting or self.running:
                 if asked() and not stopped:
                     stopped = True
-                    self.log("asked to stop: the runs under way save and leave; the same command continues")
+                    self.log(_STOPPING if launch is start_process else _LEAVING)
                     for item in self.running:
                         item.process.terminate()
                 self._collect(stopping=stopped)

@@ -14,6 +14,7 @@ from maxlm.chips import CHIPS
 from maxlm.data.prepare import prepare_data
 from maxlm.errors import UserError
 from maxlm.resolve import resolve
+from maxlm.storage import Folder
 from maxlm.study import commands
 from maxlm.study import predict as prediction
 from maxlm.study.fitting import describe, fit_study
@@ -88,7 +89,7 @@ def test_asked_to_stop_it_stops_and_goes_on_later(tmp_path):
     labels = [planned.label for planned in plan(study)]
     outcome, said = run(study, tmp_path / "out", Fake(hangs=labels[1:]), jobs=1)
     assert outcome.code == 75 and outcome.finished == labels[:1]
-    assert "asked to stop" in said
+    assert "jobs that they have handed to a scheduler or to other hosts go on" in said
     fake = Fake()
     outcome, _ = run(study, tmp_path / "out", fake)
     assert fake.started == labels[1:] and outcome.code == 0
@@ -351,6 +352,28 @@ def test_the_words_to_judge_by_can_be_typed(done, monkeypatch):
     place = next(path for path in (folder / "predictions").iterdir() if f"{flops:.2e}".replace("+", "") in path.name)
     words = ["maxlm", "study", "judge", "study.py", f"--dir={folder}", f"--prediction={place.name}"]
     assert code == 0 and f"and then: {shlex.join([*words, '--workdir=' + str(place / 'run')])}" in said
+
+
+def test_a_study_in_a_bucket_is_refused_and_a_run_in_one_can_be_judged(done, bucket, monkeypatch):
+    study, folder = done
+    with pytest.raises(UserError, match="--dir is gs://b/s, but a study .* give a folder, as"):
+        verb("run", study, "gs://b/s", monkeypatch)
+    verb("predict", study, folder, monkeypatch, flops=7 * max(run.flops for run in plan(study)))
+    place = max(
+        (folder / "predictions").iterdir(), key=lambda path: json.loads((path / "prediction.json").read_text())["flops"]
+    )
+    Folder(f"{bucket}/run").write("config.json", "{}")
+    judge = {"prediction": place.name, "workdir": f"{bucket}/run"}
+    with pytest.raises(StudyError, match="has no report.json"):
+        verb("judge", study, folder, monkeypatch, **judge)
+    seen = []
+    monkeypatch.setattr(
+        prediction, "judge", lambda folder, place, workdir: seen.append(workdir) or "the prediction held"
+    )
+    Folder(f"{bucket}/run").write("report.json", "{}")
+    Folder(f"{bucket}/run").write("checkpoints/4-a-0/state", "large")
+    assert verb("judge", study, folder, monkeypatch, **judge) == ("the prediction held", 0)
+    assert sorted(path.name for path in seen[0].rglob("*")) == ["config.json", "report.json"]
 
 
 @pytest.mark.parametrize(
