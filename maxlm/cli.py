@@ -156,9 +156,8 @@ def _train_now(args: list[str]) -> int:
         process=values.process,
         timeout=values.join_seconds,
         silence=values.silence_seconds,
+        log=_log,
     )
-    if joined.why:
-        _log(joined.why)
     place, heart = values.workdir, joined.heartbeat
     return joined.run(lambda: _in_memory(config, lambda: train(config, place, log=_log, heartbeat=heart)))
 

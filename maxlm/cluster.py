@@ -67,6 +67,7 @@ class Joined(NamedTuple):
             self.connect()  # watched: JAX waits for one that dies meanwhile, and then ends this process from C++
             code = work()
             if self.why:
+                meet("the end")  # process 0 writes the report alone; JAX waits five minutes, then ends all with SIGABRT
                 jax.distributed.shutdown()  # waits for the others, whom the heartbeat still watches
             return code
 
@@ -154,6 +155,7 @@ def join(
     process: int | None = None,
     timeout: float = JOIN_SECONDS,
     silence: float = SILENCE_SECONDS,
+    log: Callable[[str], None],
 ) -> Joined:
     """Finds the others, if there are any, and compares what all are about to run; JAX is connected by `Joined.run`.
 
@@ -163,6 +165,7 @@ def join(
       facts: What every process has to have in common, by name (`rollcall.run_facts`).
       timeout: Seconds to wait for the others; half of them at most for the name of process 0 to be known.
       silence: Seconds without a sign of life after which one of them counts as lost.
+      log: Takes a line before each wait, with what was found and why, and one when all are there.
 
     Raises:
       UserError: as of `detect`; or the others run something else.
@@ -176,6 +179,7 @@ def join(
     where, size, number, devices = found.coordinator, found.processes, found.process, None
     began = time.monotonic()
     if where is None:
+        log(f"{found.why}; looking up where process 0 is, for up to {timeout / 2:.0f} s")
         try:
             where, size, number, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
                 None, None, None, None, None, int(timeout / 2)
@@ -192,6 +196,7 @@ def join(
         )
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
     left = max(timeout - (time.monotonic() - began), timeout / 2)
+    log(f"{found.why}; waiting up to {left:.0f} s for the others at {where}")
     lines = roll_call(Place(where, size, number, bind), facts, timeout=left)
     connect = functools.partial(
         jax.distributed.initialize,
@@ -203,11 +208,9 @@ def join(
         initialization_timeout=JOIN_SECONDS,
         heartbeat_timeout_seconds=max(_JAX_SILENCE, int(2 * silence)),
     )
-    return Joined(
-        f"{found.why}; this is process {number} of {size}, process 0 is at {where}",
-        Heartbeat(lines, process=number, limit=silence),
-        connect,
-    )
+    why = f"{found.why}; this is process {number} of {size}, process 0 is at {where}"
+    log(why)
+    return Joined(why, Heartbeat(lines, process=number, limit=silence), connect)
 
 
 def meet(where: str) -> None:

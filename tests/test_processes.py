@@ -150,7 +150,7 @@ def test_only_of_open_mpi_there_is_a_hint_to_its_versions(monkeypatch, environme
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_LOCALID", raising=False)  # without it JAX does not see SLURM either
     with pytest.raises(UserError, match="JAX does not find its place in it.*; give --coordinator") as error:
-        cluster.join({}, timeout=1)
+        cluster.join({}, timeout=1, log=print)
     assert ("Open MPI it knows" in str(error.value)) == hint
 
 
@@ -163,10 +163,18 @@ def test_a_coordinator_whose_name_is_not_known_is_absent_and_named(monkeypatch):
     place |= {"MEGASCALE_COORDINATOR_ADDRESS": "run-0.invalid", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    began = time.monotonic()
+    began, said = time.monotonic(), []
     with pytest.raises(Absent, match="one of 2 TPU hosts.*did not find process 0.*run-0.invalid") as error:
-        cluster.join({}, timeout=4)
+        cluster.join({}, timeout=4, log=said.append)
+    assert said == ["one of 2 TPU hosts (TPU_WORKER_HOSTNAMES); looking up where process 0 is, for up to 2 s"]
     assert error.value.exit_code == 68 and time.monotonic() - began < 4  # a part of the time is the roll call's
+
+
+def test_what_was_detected_is_said_before_the_wait_for_the_others():
+    said, place = [], Runs.place(2)[0].partition("=")[2]
+    with pytest.raises(Absent, match="1 of 2 processes did not come"):
+        cluster.join({}, coordinator=place, processes=2, process=0, timeout=1, log=said.append)
+    assert said == [f"process 0 of 2, as the flags say; waiting up to 1 s for the others at {place}"]
 
 
 def test_a_tpu_vm_is_seen_by_its_metadata():
@@ -196,7 +204,7 @@ def test_a_process_of_another_config_is_named_before_anything_is_compiled(tmp_pa
 
 
 AGREE = """
-import pathlib, sys, time
+import functools, pathlib, sys, time
 import jax
 from jax.experimental import multihost_utils
 from maxlm.cluster import agree_on, done_first, join
@@ -210,8 +218,8 @@ def process_allgather(line):
     return gather(line)
 multihost_utils.process_allgather = process_allgather
 where, number = sys.argv[1], int(sys.argv[2])
-joined = join({}, coordinator=where, processes=2, process=number)
-print(joined.why)
+joined = join({}, coordinator=where, processes=2, process=number, timeout=90, log=print)
+joined = joined._replace(connect=functools.partial(joined.connect, shutdown_timeout_seconds=5))  # of JAX's own 300
 def work():
     jax.devices()  # for which they wait for each other
     time.sleep(2 * number)  # gloo would not wait for half a minute
@@ -231,8 +239,9 @@ def work():
         done_first("another", lambda: pathlib.Path(sys.argv[3], "no", "such").touch())
     except OSError as error:
         print(error)
+    time.sleep(9 - 9 * number)  # process 0 has more to do
     return 0
-joined.run(work)
+sys.exit(joined.run(work))
 """
 
 
@@ -253,11 +262,11 @@ def test_data_that_differs_or_is_missing_on_a_host_is_told_to_all(tmp_path):
         for process in both
     ]
     host = socket.gethostname()
+    assert [process.returncode for process in both] == [0, 0]
     for number, lines in enumerate(told):
-        assert (
-            lines[0]
-            == f"process {number} of 2, as the flags say; this is process {number} of 2, process 0 is at {where}"
-        )
+        found = f"process {number} of 2, as the flags say"
+        assert lines.pop(0) == f"{found}; waiting up to 90 s for the others at {where}"
+        assert lines[0] == f"{found}; this is process {number} of 2, process 0 is at {where}"
         assert lines[1] == "go"
         assert f"the processes do not have the same data: process 1 on {host} has data 1, the others data 0" == lines[2]
     assert f"process 1 on {host} has none: no such file" in told[0][3]
