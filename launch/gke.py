@@ -362,6 +362,10 @@ def _notes(job: Job, values: argparse.Namespace) -> list[str]:
             f"# {nodes} GPU NODES WITHOUT --pod_patch: NCCL GOES OVER ONE ORDINARY SOCKET BETWEEN THEM, a small part "
             "of what GPUDirect-TCPX, TCPXO or RDMA give. See docs/launch.md"
         )
+    if values.action == "manifest" and job.secrets:
+        literals = " ".join(f'--from-literal={name}="${name}"' for name in job.secrets)
+        make = shlex.join(_kubectl(values, "create", "secret", "generic", f"{job.name}-secrets"))
+        notes.append(f"# the pods read a Secret, which `apply` makes and a manifest alone does not: {make} {literals}")
     return notes
 
 
@@ -389,7 +393,7 @@ def _apply(job: Job, values: argparse.Namespace) -> int:
         _answer(apply, json.dumps(secret_manifest(job, given)))
     if ended:
         print(f"{job.name} has {ended.lower()}: starting it again")
-        _answer(delete)
+        _answer(delete, seconds=SLOW_SECONDS + job.grace_seconds)
     print(_answer(apply, text))
     chosen = f"batch.kubernetes.io/job-completion-index=0,jobset.sigs.k8s.io/jobset-name={job.name}"
     print(shlex.join(_kubectl(values, "logs", "-f", "-l", chosen)))
@@ -414,7 +418,7 @@ def _delete(job: Job, values: argparse.Namespace) -> int:
         print(job.describe(), *map(printed, steps), sep="\n\n")
         return 0
     for command in steps:
-        print(_answer(command))
+        print(_answer(command, seconds=SLOW_SECONDS + job.grace_seconds))  # it waits for pods that save
     return 0
 
 
@@ -433,9 +437,9 @@ def _kubectl(values: argparse.Namespace, *words: str) -> list[str]:
     return ["kubectl", f"--namespace={values.namespace}", *words]
 
 
-def _answer(command: Sequence[str], given: str | None = None) -> str:
+def _answer(command: Sequence[str], given: str | None = None, *, seconds: float = SLOW_SECONDS) -> str:
     """What a command prints. Raises LaunchError: it is not installed, failed, or did not end."""
-    done = ask_tool(command, (given or "").encode(), seconds=SLOW_SECONDS)  # `delete` waits for pods that save
+    done = ask_tool(command, (given or "").encode(), seconds=seconds)
     if done.code:
         raise LaunchError(f"{command[0]} {command[2]} failed ({done.code}): {done.errors.strip() or 'no message'}")
     return done.output.strip()

@@ -45,10 +45,11 @@ from launch.job import (
     there,
 )
 from launch.remote import Layout, Status
-from launch.supervise import PATIENCE_SECONDS, supervise
+from launch.supervise import HEALTHY_SECONDS, PATIENCE_SECONDS, supervise
 
 LOCKS = {"cpu": "cpu.lock", "gpu": "cuda.lock", "tpu": "tpu.lock"}
 PLATFORMS = {"cpu": "", "gpu": "cuda", "tpu": "tpu"}  # as JAX names them
+PAUSE_SECONDS = 5.0  # on this machine, after a first failure
 _HOST = re.compile(r"([A-Za-z0-9_.-]+@)?[A-Za-z0-9][A-Za-z0-9.-]*")
 
 
@@ -171,8 +172,12 @@ def local_environment(job: Job, process: int) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **added}
 
 
-def run_local(job: Job, *, logs: Path, log: Callable[[str], None], poll: float = 0.2) -> int:
+def run_local(
+    job: Job, *, logs: Path, log: Callable[[str], None], poll: float = 0.2, pause: float = PAUSE_SECONDS
+) -> int:
     """Runs the processes here to their end, again after failures, and returns the exit code.
+
+    After a failure there is a pause, each time twice as long; a run that went well for a while begins to count anew.
 
     Process 0 prints; the others write into `logs`. SIGTERM and SIGINT to this program are passed on to all of them,
     and end it with EXIT_PREEMPTED once they have saved.
@@ -196,6 +201,7 @@ def run_local(job: Job, *, logs: Path, log: Callable[[str], None], poll: float =
     failures = 0
     try:
         while not asked:
+            began = time.monotonic()
             _start_local(job, logs, together)
             tell()  # those that were being started when the signal came
             code = _wait_local(together, job.grace_seconds, log=log, poll=poll)
@@ -203,12 +209,19 @@ def run_local(job: Job, *, logs: Path, log: Callable[[str], None], poll: float =
                 return EXIT_PREEMPTED  # it had not come to where it listens for signals
             if code == 0 or asked:
                 return code
-            if code != EXIT_PREEMPTED:
-                failures += 1
-                if failures > job.retries:
-                    log(f"given up after {failures} failures; the others' logs are in {logs}")
-                    return code
-            log(f"the run ended with exit code {code}; starting it again")
+            if code == EXIT_PREEMPTED:
+                log(f"the run ended with exit code {code}; starting it again")
+                continue
+            failures = 1 if time.monotonic() - began > HEALTHY_SECONDS else failures + 1
+            if failures > job.retries:
+                log(f"given up after {failures} failures; the others' logs are in {logs}")
+                return code
+            wait = min(pause * 2 ** (failures - 1), 600.0)
+            log(f"the run ended with exit code {code}; failure {failures}, {job.retries} are allowed")
+            log(f"starting it again in {wait:g} s")
+            until = time.monotonic() + wait
+            while not asked and time.monotonic() < until:
+                time.sleep(poll)
         return EXIT_PREEMPTED
     finally:
         for process in together:

@@ -100,8 +100,12 @@ class Job:
         seen = [self.arguments(), self.commit, dataclasses.asdict(self.topology), dict(self.environment), self.secrets]
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
-    def describe(self) -> str:
-        """The job for people, a setting a line; of secrets there are only names here."""
+    def describe(self, hardware: str = "") -> str:
+        """The job for people, a setting a line; of secrets there are only names here.
+
+        Args:
+          hardware: the topology in words, where it is not told by hosts and processes.
+        """
         shape = self.topology
         rows = {
             "job": self.name,
@@ -109,7 +113,8 @@ class Job:
             "overrides": shlex.join(self.overrides) or "none",
             "workdir": self.workdir,
             "code": f"commit {self.commit}" if self.commit else "as it is",
-            "topology": f"{shape.groups} x {shape.hosts} hosts x {shape.processes} processes"
+            "topology": hardware
+            or f"{shape.groups} x {shape.hosts} hosts x {shape.processes} processes"
             + (f", {shape.accelerator}" if shape.accelerator else ""),
             "environment": shlex.join(f"{name}={value}" for name, value in self.environment.items()) or "none",
             "secrets": " ".join(self.secrets) or "none",

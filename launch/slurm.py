@@ -13,6 +13,7 @@ it waits for the job that is there rather than hand in a second one.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import shlex
 import sys
@@ -205,6 +206,12 @@ def _answer(*command: str) -> str:
     return done.output.strip()
 
 
+def _first_task(job: Job, values: argparse.Namespace) -> Job:
+    """The job with the number of an array's first task in its settings, which stands for the others'."""
+    first = re.split("[-,%]", values.array or "")[0]
+    return dataclasses.replace(job, overrides=tuple(word.replace(ARRAY, first) for word in job.overrides))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = job_parser(__doc__)
     add = parser.add_argument
@@ -253,8 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if values.wait and (number := queued(job)):
         print(f"job {number} of this name is there already: waiting for it")
         return wait_for(number, poll=values.poll)
-    if not values.no_check and values.array is None:
-        check_config(job)
+    if not values.no_check:
+        check_config(_first_task(job, values))
     for name in ("jobs", "logs"):
         (Path(values.folder) / name).mkdir(parents=True, exist_ok=True)
     unpack_code(job.commit, Path(values.folder))

@@ -21,6 +21,7 @@ from launch.remote import Status
 
 HEALTHY_SECONDS = 1800.0  # a run of this length was no failure at the start
 PATIENCE_SECONDS = 3600.0  # that machines which do not answer are waited for
+FOLLOW_SECONDS = 60.0  # at least between two beginnings of following a log
 
 
 class Fleet(Protocol):
@@ -47,10 +48,10 @@ class Fleet(Protocol):
         """Takes back that somebody has stopped the job, so that it may start."""
 
     def restart(self) -> None:
-        """Restarts the machines."""
+        """Restarts the machines, and says so; nothing where that is not this program's."""
 
     def replace(self) -> None:
-        """Gives the machines back, so that `ensure` gets others."""
+        """Gives the machines back, so that `ensure` gets others, and says so; nothing where they cannot be."""
 
     def follow(self) -> subprocess.Popen:
         """Prints the first worker's log from now on, in a process group of its own."""
@@ -172,10 +173,8 @@ def supervise(
         sleep(min(poll * 2 ** (failures - 1), 600.0))
         with contextlib.suppress(LaunchError):  # a step of the ladder that fails is seen by the next round
             if failures == 2:
-                log("restarting the machines")
                 fleet.restart()
             elif failures > 2:
-                log("replacing the machines")
                 fleet.replace()
 
 
@@ -215,7 +214,7 @@ def _followed(
     clock: Callable[[], float],
 ) -> int:
     """Watches the run to its end, with its log on the screen; its exit code."""
-    follower, deadline = fleet.follow(), None
+    follower, followed, deadline = fleet.follow(), clock(), None
     try:
         while True:
             statuses = _all(fleet)
@@ -229,11 +228,20 @@ def _followed(
                 if clock() > deadline:
                     log(f"{len(running)} processes did not follow the others within {job.grace_seconds} s; ending them")
                     fleet.stop()
+            if follower.poll() is not None and clock() - followed >= FOLLOW_SECONDS:
+                log("the connection that brought the log has ended; following it again")
+                _end(follower)
+                follower, followed = fleet.follow(), clock()
             sleep(poll)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(follower.pid, signal.SIGKILL)  # with what it has started
-        follower.wait()
+        _end(follower)
+
+
+def _end(follower: subprocess.Popen) -> None:
+    """Ends it with what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(follower.pid, signal.SIGKILL)
+    follower.wait()
 
 
 def _outcome(statuses: list[Status]) -> int:

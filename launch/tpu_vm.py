@@ -182,12 +182,14 @@ class TpuFleet:
         self.run_script(remote.allow(self.layout, self.job))
 
     def restart(self) -> None:
+        self.log("restarting the machines")
         # TPU VMs of several hosts cannot be stopped and started as such. The connection ends with the machine.
         self.run_script("sudo systemd-run --on-active=2 systemctl reboot")
         self.sleep(self.values.poll)
 
     def replace(self) -> None:
         if self.resource() is not None:
+            self.log("giving the machines back")
             self.gcloud(self.delete_command(), seconds=SLOW_SECONDS)
 
     def follow(self) -> subprocess.Popen:
@@ -339,17 +341,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "delete": ([printed(fleet.delete_command())], lambda: _done(fleet.replace)),
     }
     plan, act = actions[values.action]
+    # How many hosts a slice has, its name alone does not say.
+    described = job.describe(f"{values.slices} slice{'s' * (values.slices > 1)} of {values.accelerator}")
     if values.spot and job.grace_seconds > SPOT_SECONDS and values.action == "run":
         _log(spot_note(job, f"{SPOT_SECONDS} s"))
     if values.dry_run:
-        print(job.describe(), *plan, sep="\n\n")
+        print(described, *plan, sep="\n\n")
         return 0
     there("gcloud")
     if values.action == "run":
         secret_values(job)
         if not values.no_check:
             check_config(job)
-        _log(job.describe())
+        _log(described)
     try:
         return act()
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import gke
-from launch.job import EXIT_PREEMPTED, LaunchError
+from launch.job import EXIT_PREEMPTED, Answer, LaunchError
 from tests.launch.common import COMMIT
 
 HOSTILE = "/claim/a b'c\"d$(id)`id`$HOME"
@@ -111,6 +111,12 @@ def test_secrets_are_named_and_never_printed(capsys, monkeypatch):
     gke.main(["apply", *flags, "--dry-run"])
     text = capsys.readouterr().out
     assert "WANDB_API_KEY" in text and "hush" not in text and "aHVzaC1odXNo" not in text
+    gke.main(["manifest", *flags, "--namespace=n"])
+    out, note = capsys.readouterr()
+    assert json.loads(out)["kind"] == "JobSet"  # alone; what it refers to has to be made
+    assert (
+        'kubectl --namespace=n create secret generic run-secrets --from-literal=WANDB_API_KEY="$WANDB_API_KEY"' in note
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,6 +312,19 @@ def test_apply_says_what_is_there_and_begins_again_what_has_ended(cluster, capsy
         assert f"run has {end.lower()}: starting it again" in out and "created" in out
         assert "status" not in json.loads((cluster / "run").read_text())
     assert sum("delete" in line for line in (cluster / "calls").read_text().splitlines()) == 2
+
+
+def test_deleting_waits_as_long_as_pods_may_save(monkeypatch):
+    limits = []
+
+    def noted(command, given=b"", *, seconds):
+        limits.append((command[2], seconds))
+        return Answer(0, "", "")
+
+    monkeypatch.setattr(gke, "ask_tool", noted)
+    job = [*COMMON, *TOPOLOGIES["tpu slice"][0], "--workdir=gs://bucket/run", "--grace_seconds=3600"]
+    assert gke.main(["delete", *job]) == 0
+    assert limits == [("delete", 5400.0)] * 2
 
 
 def test_an_image_of_other_code_is_noticed(capsys):

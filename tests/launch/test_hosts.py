@@ -257,8 +257,37 @@ def test_a_signal_while_processes_are_being_started_reaches_all_of_them(tmp_path
     if moment < 2:
         (tmp_path / "1").touch()
     began = time.monotonic()
-    assert hosts.run_local(job, logs=tmp_path / "logs", log=print, poll=0.05) == 75
+    assert hosts.run_local(job, logs=tmp_path / "logs", log=print, poll=0.05, pause=0.05) == 75
     assert len(started) == (2 if moment < 2 else 4) and time.monotonic() - began < 8
+
+
+def test_failures_here_count_anew_after_a_run_that_went_well_and_are_not_hurried(tmp_path, monkeypatch):
+    child = f"echo >> {tmp_path}/n; n=$(wc -l < {tmp_path}/n); [ $n -lt 4 ] && exit 1; exit 0"
+    monkeypatch.setattr(hosts, "local_commands", lambda job, port: [["bash", "-c", child]])
+    monkeypatch.setattr(hosts, "local_environment", lambda job, process: dict(os.environ))
+    job, said = types.SimpleNamespace(grace_seconds=0.5, retries=2), []
+
+    def run(pause):
+        (tmp_path / "n").unlink(missing_ok=True)
+        said.clear()
+        began = time.monotonic()
+        code = hosts.run_local(job, logs=tmp_path / "logs", log=said.append, poll=0.01, pause=pause)
+        return code, time.monotonic() - began
+
+    code, took = run(0.3)
+    assert code == 1 and took > 0.3 + 0.6
+    assert said == [
+        "the run ended with exit code 1; failure 1, 2 are allowed",
+        "starting it again in 0.3 s",
+        "the run ended with exit code 1; failure 2, 2 are allowed",
+        "starting it again in 0.6 s",
+        f"given up after 3 failures; the others' logs are in {tmp_path / 'logs'}",
+    ]
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    code, took = run(60.0)  # a signal in the pause ends it
+    assert code == 75 and took < 10 and len((tmp_path / "n").read_text()) == 1
+    monkeypatch.setattr(hosts, "HEALTHY_SECONDS", 0.0)
+    assert run(0.0)[0] == 0 and sum("failure 1, 2 are allowed" in line for line in said) == 3
 
 
 @pytest.mark.slow

@@ -213,6 +213,13 @@ def test_a_job_that_slurm_has_forgotten_is_no_success(queue):
         waited(queue, ("COMPLETED", "0:0"))
 
 
+def test_the_settings_of_an_arrays_first_task_are_resolved_before_it_is_handed_in(queue):
+    flags = [f"--folder={queue}/shared", f"--workdir={queue}/run/{{array}}", "--array=3-5%2"]
+    with pytest.raises(LaunchError, match="batch_size.*3"):
+        slurm.main([*COMMON, *flags, "--config.data.batch_size={array}", "--config.parallel.data=2"])
+    assert not (queue / "handed_in").exists()
+
+
 def test_waiting_is_for_one_job():
     flags = ["--folder=/s", "--workdir=/s/{array}", "--array=0-3", "--wait", "--no-check"]
     with pytest.raises(LaunchError, match="leave one of them out"):

@@ -1,9 +1,11 @@
 """What counts as a failure of the run, and what is only waited for, on machines that answer as a test tells them to."""
 
+import signal
 import subprocess
 
 import pytest
 
+from launch import hosts
 from launch import supervise as module
 from launch.job import LaunchError, make_job
 from launch.remote import Status
@@ -33,7 +35,7 @@ class Machines:
         return [Status("h", state, int(code) if code else None)]
 
     def follow(self):
-        return subprocess.Popen(["true"], start_new_session=True)
+        return subprocess.Popen(["sleep", "60"], start_new_session=True)
 
     def sleep(self, seconds):
         self.now += seconds
@@ -116,3 +118,30 @@ def test_machines_that_cannot_be_made_ready_are_tried_for_a_while_only():
     with pytest.raises(LaunchError, match="pip failed; given up after"):
         go()
     assert machines.did == ["allow"] and machines.now < 6000
+
+
+def test_a_log_that_breaks_off_is_followed_again_but_not_all_the_time():
+    machines, followers = Machines(["absent", *["running"] * 30, "exited 0"]), []
+
+    def follow():  # the first two break off at once, as when the network is away for a moment
+        followers.append(
+            subprocess.Popen(["true" if len(followers) < 2 else "cat"], stdin=subprocess.PIPE, start_new_session=True)
+        )
+        followers[-1].wait() if len(followers) <= 2 else None
+        return followers[-1]
+
+    machines.follow = follow
+    said, go = machines.run(poll=10.0)
+    assert go() == 0 and machines.now > 300
+    assert len(followers) == 3 and sum("following it again" in line for line in said) == 2
+    assert followers[-1].returncode == -signal.SIGKILL
+
+
+def test_of_hosts_that_stay_as_they_are_nothing_else_is_said():
+    fleet = hosts.SshFleet(JOB, ["a"], coordinator="a:1", folder="maxlm", lock=hosts.ROOT / "launch" / "cpu.lock")
+    machines = Machines(["absent", "exited 1"] * 4)
+    machines.restart, machines.replace = fleet.restart, fleet.replace
+    said, go = machines.run()
+    with pytest.raises(LaunchError, match="given up after 4 failures"):
+        go()
+    assert "failure 3, 3 are allowed" in said[-2] and not any("machines" in line for line in said)
