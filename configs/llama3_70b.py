@@ -6,8 +6,8 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-256. 
 --config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
 for a folder that holds the published tokenizer.json.
 
-Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 36.9 of 95.7 GiB a chip, 13.8 s a step,
-590 tokens/s a chip.
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 33.1 of 95.7 GiB a chip, 15.6 s a step,
+525 tokens/s a chip.
 """
 
 from maxlm.config import (

@@ -6,9 +6,9 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. 
 --config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
 for a folder that holds the published tokenizer.json.
 
-Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): on v5p-128 40.2 of 95.7 GiB a chip, all
-but a layer's gate kept for the backward pass, 3.8 s a step, 4,300 tokens/s a chip; on v6e-256 24.2 of 31.2 GiB, block
-inputs alone kept, 4.2 s, 7,800 tokens/s a chip. By the analytical model alone (docs/plan.md), on h100x8 24.3 of 75.7
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): on v5p-128 39.2 of 95.7 GiB a chip, all
+but a layer's gate kept for the backward pass, 3.4 s a step, 4,860 tokens/s a chip; on v6e-256 22.3 of 31.2 GiB, block
+inputs alone kept, 4.0 s, 8,140 tokens/s a chip. By the analytical model alone (docs/plan.md), on h100x8 24.3 of 75.7
 GiB a GPU, 1.87 s, 8,770 tokens/s a GPU.
 """
 

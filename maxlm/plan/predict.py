@@ -17,7 +17,7 @@ import dataclasses
 import heapq
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from maxlm.config import Config
@@ -281,7 +281,7 @@ class _Walk:
             if self.by_cycles:
                 cost = instruction.cycles / self.chip.clock
             else:
-                moved = 0.0 if fused else _moved(instruction, shapes)
+                moved = 0.0 if fused else _moved(instruction, shapes, self.module)
                 cost = max(
                     flops / (PRODUCTS * self.chip.peak(self.config.train.precision) or float("inf")),
                     moved / (self.chip.hbm_bandwidth or float("inf")),
@@ -309,8 +309,10 @@ class _Walk:
         return name, flops, cost, f"{kind}, {share:.0%} of the peak"
 
 
-def _moved(instruction: Instruction, shapes: Mapping[str, str]) -> float:
+def _moved(instruction: Instruction, shapes: Mapping[str, str], module: Module) -> float:
     """Bytes that an instruction reads and writes; of a stack that a layer is taken from or put into, that layer."""
+    if instruction.opcode == "fusion" and instruction.called:
+        return _moved_inside(module.computations[instruction.called[0]])
     result = bytes_of(instruction.shape)
     taken = [bytes_of(shapes.get(name, "")) for name in instruction.operands]
     if "dynamic_update" in instruction.op_name or "dynamic-update" in instruction.name:
@@ -320,10 +322,42 @@ def _moved(instruction: Instruction, shapes: Mapping[str, str]) -> float:
     return result + sum(taken)
 
 
+def _moved_inside(fusion: Sequence[Instruction]) -> float:
+    """`_moved` of what is fused into one: its inputs, and its results."""
+    made = {i.name: i for i in fusion}
+
+    def origin(name: str) -> Instruction:
+        found = made[name]
+        return origin(found.operands[0]) if found.opcode == "bitcast" else found
+
+    uses: dict[str, list[tuple[Instruction, int]]] = {}
+    for user in fusion:
+        for place, name in enumerate(user.operands if user.opcode not in ("bitcast", "parameter", "tuple") else ()):
+            if name in made:
+                uses.setdefault(origin(name).name, []).append((user, place))
+
+    def read(user: Instruction, place: int, whole: float) -> float:
+        if user.opcode == "dynamic-slice" and not place:
+            return min(bytes_of(user.shape), whole)
+        return 0.0 if user.opcode == "dynamic-update-slice" and not place else whole
+
+    def written(result: Instruction) -> float:
+        part = result.opcode == "dynamic-update-slice"
+        return bytes_of(origin(result.operands[1]).shape if part else result.shape)
+
+    moved = 0.0
+    for given in (i for i in fusion if i.opcode == "parameter"):
+        whole = bytes_of(given.shape)
+        moved += max((read(user, place, whole) for user, place in uses.get(given.name, [])), default=0.0)
+    root = next(i for i in fusion if i.root)
+    results = [origin(name) for name in root.operands] if root.opcode == "tuple" else [origin(root.name)]
+    return moved + sum(written(result) for result in results if result.opcode != "parameter")
+
+
 def _kernel_flops(name: str, instruction: Instruction, shapes: Mapping[str, str], config: Config) -> tuple[str, float]:
     operands = [dims(shapes.get(operand, "")) for operand in instruction.operands]
     called = f"{name} {instruction.op_name}"
-    wide = [shape for shape in operands if len(shape) == 4]
+    wide = [(1, *shape)[-4:] for shape in operands if len(shape) in (3, 4)]  # a device's only row has no dim
     products = next((counts for part, counts in _ATTENTION if part in called), None)
     if products and wide:  # queries are the largest: (B, H, S, h) or (B, S, H, h), and positions outnumber heads
         rows, *sides, _ = max(wide, key=math.prod)

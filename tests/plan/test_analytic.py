@@ -426,7 +426,7 @@ def test_without_a_compiler_the_model_answers_alone(large, tmp_path, monkeypatch
     out = " ".join(capsys.readouterr().out.split())
     guess, told = Estimator(large, TOPOLOGY)(large), json.loads(said.read_text())
     assert code == 1 and not guess.fits and not told["fits"]  # keeps everything; it needs remat
-    assert "libtpu has to be installed" in out and "answers alone: 1% off in memory" in out
+    assert "libtpu has to be installed" in out and "answers alone: within 3% of the compiler" in out
     assert "these changes would make it fit" in out
     assert told["memory"]["total"] == pytest.approx(guess.memory.total)
     assert told["forecast"]["seconds"] == pytest.approx(guess.time.total) and not told["compiled"]

@@ -154,12 +154,13 @@ def test_a_small_collective_takes_the_steps_of_its_rings():
     ],
 )
 @pytest.mark.parametrize("value_dim", [0, 48])  # 0: an attention whose values are as long as its keys
-def test_attention_kernels_cost_the_positions_that_causality_leaves(name, products, of_values, value_dim):
-    rows, heads, length, dim = 2, 8, 128, 64
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attention_kernels_cost_the_positions_that_causality_leaves(name, products, of_values, value_dim, rows):
+    heads, length, dim = 8, 128, 64
     shape = (rows, length, heads, dim) if name.startswith("mha") else (rows, heads, length, dim)
-    text = ",".join(map(str, shape))  # on GPUs positions come before heads
-    call = f'  %{name}.1 = bf16[{text}]{{3,2,1,0}} custom-call(%q), custom_call_target="tpu_custom_call"'
-    shapes = {"q": f"bf16[{text}]{{3,2,1,0}}"}
+    text = ",".join(map(str, shape[rows == 1 :]))  # on GPUs positions come before heads; of one row there is no dim
+    call = f'  %{name}.1 = bf16[{text}] custom-call(%q), custom_call_target="tpu_custom_call"'
+    shapes = {"q": f"bf16[{text}]"}
     config = tiny(data=8)
     latent = LatentConfig(kv_dim=16, rope_dim=8, value_dim=value_dim) if value_dim else LatentConfig()
     attention = dataclasses.replace(config.model.attention, head_dim=dim, latent=latent)
@@ -211,8 +212,37 @@ def test_a_layer_put_into_a_stack_or_taken_from_it_moves_alone():
         "take": "  %take = bf16[1,100]{1,0} fusion(%stack), metadata={op_name='x/dynamic_slice'}",
         "add": "  %add = bf16[32,100]{1,0} add(%stack, %stack)",
     }
-    moved = {name: predict._moved(hlo._instruction(line.replace("'", '"')), shapes) for name, line in lines.items()}
+    none = hlo.Module({}, "")
+    moved = {n: predict._moved(hlo._instruction(line.replace("'", '"')), shapes, none) for n, line in lines.items()}
     assert moved == {"put": 2 * 200, "take": 2 * 200, "add": 3 * 32 * 200}
+
+
+def test_a_product_that_is_fused_with_its_place_in_a_stack_moves_a_layer():
+    """It takes a layer's 2,000 bytes from one stack, and 60 of an input, and puts 120 into another, beside a copy."""
+    module = hlo.parse("""HloModule m
+
+%inside (x: bf16[3,10], w: bf16[32,10,100], stack: bf16[32,3,20], i: s32[]) -> (bf16[32,3,20], bf16[3,20]) {
+  %x = bf16[3,10]{1,0} parameter(0)
+  %w = bf16[32,10,100]{2,1,0} parameter(1)
+  %stack = bf16[32,3,20]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %own = bf16[1,10,100]{2,1,0} dynamic-slice(%w, %i, %i, %i), dynamic_slice_sizes={1,10,100}
+  %flat = bf16[10,100]{1,0} bitcast(%own)
+  %product = bf16[3,20]{1,0} dot(%x, %flat)
+  %layer = bf16[1,3,20]{2,1,0} bitcast(%product)
+  %put = bf16[32,3,20]{2,1,0} dynamic-update-slice(%stack, %layer, %i, %i, %i)
+  ROOT %both = (bf16[32,3,20]{2,1,0}, bf16[3,20]{1,0}) tuple(%put, %product)
+}
+
+ENTRY %main (x: bf16[3,10], w: bf16[32,10,100], stack: bf16[32,3,20], i: s32[]) -> (bf16[32,3,20], bf16[3,20]) {
+  %x = bf16[3,10]{1,0} parameter(0)
+  %w = bf16[32,10,100]{2,1,0} parameter(1)
+  %stack = bf16[32,3,20]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  ROOT %f = (bf16[32,3,20]{2,1,0}, bf16[3,20]{1,0}) fusion(%x, %w, %stack, %i), kind=kOutput, calls=%inside
+}
+""")
+    assert predict._moved(module.computations["main"][-1], {}, module) == 60 + 2000 + 4 + 120 + 120
 
 
 def test_the_pages_say_whether_it_fits_and_by_how_much():
