@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from maxlm.config import (
     PhaseConfig,
     StoreConfig,
 )
-from maxlm.configfile import record, source
+from maxlm.configfile import known, record, source
 from maxlm.plan.candidates import meshes
 from maxlm.resolve import ConfigError, as_config_dict, differences, leaves, resolve
 
@@ -347,6 +348,32 @@ def test_saved_config_runs_again(tmp_path):
     assert lines == ["config: seed was 0, now 5"]
     assert "seed=0" in (tmp_path / "config.1.py").read_text()
     assert "seed=5" in (tmp_path / "config.py").read_text()
+
+
+def test_a_record_of_an_older_schema_is_compared_by_its_values_and_loses_nothing_to_a_kill(tmp_path):
+    lines: list[str] = []
+    first = resolve(config())
+    record(first, tmp_path, log=lines.append)
+    older = json.loads((tmp_path / "config.json").read_text())
+    older["optim"]["gone"] = [3]  # a setting that was
+    del older["optim"]["b2"]  # and one that was not yet
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    changed = dataclasses.replace(first, seed=5)
+    record(changed, tmp_path, log=lines.append)
+    assert lines == ["config: optim.gone was (3,), and is no setting now", "config: seed was 0, now 5"]
+    assert "seed=0" in (tmp_path / "config.1.py").read_text()
+    # Killed after config.py was written and before config.json was: the new one is not kept as if it were the old one.
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    record(changed, tmp_path, log=lines.append)
+    assert [path.name for path in tmp_path.glob("config.*.py")] == ["config.1.py"]
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
+
+    older["data"]["stores"]["stdlib"]["gone"] = 1
+    found = known(older)
+    assert found.dropped == ["data.stores.stdlib.gone", "optim.gone"]
+    assert resolve(found.given) == first
+    with pytest.raises(ConfigError, match="optim.gone is not a setting"):
+        resolve(older)
 
 
 def test_schema_imports_nothing_of_ours_nor_jax():

@@ -27,6 +27,7 @@ from maxlm.checkpoint.digest import array_paths
 from maxlm.checkpoint.reader import CheckpointReader, NoneWhole, digest_each
 from maxlm.compilation import settle_cpu_devices
 from maxlm.config import Config, ParallelConfig
+from maxlm.configfile import known
 from maxlm.convert.weights import open_weights
 from maxlm.data.loader import Loader
 from maxlm.data.prepare import Prepared, prepare_data
@@ -141,9 +142,17 @@ def _config(workdir: Path, *, log: Log) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
-    given = json.loads(path.read_text())
+    given, dropped = known(json.loads(path.read_text()))
+    if dropped:
+        log(f"the run was recorded with {', '.join(dropped)}, which this version has no more")
     try:
-        return resolve(given, devices=jax.device_count())
+        config = resolve(given)
+    except ConfigError as error:
+        raise UserError(
+            f"this version refuses what {path} records, so that it cannot replay the run: {error}"
+        ) from None
+    try:
+        return resolve(config, devices=jax.device_count())
     except ConfigError:
         log(f"the mesh of the run does not fit {jax.device_count()} devices; replaying on a mesh of `data` alone")
         given["parallel"] = {**dataclasses.asdict(ParallelConfig())}

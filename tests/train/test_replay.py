@@ -12,6 +12,7 @@ from maxlm.checkpoint.reader import CheckpointReader
 from maxlm.cli import main
 from maxlm.errors import UserError
 from maxlm.parallel.mesh import make_mesh
+from maxlm.resolve import as_config_dict, resolve
 from maxlm.train import replay as module
 from maxlm.train.metrics import FILE_NAME, read_metrics
 from maxlm.train.replay import replay
@@ -51,6 +52,22 @@ def rewritten(workdir, step, **values):
         if record["kind"] == "step" and record["step"] == step:
             record.update(values)
     (workdir / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_what_an_older_version_recorded_is_named_as_what_it_is(tmp_path):
+    config, said = tiny_config(tmp_path), []
+    recorded = as_config_dict(resolve(config)).to_dict()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(recorded | {"gone": {"once": 1}}))
+    found = module._config(tmp_path, log=said.append)
+    assert found.parallel.data == jax.device_count() and found.optim == config.optim
+    assert said == ["the run was recorded with gone, which this version has no more"]
+    path.write_text(json.dumps(recorded | {"model": recorded["model"] | {"vocab_size": 2}}))
+    with pytest.raises(UserError, match="(?s)this version refuses what .*config.json records.*model.vocab_size is 2"):
+        module._config(tmp_path, log=said.append)
+    path.write_text(json.dumps(recorded | {"parallel": {"data": 2}}))
+    assert module._config(tmp_path, log=said.append).parallel.data == jax.device_count()
+    assert len(said) == 2 and "does not fit 8 devices" in said[1]
 
 
 def test_a_sound_step_gives_the_same_bits_and_is_told_to_people_and_programs(runs, capsys):
