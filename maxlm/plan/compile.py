@@ -20,7 +20,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import maxlm
+from maxlm import programs
 from maxlm.chips import Chip
 from maxlm.compilation import compiler_options
 from maxlm.config import Config
@@ -264,7 +264,7 @@ def _without_count(flags: str) -> list[str]:
 
 
 def _environment(work: Path, topology: Topology) -> dict[str, str]:
-    environment = dict(os.environ)
+    environment = programs.environment()
     dump = f"--xla_dump_to={work / 'dump'} --xla_dump_hlo_pass_re=^$"
     flags = [environment.get("XLA_FLAGS", ""), dump]
     environment["JAX_PLATFORMS"] = "cpu"  # the others' compilers are asked by their descriptions, not as devices
@@ -277,9 +277,6 @@ def _environment(work: Path, topology: Topology) -> dict[str, str]:
     if topology.chip.platform == "cpu":
         flags = [*_without_count(flags[0]), f"--xla_force_host_platform_device_count={topology.devices}", dump]
     environment["XLA_FLAGS"] = " ".join(filter(None, flags))
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, (str(Path(maxlm.__file__).parent.parent), environment.get("PYTHONPATH")))
-    )
     return environment
 
 
@@ -288,7 +285,7 @@ def _run_child(work: Path, request: Request, *, limit: int, seconds: float, log:
     topology = request.topology
     with open(work / "log", "wb") as out:
         child = subprocess.Popen(
-            [sys.executable, "-m", "maxlm.plan.child", str(work), str(os.getpid())],
+            [*programs.module_words("maxlm.plan.child"), str(work), str(os.getpid())],
             env=_environment(work, topology),
             stdin=subprocess.DEVNULL,
             stdout=out,
