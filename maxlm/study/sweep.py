@@ -1,7 +1,8 @@
 """What a sweep says: where the best learning rate or batch is at each width, how far it moves, how settings compare.
 
 Runs are averaged over seeds alone. Intervals come from losses drawn anew with the spread from seed to seed, for each
-curve by itself: what two widths have in common must not be their noise.
+curve by itself: what two widths have in common must not be their noise. The spread is that of the runs which the
+parabolas go through: far above the best rate runs are unstable, and scatter by many times as much.
 
 Shapes: n values tried, r replicates.
 """
@@ -103,12 +104,11 @@ class Setting(NamedTuple):
 def swept(rows: Sequence[Row], notes: list[str]) -> tuple[Swept, ...]:
     """The best values of each dial that has several; `notes` say what could not be had."""
     found = []
-    spread = spread_between([[row.loss for row in group] for group in _alike(rows).values()])
     for dial in DIALS:
         if len({row.planned.facts.get(dial.setting) for row in rows}) < 2:
             continue
-        bests = _bests(dial, _series(rows, dial), spread, notes)
-        if spread is None and bests:
+        bests = _bests(dial, _series(rows, dial), notes)
+        if any(best.interval is None for each in bests.values() for best in each.values()):
             notes.append(f"one seed: no interval of the best {dial.word}; two seeds at least tell noise from effect")
         shifts = {words: shift(each) for words, each in bests.items() if len(each) > 1}
         trends = {words: law for words, each in bests.items() if (law := trend(each))}
@@ -136,15 +136,15 @@ def best_of(tries: Sequence[Try], *, spread: float | None, seed: int) -> Best:
     Raises:
       ValueError: fewer than three values.
     """
-    values = np.array(sorted({item.value for item in tries}))
+    groups = _by_value(tries)
+    values = np.array(list(groups))
     if len(values) < 3:
         raise ValueError(f"{len(values)} values make no parabola; give three at least")
-    groups = [[item.loss for item in tries if item.value == value] for value in values]
-    losses = np.array([np.mean(group) for group in groups])
+    losses = np.array([np.mean(group) for group in groups.values()])
     low, x = int(np.argmin(losses)), np.log(values)
     interval = replicates = None
     if spread is not None:
-        error = spread / np.sqrt([len(group) for group in groups])
+        error = spread / np.sqrt([len(group) for group in groups.values()])
         noise = np.random.default_rng(seed).normal(size=(REPLICATES, len(values)))
         replicates = np.exp(_vertices(x, losses + error * noise))
         interval = _interval(replicates)
@@ -156,6 +156,21 @@ def best_of(tries: Sequence[Try], *, spread: float | None, seed: int) -> Best:
         tried=(values, losses),
         replicates=replicates,
     )
+
+
+def near_best(tries: Sequence[Try]) -> list[list[float]]:
+    """Losses of the values that the parabola goes through, those of one value together."""
+    groups = list(_by_value(tries).values())
+    low = int(np.argmin([np.mean(group) for group in groups]))
+    return groups[max(low - NEAR, 0) : low + NEAR + 1]
+
+
+def _by_value(tries: Sequence[Try]) -> dict[float, list[float]]:
+    """Losses by value, ascending."""
+    found: dict[float, list[float]] = {}
+    for item in sorted(tries):
+        found.setdefault(item.value, []).append(item.loss)
+    return found
 
 
 def spread_between(groups: Sequence[Sequence[float]]) -> float | None:
@@ -248,17 +263,19 @@ def _series(rows: Sequence[Row], dial: Dial) -> dict[str, dict[float, list[Row]]
     return found
 
 
-def _bests(
-    dial: Dial, series: dict[str, dict[float, list[Row]]], spread: float | None, notes: list[str]
-) -> dict[str, dict[float, Best]]:
+def _bests(dial: Dial, series: dict[str, dict[float, list[Row]]], notes: list[str]) -> dict[str, dict[float, Best]]:
     """The best value of each series at each width; where there are too few values for one, `notes` say so."""
-    found: dict[str, dict[float, Best]] = {}
+    curves: dict[tuple[str, float], list[Try]] = {}
     for words, widths in series.items():
         for width, rows in widths.items():
             tries = [Try(row.planned.facts[dial.setting], row.loss) for row in rows]
             if (values := len({item.value for item in tries})) < 3:
                 notes.append(f"{words}, width {width:g}: {values} {dial.words} have no best; three at least do")
-                continue
-            seed = zlib.crc32(f"{dial.setting}, {words}, width {width:g}".encode())
-            found.setdefault(words, {})[width] = best_of(tries, spread=spread, seed=seed)
+            else:
+                curves[words, width] = tries
+    spread = spread_between([group for tries in curves.values() for group in near_best(tries)])
+    found: dict[str, dict[float, Best]] = {}
+    for (words, width), tries in curves.items():
+        seed = zlib.crc32(f"{dial.setting}, {words}, width {width:g}".encode())
+        found.setdefault(words, {})[width] = best_of(tries, spread=spread, seed=seed)
     return found
