@@ -333,7 +333,8 @@ class TrainConfig:
     )
     budget_seconds: float = leaf(
         0.0,
-        "time that the steps may take: the first start measures how many fit, train.steps at most; 0: no limit",
+        "time that the steps are to take: the first start times a few and sets how many fit, train.steps at most, so "
+        "that it is an estimate; 0: no limit",
         unit="s",
         low=0.0,
     )

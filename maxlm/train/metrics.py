@@ -2,7 +2,7 @@
 
 metrics.jsonl holds one JSON object a line, each with `kind` and `step`. `step` counts the batches consumed, so the
 record of the first step has step 1, and a checkpoint of step n comes with the records of steps 1 to n. A line of kind
-"step" is written once for every step; other kinds ("evaluation", "norms", "process", …) come in between. Floats are
+"step" is written once for every step; other kinds ("evaluation", "norms", "cost", …) come in between. Floats are
 written so that they read back exactly; nan and infinities are the strings "nan", "inf" and "-inf", because JSON has
 none. `read_metrics` turns them back.
 """
