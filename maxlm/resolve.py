@@ -80,7 +80,9 @@ def resolve(given: ConfigDict | Mapping[str, Any] | Config, *, devices: int | No
     config = _build(Config, raw, "", problems)
     if problems:  # relations between values are checked only once the values themselves are sound
         raise ConfigError(problems)
-    config = dataclasses.replace(config, model=_filled_model(config.model), parallel=_filled_mesh(config, devices))
+    config = dataclasses.replace(
+        config, model=_filled_model(config.model), parallel=filled_mesh(config.parallel, devices)
+    )
     if problems := relations(config, devices=devices):
         raise ConfigError(problems)
     return config
@@ -201,17 +203,22 @@ def _filled_model(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _filled_mesh(config: Config, devices: int | None) -> ParallelConfig:
+def filled_mesh(parallel: ParallelConfig, devices: int | None) -> ParallelConfig:
     """Replaces the one -1 of the mesh by the devices that are left, where that comes out even."""
-    sizes = config.parallel.sizes
+    sizes = parallel.sizes
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     fixed = 1
     for size in sizes.values():
         fixed *= abs(size)
     if devices is None or len(open_axes) != 1 or fixed == 0 or devices % fixed:
-        return config.parallel
+        return parallel
     filled: dict[str, Any] = {open_axes[0]: devices // fixed}
-    return dataclasses.replace(config.parallel, **filled)
+    return dataclasses.replace(parallel, **filled)
+
+
+def batch_shards(parallel: ParallelConfig) -> int:
+    """Shards that the rows of a batch are cut into; an axis that is still -1 counts as 1."""
+    return max(parallel.data, 1) * max(parallel.fsdp, 1) * max(parallel.expert, 1)
 
 
 # --- relations between values ----------------------------------------------------------------------------------------
@@ -271,8 +278,7 @@ def _check_context(config: Config) -> Iterator[str]:
 
 
 def _check_batches(config: Config) -> Iterator[str]:
-    rows, parallel = config.train.accumulation, config.parallel
-    shards = max(parallel.data, 1) * max(parallel.fsdp, 1) * max(parallel.expert, 1)
+    rows, shards = config.train.accumulation, batch_shards(config.parallel)
     batches = [("data.batch_size", config.data.batch_size)]
     batches += [(f"data.phases.{n}.batch_size", p.batch_size) for n, p in config.data.phases.items() if p.batch_size]
     for path, size in batches:

@@ -21,30 +21,47 @@ from maxlm.study.spec import Study, load_study
 Log = Callable[[str], None]
 
 
+OF_VERBS = {
+    "json": ("plan", "fit"),
+    "topology": ("plan",),
+    "launcher": ("run",),
+    "jobs": ("run",),
+    "flops": ("predict",),
+    "prediction": ("judge",),
+    "workdir": ("judge",),
+    "count": ("fit", "predict", "report"),
+}
+"""The verbs that a flag is for, where it is not for all of them."""
+
+
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of all verbs."""
+
+    def helped(name: str, words: str) -> str:
+        return f"{', '.join(OF_VERBS[name])}: {words}"
+
     flags.DEFINE_string("dir", None, "folder of the study; studies/NAME", flag_values=values)
-    flags.DEFINE_string("json", None, "plan, fit: also write the figures to this file", flag_values=values)
-    flags.DEFINE_string(
-        "topology", None, "plan: hardware whose time and price count, such as v5e-8", flag_values=values
-    )
-    flags.DEFINE_string(
-        "launcher", None, "run: command of launch/ that starts each run and lasts as long", flag_values=values
-    )
-    flags.DEFINE_integer("jobs", 0, "run: runs at a time; 0: as the study says", flag_values=values, lower_bound=0)
-    flags.DEFINE_float("flops", 0.0, "predict: compute of the larger run", flag_values=values, lower_bound=0.0)
-    flags.DEFINE_string("prediction", None, "judge: name of the prediction; the only one", flag_values=values)
-    flags.DEFINE_string("workdir", None, "judge: folder of the larger run", flag_values=values)
-    flags.DEFINE_string(
-        "count", "besides embeddings", "fit, predict, report: N counted so, or total", flag_values=values
-    )
+    for name, words in (
+        ("json", "also write the figures to this file"),
+        ("topology", "hardware whose time and price count, such as v5e-8"),
+        ("launcher", "command of launch/ that starts each run and lasts as long"),
+        ("prediction", "name of the prediction; the only one"),
+        ("workdir", "folder of the larger run"),
+    ):
+        flags.DEFINE_string(name, None, helped(name, words), flag_values=values)
+    jobs = helped("jobs", "runs at a time; 0: as the study says")
+    flags.DEFINE_integer("jobs", 0, jobs, flag_values=values, lower_bound=0)
+    flops = helped("flops", "compute of the larger run")
+    flags.DEFINE_float("flops", 0.0, flops, flag_values=values, lower_bound=0.0)
+    count = helped("count", "N counted so, or total")
+    flags.DEFINE_string("count", "besides embeddings", count, flag_values=values)
 
 
 def main(verb: str, path: str, values: flags.FlagValues, *, log: Log) -> int:
     """Runs a verb; returns the exit code.
 
     Raises:
-      UserError: the verb is not known, or what it was asked for cannot be done.
+      UserError: the verb is not known, a flag is not for it, or what it was asked for cannot be done.
     """
     verbs: dict[str, Callable[[Study, Path, flags.FlagValues, Log], int]] = {
         "plan": _plan,
@@ -61,6 +78,9 @@ def main(verb: str, path: str, values: flags.FlagValues, *, log: Log) -> int:
             f"--dir is {values.dir}, but a study keeps locks and results in files, which a bucket is not for; give a "
             "folder, as in --dir=/shared/NAME"
         )
+    for name, its in OF_VERBS.items():
+        if values[name].present and verb not in its:
+            raise UserError(f"--{name} is for {' and '.join(its)}, and says nothing to {verb}; leave it out")
     study = load_study(path)
     folder = Path(values.dir or f"studies/{study.name}").expanduser().absolute()
     return verbs[verb](study, folder, values, log)

@@ -11,7 +11,7 @@ Shapes: B rows, S positions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +20,12 @@ import numpy as np
 
 from maxlm.config import Config
 from maxlm.data.batch import Batch
-from maxlm.model.decoder import merge
+from maxlm.model.decoder import init_params, merge
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
 from maxlm.study.ladder import Rules, Shape, parametrized, shaped
 from maxlm.train.setup import Setup, make_setup
-from maxlm.train.state import TrainState, make_state
+from maxlm.train.state import TrainState, initial_state
 
 WALKED = 16  # different tokens in the rows
 LARGEST_SLOPE = 0.3  # of the logarithm of a scale against that of the width; the standard rule's are near 1
@@ -82,11 +82,11 @@ def check_coordinates(
       seeds: of the parameters; scales are averaged over them.
     """
     names: list[str] = []
-    scales = []
+    scales, keys = [], [jax.random.key(seed) for seed in seeds]
     for width in widths:
         config = _config(base, rules, Shape(layers, width), steps=steps, rate=rate)
-        setup = make_setup(config, make_mesh(config.parallel, jax.devices()[:1]))
-        measured = [_run(setup, seed, steps) for seed in seeds]
+        program = _program(make_setup(config, make_mesh(config.parallel, jax.devices()[:1])), steps)
+        measured = [{name: np.asarray(each, float) for name, each in program(key).items()} for key in keys]
         names = list(measured[0])
         scales.append([np.mean([run[name] for run in measured], axis=0) for name in names])
     by_name = np.swapaxes(np.array(scales), 0, 1)  # (names, widths, steps)
@@ -111,8 +111,8 @@ def _config(base: Config, rules: Rules, shape: Shape, *, steps: int, rate: float
     return resolve(parametrized(shaped(plain, shape, rules), rules, base=plain))
 
 
-def _run(setup: Setup, seed: int, steps: int) -> dict[str, np.ndarray]:
-    """The scales after each step, (steps,) by name."""
+def _program(setup: Setup, steps: int) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """From the key of the parameters to the scales after each step, (steps,) by name; compiled once for all keys."""
     config = setup.config
     batch = _walks(config.data.batch_size, config.data.sequence_length, vocab=config.model.vocab_size)
 
@@ -121,7 +121,8 @@ def _run(setup: Setup, seed: int, steps: int) -> dict[str, np.ndarray]:
         out = model.hidden(batch.tokens, positions_BS=batch.positions, segments_BS=None, runtime=setup.runtime)
         return {"logits": model.logits(out.hidden_BSD), "streams": out.norms["residual"]}
 
-    def trace(state: TrainState) -> dict[str, jax.Array]:
+    def measure(key: jax.Array) -> dict[str, jax.Array]:
+        state = initial_state(config, setup.optimizer, init_params(config.model, key))
         first = activations(state.params)["logits"]
 
         def one(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -134,8 +135,7 @@ def _run(setup: Setup, seed: int, steps: int) -> dict[str, np.ndarray]:
 
         return jax.lax.scan(one, state, length=steps)[1]
 
-    state = make_state(dataclasses.replace(config, seed=seed), setup.optimizer, setup.shardings)
-    return {name: np.asarray(values, float) for name, values in jax.jit(trace)(state).items()}
+    return jax.jit(measure)
 
 
 def _walks(rows: int, positions: int, *, vocab: int) -> Batch:

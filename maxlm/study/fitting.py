@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maxlm.files import write_atomically
+from maxlm.study.curve import Beyond, Curve, TooFewRuns, fit_curve
 from maxlm.study.gathered import COUNTS, Gathered, Row, gather, points_of, slices_of
-from maxlm.study.isoflop import IsoflopFit, TooFewRuns, fit_isoflops, forecast
+from maxlm.study.isoflop import IsoflopFit, fit_isoflops, forecast
 from maxlm.study.law import Bootstrap, Interval, TooFewPoints, bootstrap, check_points, fit_law
 from maxlm.study.spec import StudyError
 from maxlm.study.sweep import Setting, Swept, settings_of, swept, varied
 
+WAYS = {"law": "the parametric law", "isoflops": "the isoflop fit", "curve": "the curve through the rungs"}
+"""What foretells a loss, by the name of its fit, and in words."""
 SAME_BUDGET = 0.95  # of the largest compute: a run of more is left out with it
 
 
@@ -31,10 +34,12 @@ class Foretold(NamedTuple):
 class HeldBack(NamedTuple):
     """The largest budget foretold from the smaller ones.
 
+    by: the fit that foretold it, a key of WAYS.
     found: from slices, the best loss of that budget, of which `interval` is; from the parametric law, the loss of that
-      run of it which the law expects to be best, and `interval` is of one run.
+      run of it which the law expects to be best, and from rungs that of the largest, and `interval` is of one run.
     """
 
+    by: str
     flops: float
     predicted: float
     interval: Interval
@@ -47,6 +52,11 @@ class HeldBack(NamedTuple):
         return self.predicted / self.found - 1
 
     @property
+    def inside(self) -> bool:
+        """Whether what was found lies in the interval."""
+        return self.found in self.interval
+
+    @property
     def reach(self) -> float:
         """Half the interval's width, as a part of the prediction."""
         return (self.interval.high - self.interval.low) / 2 / self.predicted
@@ -55,6 +65,7 @@ class HeldBack(NamedTuple):
 class StudyFit(NamedTuple):
     """All fits of a study. What could not be had is None, and `notes` say why.
 
+    curve: of rungs.
     swept, settings: of a sweep; () for other designs.
     """
 
@@ -62,10 +73,16 @@ class StudyFit(NamedTuple):
     counted: str
     isoflops: IsoflopFit | None
     law: Bootstrap | None
+    curve: Curve | None
     held_back: HeldBack | None
     swept: tuple[Swept, ...]
     settings: tuple[Setting, ...]
     notes: tuple[str, ...]
+
+    @property
+    def way(self) -> str:
+        """What `foretell` goes by, a key of WAYS; "": nothing."""
+        return next((name for name in WAYS if getattr(self, name)), "")
 
 
 def fit_study(folder: Path, *, counted: str = "besides embeddings") -> StudyFit:
@@ -83,7 +100,9 @@ def fit_study(folder: Path, *, counted: str = "besides embeddings") -> StudyFit:
     notes: list[str] = []
     if gathered.record.design == "sweep":
         found = swept(gathered.rows, notes)
-        return StudyFit(gathered, counted, None, None, None, found, settings_of(gathered.rows), tuple(notes))
+        return StudyFit(gathered, counted, None, None, None, None, found, settings_of(gathered.rows), tuple(notes))
+    if gathered.record.design == "rungs":
+        return _fit_rungs(gathered, counted)
     slices = slices_of(gathered.rows, counted)
     isoflops = fit_isoflops(slices) if slices else None
     notes += isoflops.left_out if isoflops else ()
@@ -98,23 +117,45 @@ def fit_study(folder: Path, *, counted: str = "besides embeddings") -> StudyFit:
             held_back = hold_back(gathered.rows, counted, isoflops)
         except (TooFewRuns, TooFewPoints) as error:
             notes.append(f"the largest budget is not foretold from the others: {error}")
-    return StudyFit(gathered, counted, isoflops, law, held_back, (), (), tuple(notes))
+    return StudyFit(gathered, counted, isoflops, law, None, held_back, (), (), tuple(notes))
+
+
+def _fit_rungs(gathered: Gathered, counted: str) -> StudyFit:
+    """Tokens follow from the size: no law of both can be had, but the loss has one curve, against compute."""
+    curve, held_back, notes = None, None, []
+    try:
+        curve = _curve(gathered.rows)
+        held_back = _hold_back_rung(gathered.rows)
+    except TooFewRuns as error:
+        what = "the largest rung is not foretold from the others" if curve else "no curve goes through the rungs"
+        notes.append(f"{what}: {error}")
+    return StudyFit(gathered, counted, None, None, curve, held_back, (), (), tuple(notes))
 
 
 def foretell(fit: StudyFit, *, params: float, tokens: float, flops: float) -> Foretold:
-    """The loss of a run: by the parametric law where there is one, else by the isoflop fit, of the best size.
+    """The loss of a run: by the parametric law where there is one, else by the isoflop fit, of the best size, or by the
+    curve through the rungs, of the next one.
 
     Raises:
-      TooFewRuns: there is neither, or the slices allow no forecast.
+      TooFewRuns: there is none of them, or the slices allow no forecast.
     """
     if fit.law:
         interval = fit.law.prediction(params, tokens)
         how = f"parametric law of {len(fit.gathered.rows)} runs"
         return Foretold(float(fit.law.fit.law.loss(params, tokens)), interval, how)
+    if fit.curve:
+        beyond = fit.curve.run(flops)
+        return Foretold(beyond.loss, beyond.interval, _rungs_words(fit.curve, beyond))
     if not fit.isoflops:
-        raise TooFewRuns(f"no forecast can be made: {'; '.join(fit.notes) or 'a sweep says nothing of larger runs'}")
+        raise TooFewRuns(no_forecast(fit))
     found = forecast(fit.isoflops, flops, scatter=fit.isoflops.spread or 0.0)
     return Foretold(found.loss, found.interval, found.how)
+
+
+def no_forecast(fit: StudyFit) -> str:
+    """Why a study foretells nothing, in a sentence."""
+    sweep = fit.gathered.record.design == "sweep"
+    return f"no forecast can be made: {'a sweep says nothing of larger runs' if sweep else '; '.join(fit.notes)}"
 
 
 def hold_back(rows: Sequence[Row], counted: str, whole: IsoflopFit | None) -> HeldBack:
@@ -134,13 +175,34 @@ def hold_back(rows: Sequence[Row], counted: str, whole: IsoflopFit | None) -> He
         if not found:
             raise TooFewRuns("its minimum was not found") from error
         predicted = forecast(fit_isoflops(slices_of(rest, counted)), largest)
-        return HeldBack(largest, predicted.loss, predicted.interval, found[0].loss, predicted.how)
+        return HeldBack("isoflops", largest, predicted.loss, predicted.interval, found[0].loss, predicted.how)
     points = points_of([row for row in rows if _budget(row) >= SAME_BUDGET * largest], counted)
     expected = law.fit.law.loss(points.params, points.tokens)
     best = int(np.argmin(expected))  # by what is expected: the lowest found would be the luckiest
     interval = law.prediction(float(points.params[best]), float(points.tokens[best]))
     how = f"parametric law of {len(rest)} runs"
-    return HeldBack(largest, float(expected[best]), interval, float(points.losses[best]), how)
+    return HeldBack("law", largest, float(expected[best]), interval, float(points.losses[best]), how)
+
+
+def _hold_back_rung(rows: Sequence[Row]) -> HeldBack:
+    """The largest rung, foretold from the others."""
+    largest = max(rows, key=lambda row: row.planned.flops)
+    curve = _curve([row for row in rows if row.planned.flops < SAME_BUDGET * largest.planned.flops])
+    beyond = curve.run(largest.planned.flops)
+    return HeldBack(
+        "curve", largest.planned.flops, beyond.loss, beyond.interval, largest.loss, _rungs_words(curve, beyond)
+    )
+
+
+def _curve(rows: Sequence[Row]) -> Curve:
+    return fit_curve(np.array([row.planned.flops for row in rows]), np.array([row.loss for row in rows]))
+
+
+def _rungs_words(curve: Curve, beyond: Beyond) -> str:
+    return (
+        f"curve through {len(curve.losses)} rungs; power law {beyond.power:.4f}, with a floor {beyond.floored:.4f}, "
+        "interval over both"
+    )
 
 
 def _law(rows: Sequence[Row], counted: str) -> Bootstrap:
@@ -173,20 +235,37 @@ def describe(fit: StudyFit) -> list[str]:
             lines.append(f"{name} = {value:.4g}{_words(ends)}")
         agreed, tried = fit.law.fit.agreed
         lines.append(f"{agreed} of {tried} starts came to this minimum; residuals of {fit.law.fit.spread:.2%}")
+    if fit.curve:
+        lines.append(
+            f"through {len(rows)} rungs the loss falls as C^{fit.curve.exponent:.4f}; they scatter by "
+            f"{fit.curve.spread:.2g} about their curve"
+        )
+    if fit.gathered.record.design != "sweep" and not (fit.isoflops or fit.law):
+        lines += [_run_words(row, fit.counted) for row in sorted(rows, key=lambda row: row.planned.flops)]
     for found in fit.swept:
         lines += _swept_words(found)
     lines += _settings_words(fit)
     if fit.held_back:
-        lines.append(_held_words(fit.held_back))
+        lines.append(_held_words(fit.held_back, fit.way))
     return lines + [f"note: {note}" for note in fit.notes]
 
 
-def _held_words(held: HeldBack) -> str:
+def _run_words(row: Row, counted: str) -> str:
+    planned = row.planned
+    return (
+        f"{planned.label}: N {getattr(planned, COUNTS[counted]):,}, D {row.result.tokens:,}, C {planned.flops:.3g}, "
+        f"loss {row.loss:.4f}"
+    )
+
+
+def _held_words(held: HeldBack, way: str) -> str:
     missed = abs(held.miss) >= 0.02 or held.reach >= 0.03
     verdict = "the prediction failed" if missed else "the prediction held"
     return (
         f"largest budget left out: predicted {held.predicted:.4f}{_words(held.interval)}, found {held.found:.4f}; "
-        f"missed by {held.miss:+.2%}, half-width {held.reach:.2%}: {verdict} (bounds: 2% and 3%; {held.how})"
+        f"missed by {held.miss:+.2%}, half-width {held.reach:.2%}, found {'inside' if held.inside else 'outside'} the "
+        f"interval: {verdict} (bounds: 2% and 3%; {held.how})"
+        + ("" if held.by == way else f"; `predict` goes by {WAYS[way]}, for which the others are too few: untested")
     )
 
 
@@ -265,6 +344,11 @@ def as_json(fit: StudyFit) -> dict[str, Any]:
         "design": fit.gathered.record.design,
         "fingerprint": fit.gathered.record.fingerprint,
         "runs": [row.planned.label for row in fit.gathered.rows],
+        "losses": [
+            {name: getattr(row.planned, name) for name in ("label", "params_nonembedding", "params_total", "flops")}
+            | {"tokens": row.result.tokens, "loss": row.loss}
+            for row in fit.gathered.rows
+        ],
         "left_out": list(fit.gathered.left_out),
         "params_counted": fit.counted,
         "isoflops": None
@@ -284,7 +368,8 @@ def as_json(fit: StudyFit) -> dict[str, Any]:
             "objective": law.fit.objective,
             "spread": law.fit.spread,
         },
-        "held_back": held and {**held._asdict(), "miss": held.miss, "reach": held.reach},
+        "curve": fit.curve and {"exponent": fit.curve.exponent, "spread": fit.curve.spread},
+        "held_back": held and {**held._asdict(), "miss": held.miss, "reach": held.reach, "inside": held.inside},
         "swept": {found.dial.word: _swept_json(found) for found in fit.swept},
         "settings": [setting._asdict() for setting in fit.settings],
         "notes": list(fit.notes),

@@ -18,7 +18,9 @@ from typing import Any
 
 import maxlm
 from maxlm.config import Config
-from maxlm.resolve import differences, leaves, resolve
+from maxlm.configfile import flat
+from maxlm.resolve import differences, leaves
+from maxlm.rollcall import code_digest
 
 NUMERICS_VERSION = 1
 """Raised by a change after which the same config and data give other numbers, beyond the last bits."""
@@ -50,12 +52,11 @@ def run_name(config: Config, fingerprint: str) -> str:
 
 def changed_leaves(recorded: Mapping[str, Any], config: Config) -> list[str]:
     """Leaves that a run was recorded with, as its config.json says, and that are something else now; in words."""
-    now = {path: value for path, _, value in leaves(config)}
-    before = {path: value for path, _, value in leaves(resolve(_known(recorded, config)))}
+    before = flat(recorded)
     return [
-        f"{path} was {value!r} and is {now[path]!r}"
-        for path, value in before.items()
-        if path in now and _counts(path) and value != now[path]
+        f"{path} was {was!r} and is {value!r}"
+        for path, field, value in leaves(config)
+        if _counts(path) and (was := before.get(path, field.default)) != value
     ]
 
 
@@ -65,39 +66,20 @@ def fingerprint_of(stores: Mapping[str, str], tokenizer: str) -> str:
 
 
 def commit() -> str:
-    """The commit of this program's checkout, with + for changes on top of it; else its version."""
-    here = Path(maxlm.__file__).parent
+    """The commit of this program's checkout, with + for changes on top of it; else its version and a digest."""
+    package = Path(maxlm.__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        )
+        # Installed below another repository, as in a virtual environment there, the package is no part of it.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
     except (OSError, subprocess.SubprocessError):
-        return f"version {maxlm.__version__}"
-    return found.stdout.strip()
+        return f"version {maxlm.__version__}, code {code_digest(package)}"
 
 
 def _counts(path: str) -> bool:
     return not any(fnmatch.fnmatchcase(path, pattern) for pattern in HOW)
-
-
-def _known(recorded: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """The record without settings that the schema has no more."""
-    known = {path for path, _, _ in leaves(config)}
-
-    def kept(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in section.items():
-            path = f"{prefix}{name}"
-            if isinstance(value, Mapping):
-                if inner := kept(value, f"{path}."):
-                    found[name] = inner
-            elif path in known:
-                found[name] = value
-        return found
-
-    return kept(recorded, "")

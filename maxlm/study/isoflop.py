@@ -16,17 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maxlm.errors import UserError
+from maxlm.study.curve import TooFewRuns, extrapolate
 from maxlm.study.law import LEVEL, Interval, Points
 
 MIN_SIZES = 3  # of a slice: a parabola's coefficients
 MIN_BUDGETS = 3  # of a prediction
 REPLICATES = 600
-_DECAYS = np.geomspace(0.01, 1.0, 60)  # exponents tried for the loss against compute
-
-
-class TooFewRuns(UserError):
-    """The runs do not make a slice, or the slices no law."""
 
 
 class Slice(NamedTuple):
@@ -137,15 +132,10 @@ class Forecast(NamedTuple):
 
 
 def forecast(fit: IsoflopFit, flops: float, *, scatter: float = 0.0, level: float = LEVEL) -> Forecast:
-    """The loss of a run of `flops` with the best split, beyond the budgets fitted.
-
-    Two forms go through the losses at the vertices: a power law, and one with a floor. The first falls too far, the
-    second knows little of its floor from few budgets: the forecast is their middle, and its interval holds those of
-    both.
+    """The loss of a run of `flops` with the best split, beyond the budgets fitted, from the losses at the vertices.
 
     Args:
-      scatter: standard deviation of one run about the best loss, which its interval is to hold; 0: the interval is that
-        of the best loss itself.
+      scatter, level: as of `curve.extrapolate`.
 
     Raises:
       TooFewRuns: fewer than MIN_BUDGETS slices have their minimum inside, or none has a run to spare.
@@ -166,18 +156,13 @@ def forecast(fit: IsoflopFit, flops: float, *, scatter: float = 0.0, level: floa
             "minimum at some budget: run sizes further apart, or more of them"
         )
     budgets = np.array([parabola.flops for parabola in fit.used])
-    middle = [form(budgets, np.array([[p.loss for p in fit.used]]), flops)[0] for form in (_line, _floored)]
-    drawn = np.stack([draw.losses for draw in fit.replicates])
-    ends = []
-    noise = scatter * np.random.default_rng(0).normal(size=len(drawn))
-    for form in (_line, _floored):
-        ends.append(np.quantile(form(budgets, drawn, flops) + noise, [(1 - level) / 2, (1 + level) / 2]))
-    interval = Interval(float(min(e[0] for e in ends)), float(max(e[1] for e in ends)))
+    losses, drawn = np.array([p.loss for p in fit.used]), np.stack([draw.losses for draw in fit.replicates])
+    found = extrapolate(budgets, losses, drawn, flops, scatter=scatter, level=level)
     how = (
-        f"isoflop fit of {len(fit.used)} budgets; power law {middle[0]:.4f}, with a floor {middle[1]:.4f}, "
+        f"isoflop fit of {len(fit.used)} budgets; power law {found.power:.4f}, with a floor {found.floored:.4f}, "
         "interval over both"
     )
-    return Forecast(fit.params(flops), fit.tokens(flops), float(np.mean(middle)), interval, how)
+    return Forecast(fit.params(flops), fit.tokens(flops), found.loss, found.interval, how)
 
 
 def fit_power(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
@@ -251,26 +236,3 @@ def _draw(
         if len(found) == len(drawn):  # a slice without a minimum says nothing of where it is
             draws.append(Replicate(*_laws(found), np.array([parabola.loss for parabola in found])))
     return tuple(draws) if len(draws) > replicates / 2 else ()
-
-
-def _line(budgets: np.ndarray, losses: np.ndarray, flops: float) -> np.ndarray:
-    """Power laws through losses (r, k) at budgets (k,), at `flops`: (r,)."""
-    x = np.log(budgets / flops)
-    basis = np.stack([np.ones_like(x), x], axis=1)
-    return np.exp((np.linalg.pinv(basis) @ np.log(losses).T)[0])
-
-
-def _floored(budgets: np.ndarray, losses: np.ndarray, flops: float) -> np.ndarray:
-    """As `_line`, for E + k C^-c with E of 0 or more: the best of a grid of c, for which E and k are linear."""
-    best, value = np.full(len(losses), np.inf), np.full(len(losses), np.nan)
-    for decay in _DECAYS:
-        x = (budgets / flops) ** -decay
-        basis = np.stack([np.ones_like(x), x], axis=1)
-        solved = np.linalg.pinv(basis) @ losses.T  # (2, r)
-        bare = (x @ losses.T) / (x @ x)
-        floored = solved[0] < 0
-        solved = np.where(floored, np.stack([np.zeros_like(bare), bare]), solved)
-        error = ((losses.T - basis @ solved) ** 2).sum(0)
-        better = error < best
-        best, value = np.where(better, error, best), np.where(better, solved.sum(0), value)
-    return value

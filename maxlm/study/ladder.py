@@ -4,8 +4,8 @@
   figure 5), heads of `head_dim` dims, F as `model.mlp` fills it in.
 - Tokens: `tokens_per_param` for each parameter besides embeddings (about 20: Hoffmann et al. 2022, arXiv 2203.15556).
 - Batch: 0.2920 C^0.3271 tokens, C the FLOPs of the run (Bi et al. 2024, DeepSeek LLM, arXiv 2401.02954, equation 1),
-  rounded to 2^k or 3 * 2^k rows. The equation was measured from 1e17 FLOPs up; far below, `batch_tokens` sets what
-  does best there.
+  rounded to 2^k or 3 * 2^k rows on each shard of the batch, for each of `train.accumulation` microbatches. The
+  equation was measured from 1e17 FLOPs up; far below, `batch_tokens` sets what does best there.
 - Learning rate under the standard rule: 0.3118 C^-0.1250 (the same equation), or `base_rate`, for all parameters alike.
 - Warm-up: a fiftieth of the steps, at least 10 of them and at most a fourth (a convention, measured by nobody here).
 - Cooldown of a wsd schedule: a fifth of the steps (Hägele et al. 2024, arXiv 2405.18392).
@@ -39,7 +39,7 @@ from maxlm.config import Config, ModelConfig
 from maxlm.errors import UserError
 from maxlm.model.decoder import split_model
 from maxlm.model.flops import ledger
-from maxlm.resolve import resolve, resolve_model
+from maxlm.resolve import batch_shards, filled_mesh, resolve, resolve_model
 
 DIALS = ("depth", "params", "flops")
 RULES = ("standard", "transfer")
@@ -184,17 +184,21 @@ def _size_of(rules: Rules, model: ModelConfig, sequence_length: int, shape: Shap
     return measure(resolve_model(dataclasses.asdict(_shaped_model(model, shape, rules))), sequence_length)
 
 
-def configure(base: Config, shape: Shape, rules: Rules, *, flops: float = 0.0, tokens: float = 0.0) -> Config:
+def configure(
+    base: Config, shape: Shape, rules: Rules, *, devices: int = 1, flops: float = 0.0, tokens: float = 0.0
+) -> Config:
     """The resolved config of a rung.
 
     Args:
+      devices: that it is run on, over which its batch has to be cut.
       flops, tokens: how long it trains; one of them, or neither for `tokens_per_param` tokens a parameter.
     """
     config = shaped(base, shape, rules)
     size = size_of(rules, base, shape)
     wanted = tokens or (flops / size.flops if flops else rules.tokens_per_param * size.besides_embeddings)
     budget = wanted * size.flops
-    rows = _round_rows((rules.batch_tokens or 0.2920 * budget**0.3271) / config.data.sequence_length)
+    unit = config.train.accumulation * batch_shards(filled_mesh(config.parallel, devices))
+    rows = _round_rows((rules.batch_tokens or 0.2920 * budget**0.3271) / config.data.sequence_length, unit)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
     rate = rules.base_rate or 0.3118 * budget**-0.1250
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, peak_lr=rate))
@@ -270,7 +274,7 @@ def parametrized(config: Config, rules: Rules, *, base: Config) -> Config:
     return dataclasses.replace(config, optim=optim, model=model)
 
 
-def _round_rows(rows: float) -> int:
-    """The nearest 2^k or 3 * 2^k."""
-    choices = sorted({m * 2**k for m in (1, 3) for k in range(24)})
+def _round_rows(rows: float, unit: int) -> int:
+    """The nearest 2^k or 3 * 2^k of units."""
+    choices = sorted({unit * m * 2**k for m in (1, 3) for k in range(24)})
     return min(choices, key=lambda count: abs(math.log(count / max(rows, 1e-9))))

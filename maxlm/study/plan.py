@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from maxlm.config import Config
 from maxlm.plan.topology import parse_topology
-from maxlm.resolve import resolve
+from maxlm.resolve import ConfigError, resolve
 from maxlm.study import ladder
 from maxlm.study.spec import Design, Isoflops, Machine, Rungs, Study, StudyError, Sweep, Trunks
 
@@ -80,20 +80,26 @@ def _check_one_data(runs: Sequence[PlannedRun]) -> None:
     """Losses on other documents, or counted in other tokens, cannot be compared."""
 
     def read(run: PlannedRun) -> tuple[Any, ...]:
-        data = run.config.data
-        return dict(data.stores), data.tokenizer, run.config.model.vocab_size
+        data, evaluated = run.config.data, run.config.eval
+        window = evaluated.sequence_length or data.sequence_length
+        model = run.config.model
+        return dict(data.stores), data.tokenizer, model.vocab_size, evaluated.stores, window, evaluated.overlap
 
     for run in runs[1:]:
         for name, first, other in zip(READ, read(runs[0]), read(run), strict=True):
             if first != other:
                 raise StudyError(
-                    f"the runs {runs[0].label} and {run.label} differ in {name}, so that they read other tokens and "
-                    "their losses cannot be compared; make a study of each value"
+                    f"the runs {runs[0].label} and {run.label} differ in {name}, so that their losses are of other "
+                    "tokens, or foretold from others, and cannot be compared; make a study of each value, or set "
+                    "eval.sequence_length and eval.stores in the base"
                 )
 
 
-READ = ("data.stores", "data.tokenizer", "model.vocab_size")
-"""Settings that decide what a run's losses are counted over."""
+READ = (
+    *("data.stores", "data.tokenizer", "model.vocab_size", "eval.stores"),
+    *("the length of the windows evaluated", "eval.overlap"),
+)
+"""What decides the tokens that a run's losses are counted over, and what each of them is foretold from."""
 
 
 UTILISATION = 0.4
@@ -102,6 +108,8 @@ UTILISATION = 0.4
 
 def machine_of(name: str, study: Study) -> Machine:
     """Hardware of the planner's chip table as the machine of a study: a run at a time, on all its devices.
+
+    Batches are rounded for them, so that the study's own runs may have others: those of its `Machine.devices`.
 
     Raises:
       UserError: the hardware is not known, or its speed is not in the table.
@@ -116,6 +124,7 @@ def machine_of(name: str, study: Study) -> Machine:
         study.machine,
         name=topology.describe(),
         flops_per_second=rate,
+        devices=topology.devices,
         dollars_per_hour=topology.devices * topology.chip.price,
         jobs=1,
     )
@@ -132,7 +141,7 @@ def _isoflops(study: Study, design: Isoflops) -> Iterator[PlannedRun]:
         centre = ladder.size_of(rules, base, ladder.shape_by_flops(rules, base, budget))
         for multiple in design.sizes:
             shape = ladder.shape_by_params(rules, base, multiple * centre.besides_embeddings)
-            config = ladder.configure(base, shape, rules, flops=budget)
+            config = ladder.configure(base, shape, rules, devices=study.machine.devices, flops=budget)
             label = f"c{budget:.2e}-{shape.layers}x{shape.width}".replace("+", "")
             yield _planned(study, label, config, {"budget": budget})
 
@@ -149,7 +158,7 @@ def _rungs(study: Study, design: Rungs) -> Iterator[PlannedRun]:
             shape, flops = ladder.shape_by_flops(rules, base, value), value
         else:
             raise StudyError(f"the dial is {design.dial!r}; it can be {', '.join(ladder.DIALS)}")
-        config = ladder.configure(base, shape, rules, flops=flops)
+        config = ladder.configure(base, shape, rules, devices=study.machine.devices, flops=flops)
         yield _planned(study, f"{design.dial}{value:g}-{shape.layers}x{shape.width}", config, {design.dial: value})
 
 
@@ -160,14 +169,17 @@ def _trunks(study: Study, design: Trunks) -> Iterator[PlannedRun]:
     rules, base = study.rules, study.base
     for params in design.params:
         shape = ladder.shape_by_params(rules, base, params)
-        longest = ladder.configure(base, shape, rules, tokens=max(design.tokens))
+        longest = ladder.configure(base, shape, rules, devices=study.machine.devices, tokens=max(design.tokens))
         a_step = longest.data.batch_size * longest.data.sequence_length
         stable = [count / a_step * (1 - rules.cooldown) for count in sorted(design.tokens)]
         stride = max(round(stable[0] / 8), 1)
         leaves = [max(round(steps / stride), 1) * stride for steps in stable]
         warmup = min(longest.optim.warmup_steps, leaves[0])
         optim = dataclasses.replace(longest.optim, warmup_steps=warmup, decay_steps=1)  # after the last leave
-        keeping = dataclasses.replace(base.checkpoint, every_steps=stride, keep_every_steps=stride)
+        # Saves at these steps, and at no others that chance or a clock would choose.
+        keeping = dataclasses.replace(
+            base.checkpoint, every_steps=stride, keep_every_steps=stride, every_seconds=0.0, mtbf_hours=0.0, keep_best=0
+        )
         trunk = resolve(
             dataclasses.replace(
                 longest,
@@ -195,7 +207,7 @@ def _trunks(study: Study, design: Trunks) -> Iterator[PlannedRun]:
 def _sweep(study: Study, design: Sweep) -> Iterator[PlannedRun]:
     """Settings go into the base, so that the rules see them; but the batch and the rate, which the rules choose too."""
     names = list(design.settings)
-    for rule, shape in itertools.product(design.rules, design.shapes):
+    for rule, shape in itertools.product(design.rules or (study.rules.rule,), design.shapes):
         rules = dataclasses.replace(study.rules, rule=rule)
         for path in names:
             if path in ladder.SHAPED or (rule == "transfer" and path in ladder.TRANSFERRED):
@@ -203,7 +215,7 @@ def _sweep(study: Study, design: Sweep) -> Iterator[PlannedRun]:
         for values in itertools.product(*design.settings.values()):
             chosen = dict(zip(names, values, strict=True))
             base = _with(study.base, {path: value for path, value in chosen.items() if path not in CHOSEN})
-            config = ladder.configure(base, shape, rules, tokens=design.tokens)
+            config = ladder.configure(base, shape, rules, devices=study.machine.devices, tokens=design.tokens)
             config = _with(config, {path: value for path, value in chosen.items() if path in CHOSEN})
             # The number of steps follows from the batch, which may be one of the settings.
             config = ladder.lasting(config, design.tokens, rules)
@@ -215,6 +227,7 @@ def _sweep(study: Study, design: Sweep) -> Iterator[PlannedRun]:
 def _planned(
     study: Study, label: str, config: Config, facts: dict[str, Any], *, branch: Branch | None = None
 ) -> PlannedRun:
+    _check_devices(label, config, study.machine)
     size, machine = ladder.measure(config.model, config.data.sequence_length), study.machine
     tokens = config.train.steps * config.data.batch_size * config.data.sequence_length
     own = tokens * (1 - branch.step / config.train.steps) if branch else tokens
@@ -231,6 +244,17 @@ def _planned(
         seconds,
         branch,
     )
+
+
+def _check_devices(label: str, config: Config, machine: Machine) -> None:
+    """A run's own start resolves its config on the devices that are there: what it would say then, before any runs."""
+    try:
+        resolve(config, devices=machine.devices)
+    except ConfigError as error:
+        raise StudyError(
+            f"{label} cannot run on {machine.devices} devices, as many as the study's Machine.devices says: "
+            f"{'; '.join(error.problems)}"
+        ) from None
 
 
 CHOSEN = ("data.batch_size", "optim.peak_lr")

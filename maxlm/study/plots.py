@@ -46,24 +46,14 @@ def draw_optima(fit: StudyFit) -> bytes:
     figure, (left, middle, right) = _figure(3)
     _draw_power(left, fit.isoflops, "params", f"best N, parameters {fit.counted}")
     _draw_power(middle, fit.isoflops, "tokens", "best D, tokens")
-    used = fit.isoflops.used
-    budgets = np.array([p.flops for p in used])
-    for number, row in enumerate(fit.gathered.rows):
-        label = "runs" if number == 0 else None
-        right.plot(row.planned.flops, row.loss, ".", color=QUIET, alpha=0.6, label=label)
-    if used:
-        right.plot(budgets, [p.loss for p in used], "*-", color=COLOURS[0], markersize=11, label="best at a budget")
-    if fit.isoflops.replicates:
-        drawn = np.stack([draw.losses for draw in fit.isoflops.replicates])
-        right.fill_between(budgets, *_ends(drawn), color=COLOURS[0], alpha=0.2, linewidth=0)
-    if held := fit.held_back:
-        reach = [[held.predicted - held.interval.low], [held.interval.high - held.predicted]]
-        right.errorbar(
-            held.flops, held.predicted, reach, fmt="D", color=COLOURS[1], capsize=4, label="foretold from the others"
-        )
-    _logarithmic(right, "x")
-    right.set(title="Loss against compute", xlabel="training FLOPs", ylabel=_NATS)
-    right.legend(frameon=False)
+    _draw_compute(right, fit)
+    return _png(figure)
+
+
+def draw_compute(fit: StudyFit) -> bytes:
+    """Loss against compute: all runs, the best of each budget or the curve through rungs, and what was foretold."""
+    figure, (axes,) = _figure(1)
+    _draw_compute(axes, fit)
     return _png(figure)
 
 
@@ -126,6 +116,37 @@ def draw_coordinates(checks: Sequence[Check]) -> bytes:
 
 
 _NATS = "held-out loss, nats a token"
+
+
+def _draw_compute(axes: Any, fit: StudyFit) -> None:
+    rows = fit.gathered.rows
+    if fit.gathered.record.design == "trunks":  # a line for each size
+        for number, params in enumerate(sorted({row.planned.params_nonembedding for row in rows})):
+            one = sorted((row.planned.flops, row.loss) for row in rows if row.planned.params_nonembedding == params)
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(*np.array(one).T, ".-", color=colour, linewidth=1, label=f"{params:.2g} parameters")
+    else:
+        axes.plot(*np.array([(row.planned.flops, row.loss) for row in rows]).T, ".", color=QUIET, label="runs")
+    if fit.isoflops and (used := fit.isoflops.used):
+        budgets = np.array([p.flops for p in used])
+        axes.plot(budgets, [p.loss for p in used], "*-", color=COLOURS[0], markersize=11, label="best at a budget")
+        if fit.isoflops.replicates:
+            drawn = np.stack([draw.losses for draw in fit.isoflops.replicates])
+            axes.fill_between(budgets, *_ends(drawn), color=COLOURS[0], alpha=0.2, linewidth=0)
+    if fit.curve:
+        span = np.geomspace(fit.curve.flops[0], 4 * fit.curve.flops[-1], 40)
+        found = [fit.curve.best(flops) for flops in span]
+        axes.plot(span, [each.loss for each in found], color=COLOURS[0], linewidth=1.2, label="curve through the rungs")
+        band = np.array([each.interval for each in found]).T
+        axes.fill_between(span, *band, color=COLOURS[0], alpha=0.2, linewidth=0, label=f"{LEVEL:.0%} band")
+    if held := fit.held_back:
+        reach = [[held.predicted - held.interval.low], [held.interval.high - held.predicted]]
+        axes.errorbar(
+            held.flops, held.predicted, reach, fmt="D", color=COLOURS[1], capsize=4, label="foretold from the others"
+        )
+    _logarithmic(axes, "x")
+    axes.set(title="Loss against compute", xlabel="training FLOPs", ylabel=_NATS)
+    axes.legend(frameon=False)
 
 
 def _draw_power(axes: Any, fit: IsoflopFit, name: str, title: str) -> None:

@@ -2,7 +2,7 @@
 
 predictions/NAME/prediction.json    what was predicted, when, by which fit of which runs
 predictions/NAME/config.py          the larger run, ready for `maxlm train`
-predictions/NAME/judgement.json     how it came out
+predictions/NAME/judgement.json     how it came out; of further runs judgement.2.json, judgement.3.json, ...
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from maxlm.config import Config
-from maxlm.configfile import source
+from maxlm.configfile import known, source
 from maxlm.files import write_atomically
-from maxlm.resolve import as_config_dict, resolve
+from maxlm.resolve import ConfigError, as_config_dict, resolve
 from maxlm.study import ladder
-from maxlm.study.fitting import StudyFit, as_json, fit_study, foretell
+from maxlm.study.curve import TooFewRuns
+from maxlm.study.fitting import StudyFit, as_json, fit_study, foretell, no_forecast
 from maxlm.study.identity import changed_leaves, commit
 from maxlm.study.law import LEVEL
 from maxlm.study.results import data_read, heldout_loss
@@ -30,10 +32,11 @@ TOLERANCE = 0.02  # of N or D by which a run may differ from the one that was pr
 
 
 class Target(NamedTuple):
-    """The run that is predicted."""
+    """The run that is predicted. positions: over all steps; tokens: those of them that bear a loss."""
 
     config: Config
     size: ladder.Size
+    positions: int
     tokens: int
     flops: float
 
@@ -41,8 +44,9 @@ class Target(NamedTuple):
 def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides embeddings") -> Path:
     """Writes down the loss of a run of `flops`, with its interval and the date, and that run's config.
 
-    By the parametric law where the runs allow it, else by the isoflop fit, whose law of the best N sets the size. It is
-    a prediction interval: what the fit leaves uncertain, and how far one run scatters about it.
+    By the parametric law where the runs allow it, else by the isoflop fit, whose law of the best N sets the size, or by
+    the curve through the rungs, whose rules set it. It is a prediction interval: what the fit leaves uncertain, and how
+    far one run scatters about it.
 
     Returns:
       The prediction's folder.
@@ -72,6 +76,7 @@ def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides
         "flops": target.flops,
         "params_total": target.size.total,
         "params_nonembedding": target.size.besides_embeddings,
+        "positions": target.positions,
         "tokens": target.tokens,
         "fingerprint": fit.gathered.record.fingerprint,
         "fit": hashlib.sha256(json.dumps(as_json(fit), sort_keys=True).encode()).hexdigest()[:16],
@@ -114,39 +119,53 @@ def judge(folder: Path, place: Path, workdir: Path) -> str:
         f"written on {prediction['date']}, and the run came to {found:.4f}, {miss:+.2%} from it{note}"
     )
     verdict = {"date": _now(), "workdir": str(workdir), "found": found, "held": held, "miss": miss, "verdict": sentence}
-    write_atomically(place / "judgement.json", json.dumps(verdict, indent=1) + "\n")
+    before = _judgements(place)
+    if not any(each["workdir"] == str(workdir) and each["found"] == found for each in before):
+        name = f"judgement.{len(before) + 1}.json" if before else "judgement.json"
+        write_atomically(place / name, json.dumps(verdict, indent=1) + "\n")
     return sentence
 
 
+def _judgements(place: Path) -> list[dict[str, Any]]:
+    """All verdicts on a prediction, the first one first: none takes the place of another."""
+    paths = [place / "judgement.json", *(place / f"judgement.{n}.json" for n in range(2, 1000))]
+    return [json.loads(path.read_text()) for path in itertools.takewhile(Path.exists, paths)]
+
+
 def predictions(folder: Path) -> list[dict[str, Any]]:
-    """All predictions of a study with their judgements, where there are any, under "judgement"."""
-    found = []
-    for path in sorted((folder / "predictions").glob("*/prediction.json")):
-        judged = path.with_name("judgement.json")
-        verdict = json.loads(judged.read_text()) if judged.exists() else None
-        found.append(json.loads(path.read_text()) | {"name": path.parent.name, "judgement": verdict})
-    return found
+    """All predictions of a study with their judgements, under "judgements", the first one first."""
+    return [
+        json.loads(path.read_text()) | {"name": path.parent.name, "judgements": _judgements(path.parent)}
+        for path in sorted((folder / "predictions").glob("*/prediction.json"))
+    ]
 
 
 def _target(study: Study, folder: Path, fit: StudyFit, flops: float) -> Target:
     """The run that the study's rules make of a budget, of the size that the fits call best."""
     base, rules = study.base, study.rules
+    share = _share_besides(fit) if fit.counted == "total" else 1.0
     if fit.isoflops and fit.isoflops.params:
-        params = fit.isoflops.params(flops)
+        shape = ladder.shape_by_params(rules, base, share * fit.isoflops.params(flops))
     elif fit.law:
-        params = fit.law.fit.law.optimum(flops).params
+        shape = ladder.shape_by_params(rules, base, share * fit.law.fit.law.optimum(flops).params)
+    elif fit.curve:
+        shape = ladder.shape_by_flops(rules, base, flops)  # the next rung
     else:
-        raise StudyError(f"no forecast can be made: {'; '.join(fit.notes)}")
-    if fit.counted == "total":
-        params *= _share_besides(fit)
-    config = ladder.configure(base, ladder.shape_by_params(rules, base, params), rules, flops=flops)
+        raise TooFewRuns(no_forecast(fit))
+    config = ladder.configure(base, shape, rules, devices=study.machine.devices, flops=flops)
     cache = config.data.cache_dir or str(folder / "data")
     config = dataclasses.replace(
         config, name=f"{study.name} {flops:.2e}", data=dataclasses.replace(config.data, cache_dir=cache)
     )
     size = ladder.measure(config.model, config.data.sequence_length)
-    tokens = config.train.steps * config.data.batch_size * config.data.sequence_length
-    return Target(config, size, tokens, tokens * size.flops)
+    positions = config.train.steps * config.data.batch_size * config.data.sequence_length
+    return Target(config, size, positions, round(positions * _share_bearing(fit)), positions * size.flops)
+
+
+def _share_bearing(fit: StudyFit) -> float:
+    """Of the positions, those that bear a loss, as in the study's own runs: the first of each document does not."""
+    rows = fit.gathered.rows
+    return sum(row.result.tokens for row in rows) / sum(row.planned.tokens for row in rows)
 
 
 def _share_besides(fit: StudyFit) -> float:
@@ -184,7 +203,12 @@ def _check_same(prediction: dict[str, Any], place: Path, figures: dict[str, Any]
             f"{workdir} has {params:,} parameters besides embeddings and {tokens:,} tokens, but {wanted[0]:,} and "
             f"{wanted[1]:,} were predicted; run {place / 'config.py'}"
         )
-    recorded = resolve(json.loads(config.read_text()))
+    try:
+        recorded = resolve(known(json.loads(config.read_text())).given)
+    except ConfigError as error:
+        raise StudyError(
+            f"this version refuses what {config} records, so that it cannot judge the run: {error}"
+        ) from None
     if changed := changed_leaves(prediction["config"], recorded):
         raise StudyError(f"{workdir} is another run than was predicted: {'; '.join(changed)}")
     found, wanted_data = data_read(recorded, workdir), prediction["fingerprint"]

@@ -6,10 +6,12 @@ import csv
 import dataclasses
 import html
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from maxlm.configfile import flat
 from maxlm.files import write_atomically
 from maxlm.study import plots
 from maxlm.study.coordinates import Check, check_coordinates
@@ -20,9 +22,19 @@ from maxlm.study.spec import Study
 from maxlm.study.sweep import varied
 
 COLUMNS = (
-    *("label", "name", "status", "params_besides_embeddings", "params_total", "tokens", "flops", "steps", "loss"),
-    *("bits_per_byte", "train_loss", "seconds", "predicted_seconds", "commit", "fingerprint", "finished_at", "why"),
+    *("label", "name", "status", "params_besides_embeddings", "params_total", "layers", "width", "batch", "length"),
+    *("rate", "seed", "tokens", "flops", "steps", "loss", "bits_per_byte", "train_loss", "seconds_of_steps"),
+    *("predicted_seconds_in_all", "commit", "fingerprint", "finished_at", "why"),
 )
+SETTINGS = {
+    "layers": "model.num_layers",
+    "width": "model.embed_dim",
+    "batch": "data.batch_size",
+    "length": "data.sequence_length",
+    "rate": "optim.peak_lr",
+    "seed": "seed",
+}
+"""Columns that are settings of a run, as its own config.json has them."""
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;font-size:13px}td,th{padding:2px 10px;border-bottom:1px solid #e6e6e6;"
@@ -59,6 +71,8 @@ def rows_of(folder: Path, record: StudyRecord) -> list[dict[str, Any]]:
     rows = []
     for planned in record.runs:
         result = read_result(folder / "runs" / planned.name)
+        recorded = folder / "runs" / planned.name / "config.json"
+        settings = flat(json.loads(recorded.read_text())) if recorded.exists() else {}
         row: dict[str, Any] = {
             "label": planned.label,
             "name": planned.name,
@@ -67,10 +81,12 @@ def rows_of(folder: Path, record: StudyRecord) -> list[dict[str, Any]]:
             "params_total": planned.params_total,
             "tokens": result.tokens if result else planned.tokens,
             "flops": planned.flops,
-            "predicted_seconds": round(planned.seconds, 1),
+            "seconds_of_steps": result.seconds if result else "",
+            "predicted_seconds_in_all": round(planned.seconds, 1),
         }
-        for name in ("steps", "loss", "bits_per_byte", "train_loss", "seconds", "commit", "fingerprint", "finished_at"):
+        for name in ("steps", "loss", "bits_per_byte", "train_loss", "commit", "fingerprint", "finished_at"):
             row[name] = getattr(result, name) if result else ""
+        row |= {name: settings.get(path, "") for name, path in SETTINGS.items()}
         row["why"] = result.why if result else ""
         rows.append(row | {name: planned.facts.get(name, "") for name in varied})
     return rows
@@ -84,6 +100,8 @@ def _pictures(fit: StudyFit, checks: Sequence[Check]) -> dict[str, bytes]:
         found["optima"] = plots.draw_optima(fit)
     if fit.law:
         found["law"] = plots.draw_law(fit)
+    if not {"optima", "law"} & set(found):  # which have it among their panels
+        found["compute"] = plots.draw_compute(fit)
     for swept in fit.swept:
         if swept.bests:
             found[swept.dial.words] = plots.draw_swept(swept)
@@ -148,8 +166,8 @@ def _word(value: Any) -> str:
 
 
 def _told(item: dict[str, Any]) -> str:
-    if item["judgement"]:
-        return item["judgement"]["verdict"]
+    if item["judgements"]:
+        return "; then, ".join(f"{each['verdict']} ({each['workdir']})" for each in item["judgements"])
     low, high = item["interval"]
     return (
         f"{item['flops']:.3g} FLOPs, {item['params_nonembedding']:,} parameters besides embeddings, {item['tokens']:,} "

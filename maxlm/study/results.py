@@ -143,12 +143,12 @@ def write_result(workdir: Path, result: Result) -> None:
 
 
 def check_unchanged(workdir: Path, run: PlannedRun) -> None:
-    """Raises StudyError where a finished run was made with settings that its name does not tell from today's."""
+    """Raises StudyError where a run was begun with settings that its name does not tell from today's."""
     path = workdir / "config.json"
     if path.exists() and (changed := changed_leaves(json.loads(path.read_text()), run.config)):
         raise StudyError(
-            f"{run.label} was run when defaults were others: {'; '.join(changed)}. Set them in the study's base "
-            f"config as they were, or remove {workdir} to run it again"
+            f"{run.label} was begun when defaults were others: {'; '.join(changed)}. Set them in the study's base "
+            f"config as they were, or remove {workdir} to run it anew"
         )
 
 

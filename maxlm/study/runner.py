@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
+from maxlm import programs
 from maxlm.configfile import source
 from maxlm.files import write_atomically
 from maxlm.study.identity import commit, fingerprint_of, run_name
 from maxlm.study.plan import PlannedRun, plan
 from maxlm.study.results import Result, check_unchanged, outcome, read_result, write_plan, write_result
-from maxlm.study.spec import Study, StudyError
+from maxlm.study.spec import Machine, Study, StudyError
 from maxlm.train.metrics import FILE_NAME, cut_metrics, read_metrics
 from maxlm.train.progress import format_duration
 from maxlm.train.signals import EXIT_PREEMPTED
@@ -92,7 +93,8 @@ def run_study(
       launch: starts a run; by default as a process of its own.
 
     Raises:
-      StudyError: another process runs this study, or a finished run is not what it was.
+      StudyError: another process runs this study, a run that was begun is not what it was, nothing is held out, or
+        this machine's devices are not those that the study is planned for.
       UserError: the data cannot be prepared.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,12 +109,15 @@ def run_study(
         stamp = _Stamp(fingerprint, commit())
         queue = _Queue(runs, {label: folder / "runs" / name for label, name in names.items()}, stamp, log)
         width = max(jobs or study.machine.jobs, 1)
+        if queue.waiting and launch is None:
+            _check_devices(study.machine, width)
         return queue.work(width, launch or start_process, poll=poll)
 
 
 def start_process(run: PlannedRun, workdir: Path, cores: Sequence[int], lock: IO[Any]) -> subprocess.Popen:
     """`maxlm train` on some cores; it keeps the lock for as long as it lives, and is told when this process dies."""
-    return _start([sys.executable, "-m", "maxlm.cli", "train"], run, workdir, cores, lock)
+    words = [*programs.module_words("maxlm.cli"), "train"]
+    return _start(words, run, workdir, cores, lock, environment=programs.environment())
 
 
 def through(launcher: Sequence[str], study: str) -> Launch:
@@ -129,7 +134,13 @@ def through(launcher: Sequence[str], study: str) -> Launch:
 
 
 def _start(
-    words: Sequence[str], run: PlannedRun, workdir: Path, cores: Sequence[int], lock: IO[Any]
+    words: Sequence[str],
+    run: PlannedRun,
+    workdir: Path,
+    cores: Sequence[int],
+    lock: IO[Any],
+    *,
+    environment: dict[str, str] | None = None,
 ) -> subprocess.Popen:
     config = workdir / "given.py"
     write_atomically(config, source(run.config))
@@ -137,6 +148,7 @@ def _start(
     with (workdir / "log.txt").open("ab") as out:
         return subprocess.Popen(
             command,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -173,11 +185,11 @@ class _Queue:
         self.done: dict[str, Result] = {}
         self.seconds_predicted = self.seconds_taken = 0.0
         for run in self.runs:
+            check_unchanged(workdirs[run.label], run)  # one that was killed would go on, and say what is so now
             result = read_result(workdirs[run.label])
             if result is None:
                 self.waiting.append(run)
                 continue
-            check_unchanged(workdirs[run.label], run)
             self.done[run.label] = result
             if not self._is_stranger(run):
                 self.outcome.reused.append(run.label)
@@ -351,9 +363,54 @@ def _prepared(study: Study, folder: Path) -> tuple[list[PlannedRun], str]:
         cache = run.config.data.cache_dir or str(folder / "data")
         data = dataclasses.replace(run.config.data, cache_dir=cache)
         runs.append(dataclasses.replace(run, config=dataclasses.replace(run.config, data=data)))
-    prepared = prepare_data(runs[0].config, folder)
+    config = runs[0].config  # all read the same, as `plan` sees to
+    prepared = prepare_data(config, folder)
+    held = [name for name, store in prepared.stores.items() if store.split("heldout").num_documents]
+    if not held or set(config.eval.stores) - set(held):
+        raise StudyError(
+            f"the study is fitted to held-out losses, but {', '.join(config.eval.stores or prepared.stores)} holds no "
+            "document out; set data.stores.NAME.heldout_permille in its base to 10 or more"
+        )
     stores = {name: store.fingerprint for name, store in prepared.stores.items()}
     return runs, fingerprint_of(stores, prepared.tokenizer.fingerprint)
+
+
+class Devices(NamedTuple):
+    """What a run would find on this machine: the platform, and how many devices."""
+
+    platform: str
+    number: int
+
+
+def devices_here() -> Devices:
+    """Asks another process: the one that asks JAX holds the devices for as long as it lives.
+
+    Raises:
+      StudyError: JAX finds none.
+    """
+    asked = "import jax; print(jax.default_backend(), jax.device_count())"
+    environment = programs.environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run([sys.executable, "-P", "-c", asked], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise StudyError(f"JAX finds no devices here: {done.stderr.strip().splitlines()[-1]}")
+    platform, number = done.stdout.split()[-2:]
+    return Devices(platform, int(number))
+
+
+def _check_devices(machine: Machine, width: int) -> None:
+    """Raises StudyError where runs here would fail one after another, on devices that nothing was planned for."""
+    platform, count = devices_here()
+    if count != machine.devices:
+        raise StudyError(
+            f"a run takes all devices of this machine, {count} of platform {platform}, but the study is planned for "
+            f"runs of {machine.devices}; set Machine(devices={count}) in its file, or let runs see no more than "
+            f"{machine.devices} (CUDA_VISIBLE_DEVICES)"
+        )
+    if platform != "cpu" and width > 1:
+        raise StudyError(
+            f"{width} runs at a time would each take all {count} devices of this machine and most of their memory; "
+            "type --jobs=1, or give each run a machine of its own with --launcher"
+        )
 
 
 def _cores(slot: int, width: int) -> list[int]:

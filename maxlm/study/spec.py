@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,12 +61,13 @@ class Sweep:
     settings: values by the dotted path of a config leaf, e.g. {"optim.peak_lr": (1e-3, 2e-3), "seed": (0, 1)}; also
       data.batch_size, optim.weight_decay or data.mixture. Under the transfer rule optim.peak_lr is that of the base
       width.
+    rules: `ladder.RULES` that are tried; none: that of the study's rules.
     """
 
     shapes: tuple[Shape, ...]
     tokens: float
     settings: Mapping[str, tuple[Any, ...]]
-    rules: tuple[str, ...] = ("standard",)
+    rules: tuple[str, ...] = ()
 
 
 Design = Isoflops | Rungs | Trunks | Sweep
@@ -76,8 +79,10 @@ class Machine:
 
     flops_per_second: causal-exact training FLOPs that the whole machine does in a second at these sizes, all its jobs
       together; measure it, or see docs/performance.md.
-    overhead_seconds: of a run: start, compilation and the evaluation at its end.
-    jobs: runs at a time, which share the machine's cores out.
+    overhead_seconds: of a run: start, compilation and the evaluation at its end. What is compiled is kept
+      (`train.compilation_cache`), so that runs of one shape, rule and batch pay for it once: give that of a later one.
+    jobs: runs at a time, which share the machine's cores out; on accelerators 1, as a run takes them all.
+    devices: of a run, on all its hosts: batches are rounded to be cut over them.
     """
 
     name: str = "this machine"
@@ -85,6 +90,7 @@ class Machine:
     overhead_seconds: float = 15.0
     dollars_per_hour: float = 0.0
     jobs: int = 1
+    devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +120,17 @@ def load_study(path: str | Path) -> Study:
     spec = importlib.util.spec_from_file_location(f"maxlm_study_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up what their annotations name
     try:
         spec.loader.exec_module(module)
+        maker = getattr(module, "get_study", None)
+        study = maker() if callable(maker) else None
     except Exception as error:  # the file is the user's own Python and may raise anything
-        raise StudyError(f"the study file {path} cannot be loaded ({type(error).__name__}: {error})") from error
-    maker = getattr(module, "get_study", None)
-    study = maker() if callable(maker) else None
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise StudyError(
+            f"the study file {path} cannot be loaded ({type(error).__name__}: {error}; {where.filename}, line "
+            f"{where.lineno})"
+        ) from error
     if not isinstance(study, Study):
         raise StudyError(f"{path} has no function get_study() that returns a maxlm.study.spec.Study")
     return study

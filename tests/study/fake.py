@@ -41,8 +41,9 @@ def isoflop_study(folder: Path, *, budgets=tuple(1e13 * 8 ** (n / 4) for n in ra
 class Fake:
     """Starts runs that end at once: `fails` with exit code 1, `diverges` after the guard's refusals, others well."""
 
-    def __init__(self, *, noise: float = 0.0, fails=(), diverges=(), hangs=()):
-        self.noise, self.fails, self.diverges, self.hangs = noise, fails, diverges, hangs
+    def __init__(self, *, noise: float = 0.0, bearing: float = 1.0, fails=(), diverges=(), hangs=()):
+        self.noise, self.bearing = noise, bearing  # the part of the positions that bear a loss
+        self.fails, self.diverges, self.hangs = fails, diverges, hangs
         self.started: list[str] = []
         self.cores: list[list[int]] = []
 
@@ -58,10 +59,11 @@ class Fake:
             os.kill(os.getpid(), signal.SIGTERM)
             return Ended(None)
         rng = np.random.default_rng([run.params_nonembedding, run.tokens])  # not the name: settings to come change it
-        loss = float(LAW.loss(run.params_nonembedding, run.tokens) * np.exp(rng.normal(0, self.noise)))
+        tokens = self.bearing * run.tokens
+        loss = float(LAW.loss(run.params_nonembedding, tokens) * np.exp(rng.normal(0, self.noise)))
         refused = run.config.optim.guard.max_rejections if run.label in self.diverges else 0
         steps = [
-            {"kind": "step", "step": n + 1, "loss": loss, "tokens": run.tokens / 10, "seconds": 0.1,
+            {"kind": "step", "step": n + 1, "loss": loss, "tokens": tokens / 10, "seconds": 0.1,
              "accepted": not refused, "rejections_in_row": refused}
             for n in range(10)
         ]  # fmt: skip
@@ -72,7 +74,7 @@ class Fake:
         report = {
             "heldout": heldout,
             "heldout_bits_per_byte": loss * 1.4,
-            "tokens": run.tokens,
+            "tokens": round(tokens),
             "model": {"parameters besides embeddings": run.params_nonembedding},
         }
         (workdir / "report.json").write_text(json.dumps(report))

@@ -15,7 +15,7 @@ from maxlm.study.coordinates import check_coordinates
 from maxlm.study.identity import run_name
 from maxlm.study.ladder import Rules, Shape, configure, shape_by_depth, shape_by_flops, shape_by_params, size_of
 from maxlm.study.plan import plan
-from maxlm.study.spec import Isoflops, Sweep, load_study
+from maxlm.study.spec import Isoflops, Machine, StudyError, Sweep, load_study
 from tests.study.fake import RULES, base_config, isoflop_study
 
 BASE = base_config(Path("/nowhere"))
@@ -44,6 +44,46 @@ def test_the_budget_is_spent_and_the_rest_follows():
     assert config.optim.peak_lr == 0.006 and config.data.batch_size * config.data.sequence_length == 512
     tokens = config.train.steps * config.data.batch_size * config.data.sequence_length
     assert tokens * size.flops == pytest.approx(1e13, rel=0.01)
+
+
+def test_batches_are_cut_over_the_devices_of_a_run():
+    given = dataclasses.replace(STANDARD, base_rate=0.006, batch_tokens=256)  # 4 rows
+    assert configure(BASE, Shape(2, 64), given, flops=1e13).data.batch_size == 4
+    wide = configure(BASE, Shape(2, 64), given, devices=8, flops=1e13)
+    assert wide.data.batch_size == 8 and wide.parallel.data == -1
+    size = size_of(given, BASE, Shape(2, 64))
+    tokens = wide.train.steps * wide.data.batch_size * wide.data.sequence_length
+    assert tokens * size.flops == pytest.approx(1e13, rel=0.01)  # the budget is spent all the same
+    cut = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, accumulation=2))
+    assert configure(cut, Shape(2, 64), given, devices=8, flops=1e13).data.batch_size == 16
+    tensor = dataclasses.replace(BASE, parallel=dataclasses.replace(BASE.parallel, tensor=4))
+    assert configure(tensor, Shape(2, 64), given, devices=8, flops=1e13).data.batch_size == 4  # two shards of rows
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_when_the_study_is_planned(tmp_path):
+    study = isoflop_study(tmp_path, budgets=(1e13,))
+    spread = dataclasses.replace(study.base, parallel=dataclasses.replace(study.base.parallel, fsdp=2))
+    with pytest.raises(StudyError, match="cannot run on 1 devices, as many as .* Machine.devices says: the mesh"):
+        plan(dataclasses.replace(study, base=spread))
+    assert plan(dataclasses.replace(study, base=spread, machine=Machine(devices=2)))
+    design = Sweep(shapes=(Shape(2, 32),), tokens=1e5, settings={"data.batch_size": (4, 8)})
+    with pytest.raises(StudyError, match="data.batch_size is 4, which does not divide .* 8 shards"):
+        plan(dataclasses.replace(study, design=design, machine=Machine(devices=8)))
+
+
+def test_a_slip_in_a_study_file_is_said_in_a_sentence(tmp_path):
+    file = tmp_path / "study.py"
+    file.write_text("def get_study():\n    return undefined\n")
+    with pytest.raises(StudyError, match=r"cannot be loaded \(NameError: name 'undefined' .*study.py, line 2\)"):
+        load_study(file)
+    folder = Path(__file__).parent.parent.parent / "configs" / "scaling"
+    file.write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom typing import ClassVar\n"
+        "@dataclasses.dataclass\nclass Mine:\n    known: ClassVar[int] = 1\n    depth: int = 2\n"
+        f"import importlib.util as u\nspec = u.spec_from_file_location('x', {str(folder / 'transfer_sweep.py')!r})\n"
+        "module = u.module_from_spec(spec)\nspec.loader.exec_module(module)\nget_study = module.get_study\n"
+    )
+    assert load_study(file).name == "transfer_sweep"
 
 
 def test_the_transfer_rule_sets_rates_decays_and_init_by_path():

@@ -1,28 +1,32 @@
 """A study's runs: run once, continued, reported; and what the fits make of those that are missing or bad."""
 
+import csv
 import dataclasses
 import json
 import os
 import shlex
+import subprocess
 import sys
 
 import pytest
 from absl import flags
 
+import maxlm
 from launch.job import make_job
 from maxlm.chips import CHIPS
 from maxlm.data.prepare import prepare_data
 from maxlm.errors import UserError
 from maxlm.resolve import resolve
 from maxlm.storage import Folder
-from maxlm.study import commands
+from maxlm.study import commands, runner
 from maxlm.study import predict as prediction
-from maxlm.study.fitting import describe, fit_study
+from maxlm.study.fitting import as_json, describe, fit_study
+from maxlm.study.identity import commit
 from maxlm.study.ladder import Shape
 from maxlm.study.plan import plan
 from maxlm.study.report import write_report
 from maxlm.study.results import read_plan, read_result, write_result
-from maxlm.study.runner import run_study
+from maxlm.study.runner import devices_here, run_study, start_process
 from maxlm.study.spec import Isoflops, Rungs, StudyError, Sweep, Trunks
 from maxlm.train.home import first_start
 from maxlm.train.metrics import read_metrics
@@ -124,6 +128,140 @@ def test_a_default_that_has_changed_is_noticed(done, tmp_path):
     path.write_text(kept)
 
 
+def test_a_default_that_has_changed_is_noticed_before_a_killed_run_goes_on(done):
+    study, folder = done
+    workdir = workdir_of(folder, plan(study)[0].label)
+    ended, path = (workdir / "result.json").read_text(), workdir / "config.json"
+    (workdir / "result.json").unlink()
+    kept = path.read_text()
+    recorded = json.loads(kept)
+    recorded["optim"]["b1"] = 0.85
+    path.write_text(json.dumps(recorded))
+    fake = Fake()
+    try:
+        with pytest.raises(StudyError, match="begun when defaults were others: optim.b1 was 0.85 and is 0.9"):
+            run(study, folder, fake)
+        assert fake.started == []
+        # A setting that the schema has had once, and one that came later, change nothing.
+        recorded["optim"] |= {"b1": 0.9, "gone": [1, 2]}
+        del recorded["optim"]["b2"]
+        path.write_text(json.dumps(recorded))
+        run(study, folder, fake)
+        assert len(fake.started) == 1
+    finally:
+        path.write_text(kept)
+        (workdir / "result.json").write_text(ended)
+
+
+def test_runs_execute_the_code_that_planned_them_wherever_it_is_typed(tmp_path, monkeypatch):
+    trap = tmp_path / "maxlm"
+    trap.mkdir()
+    (trap / "__init__.py").write_text("raise SystemExit('the code of the folder')")
+    (trap / "cli.py").write_text("")
+    study = isoflop_study(tmp_path, budgets=(1e13,))
+    (planned, *_) = plan(study)
+    model = dataclasses.replace(planned.config.model, vocab_size=1)
+    bad = dataclasses.replace(planned, config=dataclasses.replace(planned.config, model=model))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "lock", "w") as lock:
+        assert start_process(bad, tmp_path / "run", (), lock).wait() == 1
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "model.vocab_size is 1, but" in log and "the code of the folder" not in log
+
+
+def test_the_commit_is_that_of_this_code_and_of_no_repository_around_it(tmp_path, monkeypatch):
+    assert not commit().startswith("version")  # this checkout's
+    package = tmp_path / "venv" / "maxlm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (tmp_path / "note").write_text("a repository of something else")
+    who = ["-c", "user.name=n", "-c", "user.email=e@x"]
+    for words in (["init", "-q"], ["add", "note"], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(maxlm, "__file__", str(package / "__init__.py"))
+    first = commit()
+    assert first.startswith(f"version {maxlm.__version__}, code ")
+    (package / "more.py").write_text("x = 1")
+    assert commit() != first
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    assert len(commit().rstrip("+")) == 40
+
+
+def test_devices_that_nothing_was_planned_for_are_refused_before_the_first_run(tmp_path, monkeypatch):
+    study = isoflop_study(tmp_path, budgets=(1e13,))
+    assert devices_here() == ("cpu", 8)  # as tests/conftest.py has it
+    with pytest.raises(StudyError, match=r"8 of platform cpu, but .* runs of 1; set Machine\(devices=8\)"):
+        run_study(study, tmp_path / "out", log=print)
+    assert not list((tmp_path / "out").glob("runs/*/log.txt"))
+    monkeypatch.setattr(runner, "devices_here", lambda: runner.Devices("gpu", 1))
+    with pytest.raises(StudyError, match="2 runs at a time would each take all 1 devices .* type --jobs=1"):
+        run_study(study, tmp_path / "out", jobs=2, log=print)
+
+
+def test_a_study_without_held_out_documents_is_refused_before_the_first_run(tmp_path):
+    study = isoflop_study(tmp_path, budgets=(1e13,))
+    stores = {name: dataclasses.replace(store, heldout_permille=0) for name, store in study.base.data.stores.items()}
+    base = dataclasses.replace(study.base, data=dataclasses.replace(study.base.data, stores=stores))
+    fake = Fake()
+    with pytest.raises(StudyError, match="held-out losses, but tiny holds no document out; set .*heldout_permille"):
+        run(dataclasses.replace(study, base=base), tmp_path / "out", fake)
+    assert fake.started == []
+
+
+def test_rungs_have_a_curve_a_forecast_and_a_picture(tmp_path):
+    budgets = tuple(1e13 * 2**n for n in range(6))
+    study = isoflop_study(tmp_path, design=Rungs("flops", budgets))
+    outcome, _ = run(study, tmp_path / "out", Fake(noise=0.001, bearing=0.8))
+    assert outcome.code == 0
+    fit = fit_study(tmp_path / "out")
+    assert fit.law is None and fit.isoflops is None and fit.way == "curve"
+    assert fit.held_back.flops == pytest.approx(budgets[-1], rel=0.05) and fit.held_back.by == "curve"
+    assert abs(fit.held_back.miss) < 0.02 and fit.held_back.how.startswith("curve through 5 rungs")
+    words = "\n".join(describe(fit))
+    for row in fit.gathered.rows:
+        assert f"{row.planned.label}: N {row.planned.params_nonembedding:,}, D {row.result.tokens:,}" in words
+        assert f"loss {row.loss:.4f}" in words
+    assert [each["loss"] for each in as_json(fit)["losses"]] == [row.loss for row in fit.gathered.rows]
+    page = write_report(study, tmp_path / "out", fit).read_text()
+    assert 'src="compute.png"' in page
+    place = prediction.predict(study, tmp_path / "out", flops=4 * budgets[-1])
+    said = json.loads((place / "prediction.json").read_text())
+    assert said["how"].startswith("curve through 6 rungs")
+    truth = float(LAW.loss(said["params_nonembedding"], said["tokens"]))
+    assert said["interval"][0] < truth < said["interval"][1]
+    # Few rungs have no curve, which is said, and their losses and picture all the same.
+    few = dataclasses.replace(study, design=Rungs("flops", budgets[:4]))
+    run(few, tmp_path / "few", Fake())
+    fit = fit_study(tmp_path / "few")
+    words = "\n".join(describe(fit))
+    assert "note: no curve goes through the rungs: 4 rungs, but" in words and words.count(", loss ") == 4
+    assert 'src="compute.png"' in write_report(few, tmp_path / "few", fit).read_text()
+    with pytest.raises(UserError, match="no forecast can be made: no curve goes through the rungs: 4 rungs"):
+        prediction.predict(few, tmp_path / "few", flops=1e15)
+
+
+def test_tokens_that_bear_no_loss_are_not_predicted(tmp_path):
+    study = isoflop_study(tmp_path)
+    run(study, tmp_path / "out", Fake(noise=0.001, bearing=0.9))
+    place = prediction.predict(study, tmp_path / "out", flops=2 * max(run.flops for run in plan(study)))
+    said = json.loads((place / "prediction.json").read_text())
+    assert said["tokens"] == pytest.approx(0.9 * said["positions"], rel=1e-4)
+    larger = tmp_path / "larger"
+    first_start(larger)
+    older = said["config"] | {"gone": {"once": 1}}  # a section that this version has no more
+    (larger / "config.json").write_text(json.dumps(older))
+    prepare_data(resolve(said["config"]), larger)
+    tokens = round(0.9 * said["positions"])
+    report = {
+        "heldout": {"tiny": {"nats_per_token": float(LAW.loss(said["params_nonembedding"], tokens)), "tokens": 10}},
+        "tokens": tokens,
+        "model": {"parameters besides embeddings": said["params_nonembedding"]},
+    }
+    (larger / "report.json").write_text(json.dumps(report))
+    assert "the prediction held" in prediction.judge(tmp_path / "out", place, larger)
+
+
 def test_the_fit_finds_the_law_and_foretells_the_largest_budget(done):
     study, folder = done
     fit = fit_study(folder)
@@ -197,6 +335,21 @@ def test_runs_that_would_read_other_tokens_are_refused(tmp_path, setting, values
         plan(isoflop_study(tmp_path, design=design))
 
 
+def test_runs_evaluated_over_other_windows_are_refused_and_over_the_same_are_not(tmp_path):
+    study = isoflop_study(tmp_path)
+
+    def planned(settings, **evaluated):
+        design = Sweep(shapes=(Shape(2, 32),), tokens=1e5, settings=settings)
+        base = dataclasses.replace(study.base, eval=dataclasses.replace(study.base.eval, **evaluated))
+        return plan(dataclasses.replace(study, base=base, design=design))
+
+    with pytest.raises(StudyError, match="differ in the length of the windows evaluated"):
+        planned({"data.sequence_length": (32, 64)})
+    assert len(planned({"data.sequence_length": (32, 64)}, sequence_length=64)) == 2
+    with pytest.raises(StudyError, match="differ in eval.stores"):
+        planned({"eval.stores": ((), ("tiny",))})
+
+
 def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
     study, folder = done
     largest = max(run.flops for run in plan(study))
@@ -226,8 +379,14 @@ def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
         (workdir / "report.json").write_text(json.dumps(report))
         return workdir
 
-    assert "the prediction held" in prediction.judge(folder, place, larger("good", 1.0))
+    good = larger("good", 1.0)
+    assert "the prediction held" in prediction.judge(folder, place, good)
     assert "the prediction did not hold" in prediction.judge(folder, place, larger("bad", 1.2))
+    prediction.judge(folder, place, good)
+    # The first verdict stays, whatever is judged after it, and the same run is not counted twice.
+    (told,) = (each["judgements"] for each in prediction.predictions(folder) if each["name"] == place.name)
+    assert [each["held"] for each in told] == [True, False]
+    assert json.loads((place / "judgement.json").read_text())["held"]
     # The config is written again when a setting changes, the run's own note of its first start never is.
     early = larger("early", 1.0, began="2020-01-01T00:00:00+00:00")
     with pytest.raises(StudyError, match="began .2020-01-01T00:00:00.* before the prediction was written"):
@@ -290,14 +449,25 @@ def test_the_report_shows_every_run(done):
     assert 'src="isoflops.png"' in page and 'src="optima.png"' in page
     lines = (folder / "report" / "runs.csv").read_text().splitlines()
     assert len(lines) == 1 + len(plan(study)) and lines[0].startswith("label,name,status,params_besides_embeddings")
+    for planned, row in zip(plan(study), csv.DictReader(lines), strict=True):
+        config = planned.config
+        assert row["label"] == planned.label and int(row["batch"]) == config.data.batch_size
+        assert (int(row["layers"]), int(row["width"])) == (config.model.num_layers, config.model.embed_dim)
+        assert float(row["rate"]) == config.optim.peak_lr and float(row["seconds_of_steps"]) == pytest.approx(1.0)
     assert (folder / "report" / "isoflops.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
     study = isoflop_study(tmp_path, design=Trunks(params=(3e4,), tokens=(5e5, 1e6)))
     wsd = dataclasses.replace(study.base.optim, schedule="wsd")
-    study = dataclasses.replace(study, base=dataclasses.replace(study.base, optim=wsd))
+    saved = dataclasses.replace(study.base.checkpoint, mtbf_hours=1.0, every_seconds=30.0)
+    study = dataclasses.replace(study, base=dataclasses.replace(study.base, optim=wsd, checkpoint=saved))
     trunk, *branches = plan(study)
+    # Every save is at a multiple of the stride, where branches leave, and none is chosen by a clock.
+    keeping = trunk.config.checkpoint
+    assert keeping.every_steps == keeping.keep_every_steps
+    assert (keeping.mtbf_hours, keeping.every_seconds) == (0.0, 0.0)
+    assert branches[0].config.checkpoint == saved
     assert len(branches) == 2 and not trunk.fitted
     outcome, said = run(study, tmp_path / "out", Fake(fails=[trunk.label]))
     assert set(outcome.failed) == {planned.label for planned in (trunk, *branches)}
@@ -377,6 +547,19 @@ def test_a_study_in_a_bucket_is_refused_and_a_run_in_one_can_be_judged(done, buc
 
 
 @pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("run", {"topology": "v5e-8"}, "--topology is for plan, and says nothing to run"),
+        ("judge", {"json": "x"}, "--json is for plan and fit, and says nothing to judge"),
+        ("plan", {"jobs": 0}, "--jobs is for run"),
+    ],
+)
+def test_flags_of_other_verbs_are_refused(done, tmp_path, monkeypatch, name, given, words):
+    with pytest.raises(UserError, match=words):
+        verb(name, *done, monkeypatch, **given)
+
+
+@pytest.mark.parametrize(
     ("design", "words"),
     [
         (Sweep((Shape(2, 32),), 1e5, {"optim.peak_lr": (0.01, 0.010001)}), "two values are the same to three digits"),
@@ -395,6 +578,10 @@ def test_why_two_runs_are_one_is_said_of_the_design(tmp_path, design, words):
 
 def test_a_topology_says_what_a_study_costs_there(tmp_path, monkeypatch):
     study, found = isoflop_study(tmp_path, budgets=(1e15, 2e15)), {}
+    with pytest.raises(StudyError, match=r"cannot run on 16 devices.*eval.batch_size is 8, which .* 16 shards"):
+        verb("plan", study, tmp_path / "out", monkeypatch, topology="v5p-32")
+    evaluated = dataclasses.replace(study.base.eval, batch_size=16)
+    study = dataclasses.replace(study, base=dataclasses.replace(study.base, eval=evaluated))
     for hardware, chips in (("v5p-8", 4), ("v5p-32", 16)):
         made = tmp_path / f"{hardware}.json"
         said, code = verb("plan", study, tmp_path / "out", monkeypatch, topology=hardware, json=made)
