@@ -10,6 +10,7 @@ import pytest
 from maxlm.train.goodput import FILE_NAME as LEDGER
 from maxlm.train.metrics import FILE_NAME as METRICS
 from tools import torture
+from tools.torture_costs import costed, simulated
 from tools.torture_run import Lost, newest
 
 SILENCE = 6
@@ -33,6 +34,72 @@ def test_three_faults_lose_nothing_and_each_is_seen_in_time(folder):
     assert 2 <= found["faults"] <= 3 and set(found["by_kind"]) <= set(FAULTS.split(","))
     assert max(found["by_kind"]["stop_one"]["seconds_until_left"]) < SILENCE + 20
     assert max(found["by_kind"]["kill_one"]["seconds_until_left"]) < 20  # the machine may be busy
+    assert found["faults"] - 1 <= found["restarts"] <= found["faults"]  # SIGTERM may find a run that is through
+
+
+def test_a_simulation_with_what_was_measured_foretells_the_goodput(folder):
+    """Of three faults only the size can be held: one of them warns the run, and loses nothing."""
+    found = json.loads((folder / "found.json").read_text())["simulated"]
+    assert 0 < found["measured"] < 1 and found["apart"] < 1.0
+    assert 0 < found["write"] < 20 and 0 < found["stall"] < 20 and 0 < found["mtbf"] < 200 and found["restart"] > 2
+
+
+STEP, STALL, WRITE, START, WARMING = 0.5, 0.4, 1.5, 12.0, 3.0
+
+
+def made_up_run(folder, *, steps, mean, every):
+    """A run that failures end at random, event by event: its ledger and the moments of its failures."""
+    draw, now, saved, records, faults = random.Random(1), 1000.0, 0, [], []
+    while saved < steps:
+        begun, dies = now, now + START + WARMING + draw.expovariate(1 / mean)
+        base = {"process": len(faults) + 1, "begun": begun, "start_step": saved}
+        seconds = {"start": 4.0, "restore": 3.0, "compile": 5.0, "step": WARMING, "checkpoint_stall": 0.0}
+        now, step, commits = begun + START + WARMING, saved, []
+        while now + STEP < dies and step < steps:
+            now, step = now + STEP, step + 1
+            seconds["step"] += STEP
+            mark = step % every == 0
+            if mark:
+                commits.append((now + WRITE, step))
+                now, seconds["checkpoint_stall"] = now + STALL, seconds["checkpoint_stall"] + STALL
+            if mark or step % 2:  # in between it has beaten now and then
+                records.append({**base, "time": now, "step": step, "seconds": dict(seconds), "mark": mark})
+        if step == steps:
+            records.append({**records[-1], "time": now + 60, "seconds": {**seconds, "evaluation": 60.0}})
+            break
+        faults.append(dies)
+        saved = max([at for when, at in commits if when <= dies], default=saved)
+        now = dies
+        if not records or records[-1]["process"] != base["process"]:
+            records.append({**base, "time": begun + START, "step": saved, "seconds": seconds, "mark": False})
+    lines = [json.dumps({"kind": "step", "step": n + 1, "seconds": STEP}) for n in range(steps)]
+    (folder / METRICS).write_text("".join(f"{line}\n" for line in lines))
+    return records, faults
+
+
+def test_the_costs_of_a_run_are_found_in_its_ledger(tmp_path):
+    records, faults = made_up_run(tmp_path, steps=4000, mean=20.0, every=8)
+    run = costed(tmp_path, records, faults, every=8)._replace(writes=[WRITE])
+    found = simulated([run])
+    assert len(faults) > 100
+    assert found.every == 8 * STEP and found.stall == pytest.approx(STALL) and found.write == WRITE
+    # Starts that were ended before their first step, half a second long, count as parts of the next.
+    assert found.restart == pytest.approx(START + WARMING, rel=0.05) and found.mtbf == pytest.approx(20.0, rel=0.2)
+    assert found.apart < 0.05  # a few hundred failures
+    assert simulated([run._replace(writes=[])]) is None
+
+
+def test_too_little_torture_fails():
+    asked = types.SimpleNamespace(least_faults=30, least_restarts=15, most_apart=0.5)
+    enough = {"faults": 30, "restarts": 15, "simulated": {"apart": 0.5}}
+    assert torture.shortcomings(enough, asked) == []
+    (said,) = torture.shortcomings(enough | {"faults": 29}, asked)
+    assert said == "29 faults, and at least 30 were asked for"
+    (said,) = torture.shortcomings(enough | {"restarts": 14}, asked)
+    assert said == "14 restarts, and at least 15 were asked for"
+    (said,) = torture.shortcomings(enough | {"simulated": {"apart": 0.51}}, asked)
+    assert "51% apart, and at most 50%" in said
+    assert torture.shortcomings(enough | {"simulated": None}, asked)
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ In rounds: a tiny run is made to its end while processes are killed, stopped and
 checkpoints and stores are damaged; it is started again each time, by turns on all processes, whose final state has to
 be the undisturbed run's bit for bit, and on 1, 2 or all of them, where the tokens of each step have to be the same and
 the losses to the last bits of another mesh. The ledger has to account for every second. Prints the faults thrown, what
-each has cost, and the share of the time that was of use; the exit code is 1 if anything was lost.
+each has cost, and the share of the time that was of use, beside what `maxlm plan --mtbf` would have foretold of it. The
+exit code is 1 if anything was lost, if less was thrown than --least_faults and --least_restarts ask for, or if the two
+shares lie further apart than --most_apart.
 
 Needs root for a small tmpfs to fill up; without, a limit on the size of files stands for the full disk.
 """
@@ -44,7 +46,8 @@ from maxlm.train.goodput import FILE_NAME as LEDGER
 from maxlm.train.goodput import Summary, summarise
 from maxlm.train.metrics import read_metrics
 from maxlm.train.signals import EXIT_PREEMPTED
-from tools.torture_run import Company, Lost, digests, joined, last_step, newest, tiny
+from tools.torture_costs import Costed, costed, simulated
+from tools.torture_run import EVERY, Company, Lost, digests, joined, last_step, newest, tiny
 
 ABORTED = -signal.SIGABRT  # JAX ends a process so when its coordinator dies, if it is quicker than the heartbeat
 DISK = "64m"
@@ -62,6 +65,7 @@ class Thrown:
     kind: str
     step: int
     start: Company
+    at: float = dataclasses.field(default_factory=time.time)
     seconds: float = 0.0  # until the rest had left
     lost: int | None = None  # steps that had to be done again, as the next start tells
 
@@ -79,7 +83,9 @@ class Torture:
     disk: Path | None = None  # a small file system that holds the run, if one could be mounted
     thrown: list[Thrown] = dataclasses.field(default_factory=list)
     started: list[float] = dataclasses.field(default_factory=list)
+    restarts: int = 0  # of all processes, to go on after a fault
     accounts: list[Summary] = dataclasses.field(default_factory=list)
+    costs: list[Costed] = dataclasses.field(default_factory=list)
 
     @property
     def config(self) -> Path:
@@ -119,7 +125,11 @@ class Torture:
             if (workdir / "report.json").exists():
                 break
             size = self.draw.choice([n for n in (1, 2, 4) if self.processes % n == 0]) if elastic else self.processes
-        self.account(workdir)
+            self.restarts += 1
+        if left:
+            self.log(f"the run was through before {', '.join(left)} could be thrown")
+        faults = [fault.at for fault in self.thrown[before:]]
+        self.costs.append(costed(workdir, self.account(workdir), faults, every=EVERY))
         return workdir
 
     def count_lost(self, thrown: list[Thrown], company: Company) -> None:
@@ -287,8 +297,8 @@ class Torture:
         if digests(workdir, self.steps) != digests(whole, self.steps):
             raise Lost(f"the final state of {workdir.name} has other bits")
 
-    def account(self, workdir: Path) -> None:
-        """The ledger against the clock outside: every second is in a bucket or between two processes.
+    def account(self, workdir: Path) -> list[dict[str, Any]]:
+        """The ledger, held against the clock outside: every second is in a bucket or between two processes.
 
         A start that was killed before it came to its ledger has no account.
         """
@@ -303,6 +313,7 @@ class Torture:
         if unseen or time.time() - end > SECONDS_LEAVING:
             raise Lost(f"an account of {workdir.name} does not begin where a process was started, or ends too early")
         self.accounts.append(account)
+        return records
 
 
 def flipped(data: bytes, draw: random.Random) -> bytes:
@@ -347,8 +358,10 @@ def figures(torture: Torture, seconds: float) -> dict[str, Any]:
         kinds[fault.kind].append(fault)
     total = {name: sum(account.seconds[name] for account in torture.accounts) for name in torture.accounts[0].seconds}
     wall, down = sum(total.values()), sum(account.down for account in torture.accounts)
+    foretold = simulated(torture.costs)
     return {
         "faults": len(torture.thrown),
+        "restarts": torture.restarts,
         "starts": len(torture.started),
         "rounds": len(torture.accounts),
         "by_kind": {
@@ -362,13 +375,17 @@ def figures(torture: Torture, seconds: float) -> dict[str, Any]:
         "seconds": {name: round(value, 1) for name, value in total.items()},
         "down_seconds": round(down, 1),
         "effective_share": round(sum(total[name] for name in USEFUL) / (wall + down), 4),
+        "simulated": foretold and {**foretold._asdict(), "apart": foretold.apart},
         "all_seconds": round(seconds, 1),
     }
 
 
 def report(found: dict[str, Any], log: Callable[[str], None]) -> None:
     """The figures for a person."""
-    log(f"{found['faults']} faults, {found['starts']} starts, {found['rounds']} rounds, {found['all_seconds']:.0f} s")
+    log(
+        f"{found['faults']} faults, {found['restarts']} restarts, {found['starts']} starts, {found['rounds']} rounds, "
+        f"{found['all_seconds']:.0f} s"
+    )
     for kind, of in found["by_kind"].items():
         lost = [steps for steps in of["steps_lost"] if steps is not None]
         mean = f"{sum(lost) / len(lost):.1f}" if lost else "no"
@@ -378,6 +395,30 @@ def report(found: dict[str, Any], log: Callable[[str], None]) -> None:
         )
     log("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in found["seconds"].items()))
     log(f"between processes {found['down_seconds']:.0f} s; of use {found['effective_share']:.1%} of the time")
+    if of := found["simulated"]:
+        log(
+            f"of the time until the last step {of['measured']:.1%} went into steps that were kept; simulated with a "
+            f"failure after {of['mtbf']:.1f} s, a save every {of['every']:.2f} s that stalls {of['stall']:.2f} s and "
+            f"is committed after {of['write']:.2f} s, and restarts of {of['restart']:.1f} s: {of['share']:.1%}, "
+            f"{of['apart']:.0%} from it"
+        )
+
+
+def shortcomings(found: dict[str, Any], asked: argparse.Namespace) -> list[str]:
+    """What was asked for of the torture and has not come of it, a sentence each."""
+    problems = [
+        f"{found[what]} {what}, and at least {least} were asked for"
+        for what, least in (("faults", asked.least_faults), ("restarts", asked.least_restarts))
+        if found[what] < least
+    ]
+    if asked.most_apart and not found["simulated"]:
+        problems.append("too little has happened to simulate it")
+    elif asked.most_apart and found["simulated"]["apart"] > asked.most_apart:
+        problems.append(
+            f"simulated and measured goodput are {found['simulated']['apart']:.0%} apart, and at most "
+            f"{asked.most_apart:.0%} were asked for"
+        )
+    return problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -389,6 +430,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--silence", type=float, default=15.0, help="seconds of silence after which a process is lost")
     parser.add_argument("--faults", default="", help=f"one round with these alone, of {', '.join(sorted(set(KINDS)))}")
+    parser.add_argument("--least_faults", type=int, default=0, help="fewer of them are a failure")
+    parser.add_argument("--least_restarts", type=int, default=0, help="fewer restarts of all processes are a failure")
+    parser.add_argument("--most_apart", type=float, default=0.0, help="of goodput, simulated from measured; 0: any")
     parser.add_argument("--keep", default="", help="folder to work in, which stays; else a temporary one")
     parser.add_argument("--json", default="", help="also write the figures to this file")
     asked = parser.parse_args(argv)
@@ -422,6 +466,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if torture.accounts:
             found = figures(torture, time.monotonic() - began)
             report(found, log)
+            for problem in shortcomings(found, asked):
+                log(f"NOT ENOUGH: {problem}")
+                code = 1
             if asked.json:
                 Path(asked.json).write_text(json.dumps(found, indent=1) + "\n")
     if not asked.keep and code == 0:

@@ -33,6 +33,7 @@ from maxlm.config import (
 from maxlm.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
+EVERY = 4  # steps between checkpoints
 
 
 class Lost(Exception):
@@ -72,7 +73,7 @@ def tiny(folder: Path, *, steps: int, processes: int) -> Config:
             compilation_cache=str(folder / "xla"),
             watchdog=(10.0, 60.0),
         ),
-        checkpoint=CheckpointConfig(every_steps=4, keep_latest=3),
+        checkpoint=CheckpointConfig(every_steps=EVERY, keep_latest=3),
         eval=EvalConfig(batch_size=8, prompts=()),
     )
 
