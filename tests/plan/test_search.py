@@ -201,6 +201,12 @@ def test_nodes_are_filled_before_there_are_more_and_other_axes_may_cross_them(
     assert (f"the smallest slice that can hold it is {expected} (" in str(said.value)) == (asked != expected)
 
 
+def test_nodes_that_turned_out_too_small_are_named_again_with_another_axis_alone(monkeypatch):
+    of_size(monkeypatch, 500)  # by the model it fits along `data`, too
+    found = smallest_slice(tiny(data=8, batch=64), parse_topology("h100x8x2"))
+    assert (found.topology.name, found.across) == ("h100x8x2", "pipeline")
+
+
 def test_what_no_hardware_holds_is_judged_by_the_leanest_of_each_mesh(monkeypatch):
     judged, config = of_size(monkeypatch, 1e9), tiny(data=8, batch=64)
     assert smallest_slice(config, parse_topology("h100x4")) is None
