@@ -7,7 +7,7 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. 
 for a folder that holds the published tokenizer.json.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 35.1 of 95.7 GiB a chip, almost half of it
-for rows that experts might get and, where load is even, do not: no token is dropped; at even load 6.3 s a step, 2,600
+for rows that experts might get and, where load is even, do not: no token is dropped; at even load 8.6 s a step, 1,910
 tokens/s a chip.
 """
 

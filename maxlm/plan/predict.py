@@ -152,7 +152,8 @@ class _Walk:
         self.busy: dict[tuple[str, str], float] = collections.defaultdict(float)
         self.kernels: dict[str, tuple[float, float, float, str]] = {}
         self.hidden, self.flops = 0.0, 0.0
-        self.by_cycles = any(i.cycles for i, _, _ in module.scheduled())
+        # Before its memory is laid out the compiler has estimated a few instructions, or none.
+        self.by_cycles = step.whole and any(i.cycles for i, _, _ in module.scheduled())
         self.place: Place | None = None
         self.ticks: dict[Place, Part] = {}
         self.sent = {
