@@ -79,6 +79,14 @@ def fake_step(**changes) -> Step:
     return Step(program=TPU, buffers=BUFFERS, ranges=RANGES, **{**facts, **changes})
 
 
+def test_a_plan_that_was_not_compiled_to_the_end_has_no_use_for_the_few_cycles_that_there_are():
+    topology, config, step = parse_topology("v5p:2x4x1"), tiny(data=4, fsdp=2), fake_step(whole=False)
+    bare = dataclasses.replace(step, program=TPU.replace('"estimated_cycles":"700"', ""))
+    assert bare.program != step.program
+    with_some, without = (make_plan(config, topology, one).forecast for one in (step, bare))
+    assert with_some.seconds == without.seconds and not with_some.by_cycles
+
+
 def test_a_step_takes_its_cycles_and_what_it_waits_for():
     topology = parse_topology("v5p:2x4x1")
     plan = make_plan(tiny(data=4, fsdp=2), topology, fake_step(), price=2.0)
