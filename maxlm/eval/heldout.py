@@ -266,7 +266,7 @@ def evaluate_stores(
     final: bool,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, HeldOut]:
-    """Held-out quality by name of store: `eval.stores`, or every store that holds documents out.
+    """Held-out quality by name of store (`evaluated_names`).
 
     Args:
       params: sharded as `setup` says.
@@ -274,12 +274,10 @@ def evaluate_stores(
       progress: called with (store, batches done, batches in all).
     """
     config = setup.config
-    splits = {name: store.split("heldout") for name, store in data.stores.items()}
-    names = config.eval.stores or [name for name, split in splits.items() if split.num_documents]
     return {
         name: evaluate(
             params,
-            splits[name],
+            data.stores[name].split("heldout"),
             config=config,
             graphdef=setup.parts.graphdef,
             runtime=setup.eval_runtime,
@@ -287,5 +285,11 @@ def evaluate_stores(
             documents=0 if final else config.eval.documents,
             progress=functools.partial(progress, name) if progress is not None else None,
         )
-        for name in names
+        for name in evaluated_names(config, data)
     }
+
+
+def evaluated_names(config: Config, data: Prepared) -> list[str]:
+    """The stores that are evaluated: `eval.stores`, or every store that holds documents out."""
+    holding = [name for name, store in data.stores.items() if store.split("heldout").num_documents]
+    return list(config.eval.stores) or holding

@@ -40,6 +40,7 @@ def finish(run: Run, state: TrainState) -> None:
     held_out = run.evaluate(state, step)
     if not run.config.eval.documents:  # else it is no score beside those of fewer documents
         run.score(step, held_out)
+    run.put_down(step, held_out)
     run.heed(step)
     with run.goodput.bucket("evaluation"):
         samples = draw_samples(run, state)

@@ -22,7 +22,7 @@ from maxlm.checkpoint.local import LocalCopies
 from maxlm.checkpoint.manager import Checkpointer
 from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import Restored
-from maxlm.cluster import Agreement
+from maxlm.cluster import Agreement, decided
 from maxlm.config import Config
 from maxlm.convert.stored import VOCABULARY
 from maxlm.data.loader import Loader, Skip
@@ -30,14 +30,15 @@ from maxlm.data.prefetch import Prefetcher
 from maxlm.data.prepare import Prepared
 from maxlm.data.proof import HEAD_START
 from maxlm.errors import UserError
-from maxlm.eval.heldout import HeldOut, evaluate_stores
+from maxlm.eval.heldout import HeldOut, evaluate_stores, evaluated_names
 from maxlm.model.flops import ledger as flop_ledger
 from maxlm.resolve import as_config_dict
 from maxlm.train import rollback
 from maxlm.train.goodput import Ledger
 from maxlm.train.home import Home
-from maxlm.train.metrics import MetricsWriter
+from maxlm.train.metrics import MetricsWriter, read_metrics
 from maxlm.train.peak import Peak, describe_place, run_peak
+from maxlm.train.profile import FOLDER as PROFILE
 from maxlm.train.profile import Profiler
 from maxlm.train.progress import Cost, Progress
 from maxlm.train.sentries import Sentries
@@ -153,7 +154,7 @@ class Run:
             stream=sys.stdout if jax.process_index() == 0 else None,
         )
         prefetch = Prefetcher(self.batch, start=start, stop=total, depth=config.data.prefetch)
-        profiler = Profiler(config.train.profile, self.workdir / "profile", self.signals)
+        profiler = Profiler(config.train.profile, self.workdir / PROFILE, self.signals)
         behind: tuple[int, dict[str, Any]] | None = None
         with (
             prefetch,
@@ -164,6 +165,7 @@ class Run:
         ):
             with progress.once():
                 self.sentries.proof.check(wait=HEAD_START)
+                self.make_up(state, start)
             self.goodput.settle("step")
             for step in range(start, total):
                 if step == start or self.loader.shape(step) != self.loader.shape(step - 1):
@@ -202,8 +204,13 @@ class Run:
             audit=bool(config.train.audit_every and done % config.train.audit_every == 0),
             save=save,
             copy=self.copies is not None and self.copy_pace.due(done) and not save and more,
-            evaluate=bool(config.eval.every_steps and done % config.eval.every_steps == 0 and more),
+            evaluate=self.evaluates(done),
         )
+
+    def evaluates(self, step: int) -> bool:
+        """Whether there is an evaluation after so many steps, that at the end apart."""
+        every = self.config.eval.every_steps
+        return bool(every) and step % every == 0 and step < self.config.train.steps
 
     def between(self, state: TrainState, batch: Any, done: int, due: Due) -> None:
         """Does what is due after a step. What can be done again, and can fail, comes after the save.
@@ -234,8 +241,24 @@ class Run:
                 raise
             if due.save:  # what was found belongs to that checkpoint
                 self.score(done, held_out)
-                self.flush()
-                self.goodput.checkpoint(done)
+            self.put_down(done, held_out)
+            self.goodput.checkpoint(done)
+
+    def make_up(self, state: TrainState, start: int) -> None:
+        """Evaluates the state that the run goes on from, where that was cut off after the state had been saved."""
+        if not start or not self.evaluates(start):
+            return
+        wanted = set(evaluated_names(self.config, self.data))
+        if not wanted <= set(decided(lambda: self.evaluated(start))):
+            self.log(f"the evaluation of step {start} was cut off: it is made up for")
+            held_out = self.evaluate(state, start)
+            self.score(start, held_out)
+            self.put_down(start, held_out)
+            self.goodput.checkpoint(start)
+
+    def evaluated(self, step: int) -> list[str]:
+        """The stores of which the evaluation of a step is written down, for the process that writes."""
+        return [record["store"] for record in read_metrics(self.workdir, "evaluation") if record["step"] == step]
 
     def heed(self, step: int) -> None:
         """Raises Leaving where a signal asks for it and the state is saved; every process calls it alike."""
@@ -304,7 +327,7 @@ class Run:
             )
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, HeldOut]:
-        """Held-out quality by store, written down. Raises Leaving: a signal came meanwhile."""
+        """Held-out quality by store. Raises Leaving: a signal came meanwhile."""
 
         def came_on(*done: Any) -> None:
             self.sentries.watchdog.alive()
@@ -312,17 +335,21 @@ class Run:
 
         with self.goodput.bucket("evaluation"):
             final = step == self.config.train.steps
-            found = evaluate_stores(
+            return evaluate_stores(
                 self.setup,
                 state.evaluated(),
                 self.data,
                 final=final,
                 progress=came_on,
             )
-            for name, result in found.items():
-                self.writer.write("evaluation", step, {"store": name, **result._asdict()})
-                self.log(f"step {step}: {result.bits_per_byte:.4f} bits per byte on the held-out documents of {name}")
-        return found
+
+    def put_down(self, step: int, held_out: Mapping[str, HeldOut]) -> None:
+        """Writes an evaluation down; after its score, so that one which is found written down is done with."""
+        self.writer.drop("evaluation", step)
+        for name, result in held_out.items():
+            self.writer.write("evaluation", step, {"store": name, **result._asdict()})
+            self.log(f"step {step}: {result.bits_per_byte:.4f} bits per byte on the held-out documents of {name}")
+        self.flush()
 
     def save(self, state: TrainState, step: int) -> None:
         """Starts a checkpoint; what it says of the run makes it readable by itself."""

@@ -27,6 +27,7 @@ from maxlm.errors import UserError
 from maxlm.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
+EVENTS = "tensorboard"  # folder
 FLUSH_SECONDS = 5.0  # between handing buffered lines to the operating system
 EVENTS_SECONDS = 30.0  # the same for TensorBoard, whose library waits for the disk each time
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -56,7 +57,7 @@ class MetricsWriter:
         self._lines: _Lines | None = None
         self._events: _Events | None = None
         self._tracker = _start_wandb(self._workdir, config) if self._active and config.train.wandb_project else None
-        self._last_step = 0
+        self._begun = self._last_step = 0
         self._flush_at = 0.0
 
     def __enter__(self) -> MetricsWriter:
@@ -69,12 +70,23 @@ class MetricsWriter:
         """Drops all records of steps after `step` and goes on from there; tells TensorBoard to drop them too."""
         if not self._active:
             return Truncation(kept=0, dropped=0, unreadable=0, last_step=step)
+        self._begun = step
+        return self._cut(step)
+
+    def drop(self, kind: str, step: int) -> None:
+        """Takes back the records of a kind at a step: only where this process goes on can there be an earlier one's."""
+        if self._active and step == self._begun:
+            self._cut(step, without=kind)
+
+    def _cut(self, step: int, *, without: str = "") -> Truncation:
+        """Closes the files, cuts them back, and opens them to go on from `step`."""
         self._close_files()
         self._workdir.mkdir(parents=True, exist_ok=True)
-        path = self._workdir / FILE_NAME
-        done = cut_metrics(path, step) if path.exists() else Truncation(kept=0, dropped=0, unreadable=0, last_step=0)
+        path, done = self._workdir / FILE_NAME, Truncation(kept=0, dropped=0, unreadable=0, last_step=0)
+        if path.exists():
+            done = cut_metrics(path, step, without=without)
         self._lines = _Lines(path)
-        self._events = _Events(self._workdir / "tensorboard", purge_step=step + 1)
+        self._events = _Events(self._workdir / EVENTS, purge_step=step + 1)
         self._last_step = step
         return done
 
@@ -192,8 +204,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def cut_metrics(path: Path, step: int) -> Truncation:
-    """Drops the records after `step`: a shorter file is written beside and takes the place, if anything is to go."""
+def cut_metrics(path: Path, step: int, *, without: str = "") -> Truncation:
+    """Drops the records after `step`: a shorter file is written beside and takes the place, if anything is to go.
+
+    Args:
+      without: the kind of which those of `step` itself go, too.
+    """
     beside = path.with_name(path.name + ".partial")
     kept = dropped = unreadable = last_step = 0
     with path.open("rb") as old, beside.open("wb") as new:
@@ -201,7 +217,7 @@ def cut_metrics(path: Path, step: int) -> Truncation:
             record = _parse(line)
             if record is None:
                 unreadable += 1
-            elif record["step"] > step:
+            elif record["step"] > step or (record["step"] == step and record["kind"] == without):
                 dropped += 1
             else:
                 new.write(line)

@@ -9,6 +9,7 @@ import jax
 
 from maxlm.train.signals import Signals
 
+FOLDER = "profile"
 SIGNALLED_STEPS = 3
 """Steps of a window that a signal opens, where the config says nothing."""
 

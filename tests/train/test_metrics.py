@@ -110,6 +110,17 @@ def test_any_cut_of_the_file_is_survived(tmp_path_factory, step, cut):
     assert after.splitlines(keepends=True) == [line for line in expected if json.loads(line)["step"] <= step]
 
 
+def test_what_is_written_again_is_taken_back_where_a_process_goes_on_and_nowhere_else(tmp_path):
+    fill(tmp_path, range(1, 7))
+    with writer(tmp_path, 4) as out:
+        out.drop("evaluation", 2)  # is never written again
+        out.drop("evaluation", 4)
+        out.write("evaluation", 4, {"store": "a", "bits_per_byte": 1.5})
+    found = [(record["kind"], record["step"], record.get("bits_per_byte")) for record in read_metrics(tmp_path)]
+    steps = [("step", step, None) for step in range(1, 5)]
+    assert found == [*steps[:2], ("evaluation", 2, 2.0), *steps[2:], ("evaluation", 4, 1.5)]
+
+
 def test_a_failed_replacement_leaves_the_old_file(tmp_path, monkeypatch):
     fill(tmp_path, range(1, 5))
     before = lines(tmp_path)

@@ -63,6 +63,12 @@ def at_evaluation(monkeypatch, step, event):
     monkeypatch.setattr(loop, "evaluate_stores", evaluate_stores)
 
 
+def evaluations(workdir, until=STEPS):
+    """The evaluations of a run in the order of the file."""
+    records = [(record["step"], record["bits_per_byte"]) for record in read_metrics(workdir, "evaluation")]
+    return [(step, bits) for step, bits in records if step <= until]
+
+
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -72,8 +78,10 @@ def fail(*_args, **_kwargs):
 
 
 def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_signals(config, tmp_path, monkeypatch):
-    """One run, ended in an evaluation at a step without a save, at one with a save, and at the end."""
-    workdir, said = tmp_path / "run", []
+    """One run, ended in an evaluation at a step without a save, at one with a save, at the end, and after it."""
+    workdir, whole, said = tmp_path / "run", tmp_path / "whole", []
+    assert train(config, whole, log=said.append) == 0
+    whole_reader = CheckpointReader(whole / "checkpoints", log=said.append)
     reader = CheckpointReader(workdir / "checkpoints", log=said.append)
 
     def go(**leaves):
@@ -90,24 +98,31 @@ def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_sig
         with pytest.raises(MemoryError):
             go()
     assert reader.steps()[-1] == 3 and reader.score_of(3) is None
+    assert evaluations(workdir) == evaluations(whole, until=2)  # that of step 1 was made up for
     with pytest.MonkeyPatch.context() as third:
         at_evaluation(third, STEPS, terminate)
         assert go() == EXIT_PREEMPTED
+    assert evaluations(workdir) == evaluations(whole, until=STEPS - 1)
+    assert reader.score_of(3) == whole_reader.score_of(3) == dict(evaluations(workdir))[3]
     assert reader.steps()[-1] == STEPS and not (workdir / "report.json").exists()
     records = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
     assert [record["mark"] for record in records if record["process"] == 3][
         -1
     ] is False  # of the evaluation nothing is left
     steps = list(read_metrics(workdir, "step"))
+    with pytest.MonkeyPatch.context() as fourth:  # the last evaluation is written down, and the report is not
+        fourth.setattr(finish, "write_report", fail)
+        with pytest.raises(MemoryError):
+            go()
     monkeypatch.setattr(finish, "generate_text", fail)  # nothing is left of the run but its report
     assert go(eval__prompts=("document 1\n",)) == 0 and list(read_metrics(workdir, "step")) == steps
     why = "no samples: MemoryError: as where an evaluation takes more than there is; maxlm generate --workdir="
     assert any(why in line for line in said)
     assert json.loads((workdir / "report.json").read_text())["samples"] == []
-    (last,) = [record for record in read_metrics(workdir, "evaluation") if record["step"] == STEPS]
-    assert reader.score_of(STEPS) == last["bits_per_byte"]
+    assert evaluations(workdir) == evaluations(whole)
+    assert reader.score_of(STEPS) == dict(evaluations(workdir))[STEPS]
     records = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
-    assert summarise(records).processes == 4
+    assert summarise(records).processes == 5
 
     # A mistaken start in its place is refused, and leaves the config that is written down.
     before = {path.name: path.read_bytes() for path in workdir.glob("config*")}
