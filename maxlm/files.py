@@ -20,7 +20,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_among_others(path: Path, content: str | bytes) -> None:
     """Like `write_atomically`, where another process may be writing the same file; the folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _move_written(path.with_name(f"{path.name}.{os.getpid()}"), path, content)
+    _move_written(path.with_name(f".{path.name}.{os.getpid()}"), path, content)
 
 
 def _move_written(beside: Path, path: Path, content: str | bytes) -> None:

@@ -15,7 +15,8 @@ import pytest
 from maxlm import storage
 from maxlm.errors import UserError
 from maxlm.storage import Folder, StorageError
-from maxlm.train.home import Home, began, copied, first_start, run_id
+from maxlm.train import home as home_module
+from maxlm.train.home import EVENTS, PROFILE, Home, began, copied, first_start, run_id
 from tests.buckets import SECRET
 
 
@@ -153,6 +154,55 @@ def test_small_files_follow_a_run_and_the_buckets_count_unless_those_here_go_on(
     assert local.place == local.folder == tmp_path / "run" and local.checkpoints == tmp_path / "run" / "checkpoints"
     with pytest.raises(UserError, match="holds nothing"):
         copied(f"{bucket}/none", log=print)
+
+
+def puts(server, name):
+    return sum(method == "PUT" and path.endswith(f"/{name}") for method, path in server.seen)
+
+
+def test_large_files_and_what_a_restart_does_not_need_wait(bucket, server, monkeypatch):
+    monkeypatch.setattr(home_module, "PUSH_SECONDS", 0.05)
+    monkeypatch.setattr(home_module, "LARGE", 1000)
+    url, metrics, small = f"{bucket}/run", "metrics.jsonl", "goodput.jsonl"
+
+    def copied_again(name, known):
+        deadline = time.monotonic() + 20
+        while puts(server, name) == known:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return puts(server, name)
+
+    with Home(url, log=print) as home:
+        for name in (f"{EVENTS}/events", f"{PROFILE}/trace", metrics, small):
+            (home.folder / name).parent.mkdir(exist_ok=True)
+            (home.folder / name).write_text("x" * (10 if name == small else 2000))
+        large, light = copied_again(metrics, 0), copied_again(small, 0)
+        for size in (2100, 2200):  # by a twentieth, and by a tenth since it was copied
+            with (home.folder / metrics).open("a") as file:
+                file.write("x" * (size - (home.folder / metrics).stat().st_size))
+            with (home.folder / small).open("a") as file:
+                file.write("x")
+            light = copied_again(small, light)
+        time.sleep(0.2)
+        assert puts(server, metrics) == large
+        with (home.folder / metrics).open("a") as file:
+            file.write("x")
+        large = copied_again(metrics, large)
+        events = copied_again("events", 0)
+        for name in (metrics, f"{EVENTS}/events"):
+            with (home.folder / name).open("a") as file:
+                file.write("x")
+        home.push()  # as before a commit
+        assert len(Folder(url).read(metrics)) == 2202
+        assert (puts(server, metrics), puts(server, "events")) == (large + 1, events)
+        assert puts(server, "trace") == 0
+    assert len(Folder(url).read(f"{EVENTS}/events")) == 2001 and len(Folder(url).read(f"{PROFILE}/trace")) == 2000
+    before = server.count
+    (home.folder / metrics).write_text("of another run")
+    with Home(url, log=print) as again:
+        assert len((again.folder / metrics).read_text()) == 2202
+    asked = [path.rpartition("/")[2] for method, path in server.seen[before:] if method == "GET"]
+    assert asked.count(metrics) == asked.count("events") == 1 and "trace" not in asked
 
 
 def commit(run: Folder, name: str, *, objects: int = 6) -> None:

@@ -2,7 +2,9 @@
 
 The run writes its metrics, reports and configs into the folder on this machine. Of a bucket that folder is a copy, and
 what has changed goes into the bucket every minute, before every commit of a checkpoint (so that a checkpoint of step n
-always finds the records of the steps up to n) and at the end. Checkpoints and stores go there by themselves.
+always finds the records of the steps up to n) and at the end. An object is written whole, so a large file waits until
+it has grown by a tenth, or for a commit; what a restart does not need (TensorBoard's events, profiles) makes no commit
+wait. Checkpoints and stores go there by themselves.
 """
 
 from __future__ import annotations
@@ -20,20 +22,35 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from maxlm.checkpoint.bucket import BucketReader
 from maxlm.errors import UserError
-from maxlm.files import locked, write_atomically
-from maxlm.storage import Folder, cache_folder, is_bucket, local_name
+from maxlm.files import locked, write_among_others, write_atomically
+from maxlm.storage import Folder, cache_folder, is_bucket, local_name, on_this_machine
+from maxlm.train.metrics import EVENTS
+from maxlm.train.profile import FOLDER as PROFILE
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.json"
 PREPARED = "data/prepared.json"
 RUN = "run.json"
 PUSH_SECONDS = 60.0
+LARGE = 4 << 20  # bytes of a file that goes into the bucket now and then only when it has grown by GROWTH of it
+GROWTH = 0.1
 UNUSED_DAYS = 30  # after which a copy of a bucket's checkpoint is removed from this machine
 
 Log = Callable[[str], None]
+
+
+class _Seen(NamedTuple):
+    """What tells one state of a file from another."""
+
+    written: int  # nanoseconds
+    size: int
+
+
+# Whether a file that has changed is to go into the bucket now: its name, what it was when it last went, what it is.
+_Due = Callable[[str, _Seen | None, _Seen], bool]
 
 
 class Home:
@@ -57,7 +74,7 @@ class Home:
         self.place: str | Path = self._remote.url if self._remote else Path(place).expanduser().absolute()
         self._chosen, self._given = folder, run
         self._log, self._writes = log, writes
-        self._pushed: dict[str, tuple[int, int]] = {}
+        self._pushed: dict[str, _Seen] = {}
         self._pushing = threading.Lock()
         self._ended = threading.Event()
 
@@ -95,10 +112,10 @@ class Home:
     ) -> None:
         self._ended.set()
         if kind is None:
-            self.push()
+            self._push(_always)
         else:
             with contextlib.suppress(OSError):  # the error that ends the run is the one to tell
-                self.push()
+                self._push(_always)
 
     def pull(self) -> None:
         """Copies the run's small files here. One that only goes on where the bucket's ends stays as it is.
@@ -110,22 +127,28 @@ class Home:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in self._remote.names():
-            if not _is_small(name):
+            if not _is_small(name) or name.startswith(f"{PROFILE}/"):  # which nothing here reads
                 continue
             content, file = self._remote.read(name), self.folder / name
-            here = file.read_bytes() if file.is_file() else b""
-            if not (file.is_file() and here.startswith(content)):
-                self._remote.download(name, file)
-                here = content
-            if here == content:
-                self._pushed[name] = _seen(file)
+            with on_this_machine(file):
+                here = file.read_bytes() if file.is_file() else None
+                if here is None or not here.startswith(content):
+                    write_among_others(file, content)
+                    here = content
+                if here == content:
+                    self._pushed[name] = _seen(file)
 
     def push(self) -> None:
-        """Copies into the bucket what has changed here. Does nothing for a folder, nor where another process does.
+        """Copies into the bucket what has changed here and a restart needs.
+
+        Does nothing for a folder, nor where another process does.
 
         Raises:
           StorageError: the bucket cannot be written.
         """
+        self._push(_needed)
+
+    def _push(self, due: _Due) -> None:
         if self._remote is None or not self._writes:
             return
         with self._pushing:
@@ -134,15 +157,15 @@ class Home:
                 if not _is_small(name) or not file.is_file():
                     continue
                 with contextlib.suppress(FileNotFoundError):  # it has just been renamed
-                    seen = _seen(file)
-                    if self._pushed.get(name) != seen:
+                    seen, before = _seen(file), self._pushed.get(name)
+                    if before != seen and due(name, before, seen):
                         self._remote.upload(file, name)
                         self._pushed[name] = seen
 
     def _push_now_and_then(self) -> None:
         while not self._ended.wait(PUSH_SECONDS):
             try:
-                self.push()
+                self._push(_worth_it)
             except OSError as error:
                 self._log(f"metrics and reports could not be copied: {error}; the next try is in {PUSH_SECONDS:g} s")
 
@@ -262,10 +285,24 @@ def _copy_checkpoint(source: Folder, folder: Path, *, log: Log) -> bool:
     return True
 
 
-def _seen(file: Path) -> tuple[int, int]:
-    """What tells one state of a file from another: when it was written last, and its size."""
+def _seen(file: Path) -> _Seen:
     status = file.stat()
-    return status.st_mtime_ns, status.st_size
+    return _Seen(status.st_mtime_ns, status.st_size)
+
+
+def _always(name: str, before: _Seen | None, now: _Seen) -> bool:
+    return True
+
+
+def _needed(name: str, before: _Seen | None, now: _Seen) -> bool:
+    """Whether a restart needs the file."""
+    return name.split("/")[0] not in (EVENTS, PROFILE)
+
+
+def _worth_it(name: str, before: _Seen | None, now: _Seen) -> bool:
+    """Whether a file is small enough, or has changed enough, to go into the bucket between two commits."""
+    changed = before is None or abs(now.size - before.size) > GROWTH * before.size
+    return name.split("/")[0] != PROFILE and (now.size < LARGE or changed)
 
 
 def _is_small(name: str) -> bool:

@@ -449,6 +449,6 @@ def test_what_a_unit_reports_is_on_the_disk_before_its_report(tmp_path, monkeypa
     out = tmp_path / "out"
     out.mkdir()
     report = pieces.tokenise_unit(unit, pieces.TokenizerFile("bytes", "", Ends()), str(out), "unit")
-    sizes = [(f"{path.name}.{os.getpid()}", path.stat().st_size) for path in out.iterdir()]
+    sizes = [(f".{path.name}.{os.getpid()}", path.stat().st_size) for path in out.iterdir()]
     assert len(report.runs) == 1 and len(sizes) == 3 and all(size for _, size in sizes)
-    assert sorted(synced) == sorted(sizes) and synced[-1][0].startswith("unit.json.")
+    assert sorted(synced) == sorted(sizes) and synced[-1][0].startswith(".unit.json.")
