@@ -113,10 +113,14 @@ class Heartbeat:
 
     def stuck(self, why: str) -> None:
         """Ends all processes: a step does not end. Process 0 says who is behind; the others follow it."""
-        if self._process:
-            self._tell({"failed": f"{self._name}: {why}", "code": EXIT_LOST})
         behind = self._behind()
-        self._end(f"{why}; {behind}" if behind else why)
+        self.leave_together(f"{why}; {behind}" if behind else why, code=EXIT_LOST)
+
+    def leave_together(self, why: str, *, code: int) -> None:
+        """Ends all processes with an exit code: this one at once, the others when they hear of it."""
+        if self._process:
+            self._tell({"failed": f"{self._name}: {why}", "code": code})
+        self._end(why, code=code)
 
     def _behind(self) -> str:
         """Which processes are not where the others are, in words; process 0 alone knows."""

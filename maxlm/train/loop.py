@@ -178,6 +178,7 @@ class Run:
                     batch = next(prefetch)
                 profiler.before(step)
                 state, metrics = program(state, batch)
+                self.signals.armed = True
                 if step == start:  # while the devices have something to do
                     self.checkpointer.prepare(self.setup.abstract_state())
                 self.read(behind, progress)

@@ -5,6 +5,7 @@ Read `train_at` top to bottom; its steps are in `loop`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
@@ -75,7 +76,10 @@ def train(config: Config, workdir: str | Path, *, log: Log, heartbeat: Heartbeat
 def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> None:
     """`train`, where the run's files are on this machine. Raises Leaving: a signal came, and the state is saved."""
     first_process, workdir = jax.process_index() == 0, home.folder
-    with Ledger(workdir if first_process else None, age=process_age()) as goodput, Signals() as signals:
+    with (
+        Ledger(workdir if first_process else None, age=process_age()) as goodput,
+        Signals(functools.partial(leave_early, heartbeat)) as signals,
+    ):
         heartbeat.last_words = goodput.break_off
         heartbeat.standing = lambda: Standing(*goodput.standing)
         # --- devices, data, model
@@ -141,6 +145,11 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> N
                     log,
                 )
                 finish(run, run.to_the_end(state, start))
+
+
+def leave_early(heartbeat: Heartbeat, signal: str) -> None:
+    """Ends all processes where a signal comes before the first step."""
+    heartbeat.leave_together(f"{signal} before the first step: there is nothing to save yet", code=EXIT_PREEMPTED)
 
 
 def tell_cut(done: Truncation, start: int, *, log: Log) -> None:
