@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from maxlm.checkpoint.digest import array_paths, digest_array
+from maxlm.cluster import meet
 from maxlm.data.batch import Batch
 from maxlm.errors import UserError
 from maxlm.parallel.sharding import named_sharding
@@ -102,12 +103,23 @@ class _Program:
             return {path: digest_array(_one_nan(x)) for path, x in found.items()}
 
         self._digests = jax.jit(digests, out_shardings=named_sharding(mesh, ()))
+        self._compiled: jax.stages.Compiled | None = None
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, np.ndarray]:
-        if self._cut and self._count > 1:
-            batch = jax.tree.map(lambda x: jax.device_put(first_of(x, self._count), x.sharding), batch)
+        count = self._count if self._cut else 1
         places = (self._shardings.params, jax.tree.map(lambda _: self._batch, batch), self._shardings.scale.scale)
-        return jax.device_get(self._digests(*jax.device_put((state.params, batch, state.scale.scale), places)))
+        if self._compiled is None:  # before anything that is computed together
+            rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // count, *x.shape[1:]), x.dtype), batch)
+            given = jax.tree.map(_placed, (state.params, rows, state.scale.scale), places)
+            self._compiled = self._digests.lower(*given).compile()
+            meet("audit")
+        if count > 1:
+            batch = jax.tree.map(lambda x: jax.device_put(first_of(x, count), x.sharding), batch)
+        return jax.device_get(self._compiled(*jax.device_put((state.params, batch, state.scale.scale), places)))
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def first_of(x: jax.Array, count: int) -> jax.Array:

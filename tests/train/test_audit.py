@@ -65,6 +65,25 @@ def test_every_device_does_the_work_of_another():
     assert (turned(mesh).devices != mesh.devices).all() and turned(mesh).shape == mesh.shape
 
 
+def test_processes_meet_between_compiling_and_running(tmp_path, monkeypatch):
+    """One that has its program from the cache would wait for the others in a collective, which gloo gives up."""
+    setup, state, batch = world(tmp_path, MESHES["replicas"])
+    happened = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: happened.append("compiled") if event.endswith("backend_compile_duration") else None
+    )
+    monkeypatch.setattr(module, "meet", lambda where: happened.append("met"))
+    put = jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda *args, **kwargs: happened.append("moved") or put(*args, **kwargs))
+    program = module._Program(setup, setup.mesh)
+    happened.clear()
+    found = program(state, batch)
+    assert happened[0] == "compiled" and happened.count("met") == 1
+    assert happened[happened.index("met") :] == ["met", "moved"]
+    happened.clear()
+    assert not module._differing(found, program(state, batch)) and happened == ["moved"]
+
+
 def test_a_gradient_is_compared_where_the_guard_would_refuse_it(tmp_path, monkeypatch):
     """A microbatch has the noise of few rows: of an accumulating run's gradients its own is an outlier."""
     setup, state, batch = world(tmp_path, MESHES["replicas"])
