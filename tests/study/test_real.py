@@ -1,4 +1,4 @@
-"""A real study, tiny: killed and continued, and a branch that is the straight run but for rounding."""
+"""A real study, tiny: killed and continued, and a branch that is the straight run to the bit."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from maxlm.configfile import source
@@ -75,9 +74,8 @@ def test_killed_continued_and_branched(tmp_path):
     assert result is not None and result.status == "finished"
     assert result.steps == branch.config.train.steps
 
-    # One uninterrupted run with the same schedule: the same batches to the token. The trunk's schedule is compiled into
-    # another program, which may round a learning rate to another last bit, and training makes more of that: 7e-3 of
-    # the loss at worst after 160 steps at a high rate, 1e-5 after 100.
+    # One uninterrupted run with the same schedule. The numbers of a schedule are operands of the program, so that
+    # trunk, branch and straight run share one: all comes out the same to the bit, the trunk's own steps included.
     config = dataclasses.replace(
         branch.config, data=dataclasses.replace(branch.config.data, cache_dir=str(out / "data"))
     )
@@ -86,8 +84,6 @@ def test_killed_continued_and_branched(tmp_path):
     words = command("train", f"--config={straight}", f"--workdir={tmp_path / 'straight'}")
     subprocess.run(words, cwd=ROOT, env=environment(), check=True, capture_output=True)
     steps, wanted = (list(read_metrics(folder, "step")) for folder in (workdir, tmp_path / "straight"))
-    exact = ("step", "batch", "tokens")
+    exact = ("step", "batch", "tokens", "lr", "loss", "grad_norm")
     assert [[r[k] for k in exact] for r in steps] == [[r[k] for k in exact] for r in wanted]
-    for name, until, tolerance in (("lr", len(steps), 1e-6), ("loss", 80, 1e-4), ("loss", len(steps), 2e-2)):
-        np.testing.assert_allclose([r[name] for r in steps[:until]], [r[name] for r in wanted[:until]], rtol=tolerance)
     assert json.loads((workdir / "report.json").read_text())["steps"] == len(steps)
