@@ -58,5 +58,5 @@ def get_study():
         ),
         rules=Rules(aspect=128, head_dim=16, tokens_per_param=32, base_rate=6e-3, batch_tokens=512),
         design=Isoflops(budgets=BUDGETS, sizes=(0.6, 1.0, 1.7, 2.8)),
-        machine=Machine(name="2 CPU cores", flops_per_second=34e9, overhead_seconds=18.0, jobs=2),
+        machine=Machine(name="2 CPU cores", flops_per_second=34e9, overhead_seconds=25.0, jobs=2),
     )

@@ -46,6 +46,6 @@ def get_study():
             settings={"data.batch_size": (4,), "optim.peak_lr": RATES, "seed": (0, 1)},
             rules=("standard", "transfer"),
         ),
-        machine=Machine(name="2 CPU cores", flops_per_second=36e9, overhead_seconds=22.0, jobs=2),
+        machine=Machine(name="2 CPU cores", flops_per_second=36e9, overhead_seconds=12.0, jobs=2),
         coordinate_widths=(32, 64, 128, 256),
     )
