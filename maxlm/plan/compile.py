@@ -49,6 +49,12 @@ OWN = ("plan/compile.py", "plan/child.py", "plan/cuda.py", "plan/topology.py")
 CUDA = ("jax-cuda12-pjrt", "jax-cuda13-pjrt")  # either compiles
 PACKAGES = ("jax", "jaxlib", "libtpu", *CUDA, "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax")
 _PLACES = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")  # variables that say where, not what
+_TEXTS = {
+    "program": ".after_optimizations.txt",
+    "buffers": "optimizations-buffer-assignment.txt",
+    "ranges": "live-range.txt",
+}
+"""The texts of a `Step`, and how the names of the files end that XLA writes them to."""
 Log = Callable[[str], None]
 
 
@@ -320,9 +326,14 @@ def _run_child(work: Path, request: Request, *, limit: int, seconds: float, log:
 
 
 def _laid_out(work: Path) -> bool:
-    """Whether the reports of the step's memory are there, the last of them for a second."""
-    reports = [path for path in (work / "dump").glob("*memory-usage-report.txt") if "train_step" in path.name]
-    return any(time.time() - path.stat().st_mtime > 1 for path in reports)
+    """Whether the program and all reports of the step's memory are there, the last of them for a second."""
+    reports = [_dumped(work, ending) for ending in (*_TEXTS.values(), "memory-usage-report.txt")]
+    return all(reports) and time.time() - max(path.stat().st_mtime for found in reports for path in found) > 1
+
+
+def _dumped(work: Path, ending: str) -> list[Path]:
+    """What XLA has written of the step."""
+    return [path for path in (work / "dump").glob(f"*{ending}") if "train_step" in path.name]
 
 
 def _resident(pid: int) -> int:
@@ -356,16 +367,17 @@ def _collect(work: Path, peak: int, *, elapsed: float) -> Step:
     whole = (work / "step.hlo").exists()
     refused = work / "refused"
 
-    def dumped(ending: str) -> str:
-        found = [path for path in (work / "dump").glob(f"*{ending}") if "train_step" in path.name]
+    def largest(ending: str) -> str:
+        found = _dumped(work, ending)
         return max(found, key=lambda path: path.stat().st_size).read_text() if found else ""
 
+    texts = {name: largest(ending) for name, ending in _TEXTS.items()}
     return Step(
-        program=(work / "step.hlo").read_text() if whole else dumped(".after_optimizations.txt"),
+        program=(work / "step.hlo").read_text() if whole else texts["program"],
+        buffers=texts["buffers"],
+        ranges=texts["ranges"],
         whole=whole,
         refused=refused.read_text() if refused.exists() else "",
-        buffers=dumped("optimizations-buffer-assignment.txt"),
-        ranges=dumped("live-range.txt"),
         mesh=facts["mesh"],
         places=tuple(tuple(place) for place in facts["places"]),
         attention=facts["attention"],
@@ -379,7 +391,6 @@ def _collect(work: Path, peak: int, *, elapsed: float) -> Step:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-_TEXTS = ("program", "buffers", "ranges")
 _PART = ".part-"
 
 
