@@ -7,12 +7,16 @@ import signal
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 
 from maxlm.config import MlpConfig, ModelConfig
 from maxlm.data.prepare import prepare_data
 from maxlm.resolve import as_config_dict
+from maxlm.study import commands
 from maxlm.study.ladder import Rules
 from maxlm.study.law import Law
+from maxlm.study.results import read_plan
+from maxlm.study.runner import run_study
 from maxlm.study.spec import Isoflops, Machine, Study
 from tests.tiny import tiny_config, write_corpus
 
@@ -92,3 +96,24 @@ class Ended:
 
     def terminate(self):
         self.code = 75
+
+
+def run(study, folder, fake, **kwargs):
+    said = []
+    outcome = run_study(study, folder, launch=fake, log=said.append, poll=0.0, **kwargs)
+    return outcome, "\n".join(said)
+
+
+def workdir_of(folder, label):
+    return folder / "runs" / next(r.name for r in read_plan(folder).runs if r.label == label)
+
+
+def verb(name, study, folder, monkeypatch, **given):
+    """`maxlm study NAME` for a study that is in no file; returns what was logged, and the exit code."""
+    values = flags.FlagValues()
+    commands.define_flags(values)
+    values(["maxlm", f"--dir={folder}", *(f"--{flag}={value}" for flag, value in given.items())])
+    monkeypatch.setattr(commands, "load_study", lambda path: study)
+    said = []
+    code = commands.main(name, "study.py", values, log=said.append)
+    return "\n".join(said), code
