@@ -395,7 +395,7 @@ def test_what_a_run_reads_is_written_down_whole(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     run = config(f"text:{corpus}")
     prepare_data(run, tmp_path / "run")
-    names = [Path(path).name.removesuffix(f".{os.getpid()}") for path in synced]
+    names = [Path(path).name.removeprefix(".").removesuffix(f".{os.getpid()}") for path in synced]
     assert "prepared.json" in names and any(name.startswith("tokenizer-") for name in names)
     (tmp_path / "run" / "data" / "prepared.json").write_bytes(b"")  # as a crash of the machine leaves what was not
     with pytest.raises(StoreError, match="prepared.json is not there, or not whole: the process that builds"):

@@ -57,6 +57,7 @@ def spread():
     )
 
 
+@pytest.mark.slow
 def test_attention_over_context_costs_what_it_does_on_one_device(spread):
     alone = dataclasses.replace(spread, parallel=dataclasses.replace(spread.parallel, data=4, context=1))
     flops = [planned(one, program(one)).forecast.compiled_flops for one in (spread, alone)]

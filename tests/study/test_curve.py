@@ -21,6 +21,7 @@ def test_without_noise_the_curve_goes_on_as_it_was():
     assert curve.spread < 1e-3 and curve.best(BUDGETS[3]).loss == pytest.approx(loss(BUDGETS[3]), rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_intervals_hold_the_larger_rung():
     best = run = 0
     for seed in range(60):
