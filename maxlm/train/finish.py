@@ -96,7 +96,7 @@ def draw_samples(run: Run, state: TrainState) -> list[Sample]:
             sampling=Sampling(temperature=0.8),
             key=jax.random.key(config.seed),
         )
-    except Exception as error:
+    except Exception as error:  # whatever it is, the report does not hang on samples
         said = str(error).strip().partition("\n")[0]  # an allocator goes on for pages
         run.log(f"the report has no samples: {type(error).__name__}: {said}; {again}")
         return []
