@@ -69,7 +69,7 @@ class Job:
     """A run as it is handed to a platform. Made by `make_job`, which checks it.
 
     name: of the job and of what it creates, a DNS label of up to 40 characters.
-    config: path of the config file; a relative one is below the root of the code.
+    config: path of the config file; a relative one is below the root of the code. May be FILE:PLACE.
     workdir: folder that all hosts see, or gs:// or s3://.
     overrides: --config.section.key=value, as `maxlm train` takes them.
     commit: the full name of the commit that runs, copied to the hosts as `git archive` gives it; empty: whatever is
@@ -90,6 +90,11 @@ class Job:
     secrets: tuple[str, ...] = ()
     retries: int = 3
     grace_seconds: int = 300
+
+    @property
+    def config_file(self) -> str:
+        """The config's path alone, without a recipe's :PLACE, as git and mounts name it."""
+        return file_of(self.config)
 
     def arguments(self) -> list[str]:
         """The words after the interpreter: the same program on every host."""
@@ -181,11 +186,19 @@ def spot_note(job: Job, limit: str) -> str:
     )
 
 
+def file_of(config: str) -> str:
+    """The path in FILE or FILE:PLACE; `maxlm train` parts them at the first colon, too."""
+    return os.path.normpath(config.partition(":")[0])
+
+
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
 def find_commit(revision: str, *, config: str, root: Path = ROOT) -> str:
     """The full name of a commit that holds the config file.
+
+    Args:
+      config: FILE or FILE:PLACE; an absolute file is the hosts' own, and looked for in no commit.
 
     Raises:
       LaunchError: no such commit, the config is not in it, or (for HEAD) the tree has changes that it lacks.
@@ -196,12 +209,13 @@ def find_commit(revision: str, *, config: str, root: Path = ROOT) -> str:
             f"the tree has changes that no commit holds ({len(changed.splitlines())} files); commit them, or say "
             "--commit=REVISION to run one that you have"
         )
-    if not Path(config).is_absolute():
-        held = _git(root, "ls-tree", "-r", "-z", "--name-only", found, "--", f":(literal){config}").decode()
-        if held.rstrip("\0") != config:
+    file = file_of(config)
+    if not Path(file).is_absolute():
+        held = _git(root, "ls-tree", "-r", "-z", "--name-only", found, "--", f":(literal){file}").decode()
+        if held.rstrip("\0") != file:
             raise LaunchError(
-                f"--config={config} is not in commit {found[:12]}; commit it, or give the absolute path of a file that "
-                "every host has"
+                f"--config={config}: {file} is not in commit {found[:12]}; commit it, or give the absolute path of a "
+                "file that every host has"
             )
     return found
 
@@ -248,7 +262,11 @@ def job_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--name", help="of the job: a DNS label of up to 40 characters; that of the config file")
-    add("--config", required=True, help="config file, relative to the repository's root, or absolute on every host")
+    add(
+        "--config",
+        required=True,
+        help="config file, relative to the repository's root, or absolute on every host; may be FILE:PLACE",
+    )
     add("--workdir", required=True, help="folder of the run that every host sees, or gs:// or s3://")
     add("--commit", default="HEAD", help="the code that runs")
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of every process")
@@ -288,7 +306,7 @@ def job_of(
             raise LaunchError(f"--env={pair} has no value; type --env=NAME=VALUE")
         environment[name] = value
     return make_job(
-        name=values.name or re.sub("[^a-z0-9]+", "-", Path(values.config).stem.lower()).strip("-"),
+        name=values.name or re.sub("[^a-z0-9]+", "-", Path(file_of(values.config)).stem.lower()).strip("-"),
         config=values.config,
         workdir=values.workdir,
         overrides=overrides,

@@ -129,12 +129,17 @@ def _srun_words(job: Job, values: argparse.Namespace, code: Path) -> str:
     words = []
     if values.container_image:
         folders = dict.fromkeys([str(code), *([] if "://" in job.workdir else [job.workdir.split(ARRAY)[0]])])
-        folders |= dict.fromkeys([job.config] if Path(job.config).is_absolute() else [])  # one that no commit holds
+        folders |= dict.fromkeys(_own_config(job))
         mounts = ",".join(f"{folder}:{folder}" for folder in [*folders, *values.container_mount])
         words = [f"--container-image={values.container_image}", f"--container-mounts={mounts}"]
         words += [f"--container-workdir={code}"]
     command = [*words, "--", values.python, *job.arguments(), f"--join_seconds={values.join_seconds}"]
     return " ".join(_quote(word) for word in command)
+
+
+def _own_config(job: Job) -> list[str]:
+    """The config file where it is one that no commit holds, to be mounted by itself."""
+    return [job.config_file] if Path(job.config_file).is_absolute() else []
 
 
 def _quote(text: str) -> str:
@@ -160,7 +165,8 @@ def check_words(job: Job, values: argparse.Namespace) -> None:
         problems.append(f"{ARRAY} stands for the number of an array's task; say --array=0-7, or leave it out")
     if not values.folder.startswith("/") or re.search(r"[\\%]", values.folder):
         problems.append(f"--folder is {values.folder!r}; give an absolute path without % and \\, seen by all nodes")
-    mounted = [*values.container_mount, job.workdir, job.config, values.folder] if values.container_image else []
+    folders = [] if "://" in job.workdir else [job.workdir]
+    mounted = [*values.container_mount, *folders, *_own_config(job), values.folder] if values.container_image else []
     problems += [f"{path!r} cannot be mounted: it has a , or :" for path in mounted if re.search("[,:]", path)]
     if problems:
         raise LaunchError("\n".join(problems))

@@ -68,6 +68,11 @@ def test_what_a_pod_finds_is_what_detection_reads(capsys):
     assert cluster is not None and cluster[1:] == ("run-workers-0-0.run:8476", 4, 3)
 
 
+def test_a_recipe_takes_its_place_along(capsys):
+    found = made(capsys, TOPOLOGIES["tpu slice"][0], "--config=configs/llama3_8b.py:v6e-256")
+    assert "--config=configs/llama3_8b.py:v6e-256" in pod_of(found)["containers"][0]["command"]
+
+
 def test_leaving_to_be_restarted_is_told_from_failing(capsys):
     found = made(capsys, TOPOLOGIES["tpu slice"][0], "--retries=7", "--grace_seconds=123")
     spec = found["spec"]["replicatedJobs"][0]["template"]["spec"]

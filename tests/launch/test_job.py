@@ -82,6 +82,22 @@ def test_code_is_that_of_the_commit(tmp_path):
             jobs.find_commit(revision, config="configs/quickstart.py")
 
 
+@pytest.mark.parametrize(
+    "config", ["configs/llama3_8b.py:v6e-256", "./configs/llama3_8b.py", "configs/../configs/llama3_8b.py:h100x8"]
+)
+def test_a_recipe_is_named_with_its_place_as_for_train(config):
+    """The commit holds the file; the program gets the words as they were typed."""
+    values = jobs.job_parser(None).parse_args([f"--commit={COMMIT}", f"--config={config}", "--workdir=/runs/a"])
+    job = jobs.job_of(values, (), jobs.Topology())
+    assert (job.commit, job.name) == (COMMIT, "llama3-8b") and f"--config={config}" in job.arguments()
+
+
+@pytest.mark.parametrize("config", ["configs/none.py:v6e-256", "configs", "configs:v6e-256", ":v6e-256", "../x.py"])
+def test_a_config_that_the_commit_lacks_is_refused_with_or_without_a_place(config):
+    with pytest.raises(LaunchError, match="is not in commit|outside repository"):
+        jobs.find_commit(COMMIT, config=config)
+
+
 # Extras whose absence a config meets with only on the hosts: sources of data, and where metrics go.
 EVERYWHERE = ("data", "tfds", "wandb")
 

@@ -126,6 +126,11 @@ def test_what_the_scheduler_is_told(folder, capsys, monkeypatch):
     assert "--container-image=reg#maxlm:1" in text and ",/shared/run:/shared/run,/data:/data" in text
     text, _ = written(capsys, *flags, "--config=/home/me/mine.py")  # a file of its own, that no commit holds
     assert ",/home/me/mine.py:/home/me/mine.py,/data:/data" in text
+    text, _ = written(capsys, *flags, "--config=/home/me/../me/mine.py:v5p-128")
+    assert ",/home/me/mine.py:/home/me/mine.py,/data:/data" in text and "--config=/home/me/../me/mine.py:v5p" in text
+    text, _ = written(capsys, *flags, "--config=configs/llama3_8b.py:h100x8", "--workdir=gs://bucket/run")
+    mounts = next(word for word in text.split() if word.startswith("--container-mounts="))
+    assert "--config=configs/llama3_8b.py:h100x8" in text and "bucket" not in mounts and "configs" not in mounts
 
 
 def test_without_slurm_here_there_is_a_sentence(tmp_path, monkeypatch):
