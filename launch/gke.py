@@ -206,7 +206,7 @@ def _pod(job: Job, values: argparse.Namespace) -> dict[str, Any]:
                 "name": "maxlm",
                 "image": values.image,
                 # No shell: Kubernetes itself expands $(NAME), which $$ prevents.
-                "command": ["python", *(_literal(word) for word in _words(job, values))],
+                "command": ["python", *(_literal(word) for word in job.arguments())],
                 "env": _environment(job),
                 "ports": [{"name": "coordinator", "containerPort": PORT}],
                 "resources": {"requests": asked, "limits": {device: str(shape.devices)}},
@@ -222,11 +222,6 @@ def _pod(job: Job, values: argparse.Namespace) -> dict[str, Any]:
             }
         ],
     }
-
-
-def _words(job: Job, values: argparse.Namespace) -> list[str]:
-    """The program's arguments. Pods come as nodes do: those that are there wait long for the others."""
-    return [*job.arguments(), f"--join_seconds={values.join_seconds}"]
 
 
 def _volumes(values: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -289,7 +284,7 @@ def xpk_command(job: Job, values: argparse.Namespace) -> list[str]:
         *(f"--docker-image={values.image}", f"--max-restarts={job.retries}"),
         f"--restart-on-exit-codes={','.join(map(str, [1, *UNCOUNTED]))}",  # all but those above 126 are final to xpk
         f"--termination-grace-period-seconds={job.grace_seconds}",
-        f"--command={' '.join([*exports, 'exec', shlex.join(['python', *_words(job, values)])])}",
+        f"--command={' '.join([*exports, 'exec', shlex.join(['python', *job.arguments()])])}",
         # Otherwise it starts two containers in a pod of this kind, of which each would be a process of its own.
         *(["--no-use-parallel-containers"] if job.topology.accelerator == "tpu7x" else []),
         *(["--spot"] if values.spot else []),
@@ -297,7 +292,7 @@ def xpk_command(job: Job, values: argparse.Namespace) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = job_parser(__doc__)
+    parser = job_parser(__doc__, join_seconds=6 * 3600)  # pods come as their nodes do
     add = parser.add_argument
     add("action", choices=["apply", "manifest", "delete", "xpk"])
     add(
@@ -326,7 +321,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory", default="", help=f"memory that a pod asks for, as in 300Gi; {_GIB_EACH}Gi an accelerator")
     add("--pod_patch", default="", metavar="FILE", help="YAML of a pod template, merged into that of the pods")
     add("--cluster", default="", help="xpk: name of the cluster")
-    add("--join_seconds", type=int, default=6 * 3600, help="how long pods wait for each other, and for their nodes")
     return parser
 
 

@@ -30,6 +30,7 @@ from maxlm.train.signals import EXIT_PREEMPTED
 ROOT = Path(__file__).resolve().parent.parent
 # What a tool may take beyond the time to save, and what installing, or making and giving back machines, may take.
 TOOL_SECONDS, SLOW_SECONDS = 120.0, 1800.0
+JOIN_SECONDS, SILENCE_SECONDS = 300, 60  # as `maxlm train` has them
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OVERRIDE = re.compile(r"--config\.[A-Za-z0-9_.]+=(.*)", re.DOTALL)
@@ -78,6 +79,8 @@ class Job:
     secrets: names of variables whose values are taken from the launcher's environment when they are needed.
     retries: how often a failed run is started again; leaving with EXIT_PREEMPTED never counts.
     grace_seconds: time to save that a process is given between SIGTERM and SIGKILL.
+    join_seconds: how long processes that have come wait for the others.
+    silence_seconds: after how long without a sign a process counts as lost.
     """
 
     name: str
@@ -90,6 +93,8 @@ class Job:
     secrets: tuple[str, ...] = ()
     retries: int = 3
     grace_seconds: int = 300
+    join_seconds: int = JOIN_SECONDS
+    silence_seconds: int = SILENCE_SECONDS
 
     @property
     def config_file(self) -> str:
@@ -98,7 +103,9 @@ class Job:
 
     def arguments(self) -> list[str]:
         """The words after the interpreter: the same program on every host."""
-        return ["-m", "maxlm.cli", "train", f"--config={self.config}", f"--workdir={self.workdir}", *self.overrides]
+        limits = [f"--join_seconds={self.join_seconds}", f"--silence_seconds={self.silence_seconds}"]
+        place = f"--workdir={self.workdir}"
+        return ["-m", "maxlm.cli", "train", f"--config={self.config}", place, *self.overrides, *limits]
 
     def digest(self) -> str:
         """A short digest of all that makes a running process this job's and not another's: what it sees of the job."""
@@ -125,6 +132,7 @@ class Job:
             "secrets": " ".join(self.secrets) or "none",
             "retries": f"{self.retries}, and any number after exit code {EXIT_PREEMPTED}",
             "time to save": f"{self.grace_seconds} s",
+            "time to come": f"{self.join_seconds} s, and {self.silence_seconds} s of silence are a loss",
         }
         return "\n".join(f"{name:13}{value}" for name, value in rows.items())
 
@@ -156,8 +164,10 @@ def make_job(**settings: object) -> Job:
     ]
     sizes = {"groups": job.topology.groups, "hosts": job.topology.hosts, "processes": job.topology.processes}
     problems += [f"{what} are {size}; give at least 1" for what, size in sizes.items() if size < 1]
-    if job.retries < 0 or job.grace_seconds < 1:
-        problems.append(f"--retries is {job.retries} and --grace_seconds {job.grace_seconds}; give at least 0 and 1")
+    if job.retries < 0:
+        problems.append(f"--retries is {job.retries}; give at least 0")
+    limits = {name: getattr(job, name) for name in ("grace_seconds", "join_seconds", "silence_seconds")}
+    problems += [f"--{name} is {seconds}; give at least 1" for name, seconds in limits.items() if seconds < 1]
     if job.commit and not re.fullmatch("[0-9a-f]{40}", job.commit):
         problems.append(f"the commit is {job.commit!r}; give its full name of 40 digits")
     if problems:
@@ -255,8 +265,12 @@ def _git(root: Path, *words: str) -> bytes:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def job_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that every launcher takes; each adds its own."""
+def job_parser(description: str | None, *, join_seconds: int = JOIN_SECONDS) -> argparse.ArgumentParser:
+    """The flags that every launcher takes; each adds its own.
+
+    Args:
+      join_seconds: how long processes wait for each other on this platform, unless told otherwise.
+    """
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,6 +287,10 @@ def job_parser(description: str | None) -> argparse.ArgumentParser:
     add("--secret", action="append", default=[], metavar="NAME", help="a variable that is never printed or saved")
     add("--retries", type=int, default=3, help="starts after a failure; one after exit code 75 does not count")
     add("--grace_seconds", type=int, default=300, help="time to save between SIGTERM and SIGKILL")
+    wait = f"how long processes that have come wait for the others; {join_seconds}"
+    add("--join_seconds", type=int, default=join_seconds, help=wait)
+    lost = f"after how long without a sign a process counts as lost; {SILENCE_SECONDS}"
+    add("--silence_seconds", type=int, default=SILENCE_SECONDS, help=lost)
     add("--dry-run", "--dry_run", action="store_true", help="print what would run, and run nothing")
     add("--no-check", action="store_true", help="do not resolve the config here first")
     parser.epilog = "Settings are overridden as for `maxlm train`: --config.section.key=value."
@@ -316,6 +334,8 @@ def job_of(
         secrets=tuple(values.secret),
         retries=values.retries,
         grace_seconds=values.grace_seconds,
+        join_seconds=values.join_seconds,
+        silence_seconds=values.silence_seconds,
     )
 
 

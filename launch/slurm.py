@@ -133,7 +133,7 @@ def _srun_words(job: Job, values: argparse.Namespace, code: Path) -> str:
         mounts = ",".join(f"{folder}:{folder}" for folder in [*folders, *values.container_mount])
         words = [f"--container-image={values.container_image}", f"--container-mounts={mounts}"]
         words += [f"--container-workdir={code}"]
-    command = [*words, "--", values.python, *job.arguments(), f"--join_seconds={values.join_seconds}"]
+    command = [*words, "--", values.python, *job.arguments()]
     return " ".join(_quote(word) for word in command)
 
 
@@ -219,7 +219,7 @@ def _first_task(job: Job, values: argparse.Namespace) -> Job:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = job_parser(__doc__)
+    parser = job_parser(__doc__, join_seconds=600)  # all nodes read the code from one folder
     add = parser.add_argument
     add("--nodes", type=int, default=1)
     add("--tasks_per_node", type=int, help="processes on a node; one a GPU, or one")
@@ -238,7 +238,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--container-mount", action="append", default=[], help="a further folder of the nodes inside the container")
     add("--wait", action="store_true", help="last as long as the job, and leave with its exit code")
     add("--poll", type=float, default=20.0, help="seconds between looks at the job, with --wait; under a few minutes")
-    add("--join_seconds", type=int, default=600, help="how long the processes wait for each other")
     return parser
 
 

@@ -70,7 +70,7 @@ def test_hosts_get_the_code_and_one_process_each_with_its_number(far, monkeypatc
     for number, host in enumerate("ab"):
         assert lines(far / host / "made") == ["venv", "pip"]
         commands = lines(far / host / "trained")
-        place = f"--coordinator=a:8476 --processes=2 --process={number}"
+        place = f"--join_seconds=300 --silence_seconds=60 --coordinator=a:8476 --processes=2 --process={number}"
         words = f"--workdir=/shared/it's $(id) --config.name=$HOME `id` 'x' {place}"
         assert commands == [f"-m maxlm.cli train --config=configs/quickstart.py {words}", "token of 12"] * 2
         assert all(SECRET.encode() not in path.read_bytes() for path in (far / host).rglob("*") if path.is_file())

@@ -98,6 +98,26 @@ def test_a_config_that_the_commit_lacks_is_refused_with_or_without_a_place(confi
         jobs.find_commit(COMMIT, config=config)
 
 
+def test_how_long_processes_wait_is_said_to_every_launchers_program():
+    from launch import gke, hosts, slurm, tpu_vm
+
+    platforms = {
+        slurm: (["--time=1", "--folder=/s"], 600),
+        gke: (["apply", "--image=x", "--accelerator=v5p"], 21600),
+        hosts: (["run", "--hosts=a"], 300),
+        tpu_vm: (["run", "--zone=z", "--accelerator=v5p-8"], 300),
+    }
+    common = ["--config=configs/quickstart.py", "--workdir=/w", f"--commit={COMMIT}"]
+    for launcher, (flags, wait) in platforms.items():
+        job = jobs.job_of(launcher._parser().parse_args([*flags, *common]), (), jobs.Topology())
+        assert job.arguments()[-2:] == [f"--join_seconds={wait}", "--silence_seconds=60"], launcher
+        own = ["--join_seconds=7", "--silence_seconds=8"]
+        job = jobs.job_of(launcher._parser().parse_args([*flags, *common, *own]), (), jobs.Topology())
+        assert job.arguments()[-2:] == own, launcher
+    with pytest.raises(LaunchError, match="--silence_seconds is 0; give at least 1"):
+        make_job(**GIVEN, silence_seconds=0)
+
+
 # Extras whose absence a config meets with only on the hosts: sources of data, and where metrics go.
 EVERYWHERE = ("data", "tfds", "wandb")
 

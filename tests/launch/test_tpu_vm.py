@@ -71,7 +71,8 @@ def test_nothing_fails(cloud, monkeypatch, capfd):
         home = cloud / node / worker
         assert lines(home / "made") == ["venv", "pip"]
         (command, token) = lines(home / "trained")
-        assert command == "-m maxlm.cli train --config=configs/quickstart.py --workdir=gs://bucket/run"
+        place = "--workdir=gs://bucket/run --join_seconds=300 --silence_seconds=60"
+        assert command == f"-m maxlm.cli train --config=configs/quickstart.py {place}"
         assert token == "token of 12"
         assert not list(home.rglob("*.env"))
         assert all(SECRET.encode() not in path.read_bytes() for path in home.rglob("*") if path.is_file())
