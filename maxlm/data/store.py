@@ -7,6 +7,7 @@ may lie across shards. Documents are in the order of the SHA-256 of their bytes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -27,7 +28,8 @@ from maxlm.storage import Folder, StorageError, is_bucket
 FORMAT = 1
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 2**28
-OPEN_FILES = 2**16  # that a process asks to be allowed to hold, as far as the system lets it
+OPEN_FILES = 2**16  # that a process asks to be allowed to hold, as far as the system lets it …
+FEWER_FILES = 10240  # … and where it refuses that many: what every macOS allows
 
 
 class StoreError(UserError):
@@ -398,11 +400,17 @@ def _flush(file: Any) -> None:
 
 
 def _allow_open_files() -> None:
-    """Lets this process hold many files: a map keeps its shard's open, and shells often give no more than 1,024."""
+    """Lets this process hold many files: a map keeps its shard's open, and shells often give no more than 1,024.
+
+    macOS may say that there is no limit and yet refuse more than its `kern.maxfilesperproc`, as if it were no number.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    for most in (OPEN_FILES, FEWER_FILES):
+        wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        if soft == resource.RLIM_INFINITY or soft >= wanted:
+            return
+        with contextlib.suppress(ValueError, OSError):
+            return resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _load_array(path: Path, size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The store gives back what was written, over shards' edges too, and every damage is named."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maxlm.data import store as store_module
 from maxlm.data.store import StoreError, StoreWriter, TokenStore, token_dtype
 from maxlm.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 
@@ -69,6 +71,24 @@ def test_more_shards_than_a_shell_lets_a_process_open(tmp_path, hard, said):
         [sys.executable, "-c", READ, str(store.path), str(hard)], capture_output=True, text=True, check=True
     )
     assert said in run.stdout, run
+
+
+@pytest.mark.parametrize(
+    ("allowed", "soft", "ends"), [(2**20, 256, 65536), (24576, 256, 10240), (24576, 20000, 20000), (256, 256, 256)]
+)
+def test_a_system_that_refuses_so_many_open_files_is_asked_for_fewer(monkeypatch, allowed, soft, ends):
+    """As macOS does, where no hard limit is said and the kernel's own is lower."""
+    limits = [soft, resource.RLIM_INFINITY]
+
+    def set_limit(_what, given):
+        if given[0] > allowed:
+            raise ValueError("current limit exceeds maximum limit")
+        limits[:] = given
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    store_module._allow_open_files()
+    assert limits == [ends, resource.RLIM_INFINITY]
 
 
 def test_ranges_outside_a_split_are_refused(store):
