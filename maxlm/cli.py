@@ -353,9 +353,12 @@ def _convert(args: list[str]) -> int:
     direction, source, out = _parse(values, args, words=("from-hf|to-hf", "SOURCE", "OUT"))
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing here is for an accelerator, which another program may be using
     from maxlm.convert.engine import from_hf, to_hf
+    from maxlm.storage import is_bucket
     from maxlm.train.home import copied
 
-    paths = copied(source, log=_log), Path(out).expanduser().absolute()
+    if is_bucket(out):
+        raise UserError(f"{out} is no folder of this machine, and weights are written to one: give its path as OUT")
+    paths = copied(source, log=_log, step=values.step), Path(out).expanduser().absolute()
     if direction == "from-hf":
         from_hf(*paths, dtype=values.dtype, pad_vocab=values.pad_vocab, log=_log)
     elif direction == "to-hf":

@@ -84,6 +84,7 @@ def test_check_touches_no_device():
         (["convert", "sideways", "a", "b"], "no direction"),
         (["convert", "from-hf", "nowhere", "out", "more"], "'more' was not understood"),
         (["convert", "from-hf", "nowhere", "out"], "no Hugging Face folder"),
+        (["convert", "from-hf", "nowhere", "gs://bucket/out"], "gs://bucket/out is no folder of this machine"),
         (["generate", "--workdir=nowhere"], "--prompt is missing"),
         (["generate", "--workdir=x", "--prompt=x", "--top_p=0"], "top_p"),
         (["train", f"--config={QUICKSTART}"], "--workdir is missing"),

@@ -247,6 +247,17 @@ def test_a_copy_is_of_the_save_that_counts_now(bucket):
     assert [path.name for path in (later / "checkpoints").iterdir()] == ["1000"] and later.name.endswith("1000-abd-1")
 
 
+def test_the_checkpoint_that_is_asked_for_is_copied(bucket):
+    run = Folder(f"{bucket}/run")
+    for name in ("500-abc-1", "1500-abc-2"):
+        commit(run, name)
+    older = copied(run.url, log=print, step=500)
+    assert held(older, 500) == ["500-abc-1"] * 6 and not (older / "checkpoints" / "1500").exists()
+    assert held(copied(run.url, log=print), 1500) == ["1500-abc-2"] * 6
+    with pytest.raises(UserError, match=r"/run has no checkpoint of step 700, only \[500, 1500\]"):
+        copied(run.url, log=print, step=700)
+
+
 def test_copies_that_nobody_asks_for_any_more_are_removed(bucket):
     run, other = Folder(f"{bucket}/run"), Folder(f"{bucket}/other")
     commit(run, "1500-abc-1")

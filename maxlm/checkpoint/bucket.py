@@ -102,10 +102,14 @@ class BucketReader(CheckpointReader):
     def _read_score(self, step: int) -> bytes:
         return self.path(step).read(SCORE_FILE)
 
-    def newest(self) -> Folder | None:
-        """The folder of the newest checkpoint; None: there is none. Raises StorageError: the bucket does not answer."""
+    def find(self, step: int | None = None) -> Folder | None:
+        """The folder of a step's checkpoint, or of the newest; None: there is none.
+
+        Raises StorageError: the bucket does not answer.
+        """
         commits = self._commits()
-        return self.directory / commits[max(commits)] if commits else None
+        name = commits.get(max(commits, default=0) if step is None else step)
+        return self.directory / name if name else None
 
     def record(self, step: int) -> Record:
         """The record of a step. Raises OSError, ValueError: it is missing or altered; StorageError: no answer."""

@@ -14,6 +14,7 @@ from maxlm.convert.folder import CONFIG, folder_model, is_huggingface_folder, re
 from maxlm.model.decoder import split_model
 from maxlm.model.param import ParamSpec
 from maxlm.resolve import resolve_model
+from maxlm.storage import is_bucket
 
 CHECKPOINTS, CARRIED = "checkpoints", "hf"
 VOCABULARY = "vocab_size"
@@ -82,11 +83,16 @@ def vocabulary(path: Path) -> int:
 
 
 def model_config(path: str | Path) -> ModelConfig:
-    """The model that a Hugging Face folder, a converted model or a run holds; for config files.
+    """The model that a Hugging Face folder, a converted model or a run on this machine holds; for config files.
 
     Raises:
       ConversionError, FamilyError: it holds none, or one of no family that is known.
     """
+    if is_bucket(path):
+        raise ConversionError(
+            f"{path} is in a bucket, and a config file reads models on this machine: type `maxlm convert to-hf {path} "
+            "FOLDER` and give that folder"
+        )
     folder = Path(path).expanduser()
     if is_huggingface_folder(folder):
         return folder_model(folder)

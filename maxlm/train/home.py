@@ -220,14 +220,17 @@ def _content(place: str | Path, name: str) -> bytes | None:
     return None
 
 
-def copied(place: str | Path, *, log: Log) -> Path:
-    """The folder of a run or model on this machine; one of a bucket is copied, with its newest checkpoint.
+def copied(place: str | Path, *, log: Log, step: int | None = None) -> Path:
+    """The folder of a run or model on this machine; one of a bucket is copied, with one checkpoint.
 
     A copy is named after the checkpoint's own folder in the bucket, which no other save ever has, and the name appears
     when it is whole. Of several processes that ask for it at once one copies, the others wait.
 
+    Args:
+      step: of a bucket, the checkpoint that is copied; None: the newest.
+
     Raises:
-      UserError: there is none, or the place cannot be one.
+      UserError: there is none, or none of that step, or the place cannot be one.
       StorageError: the bucket cannot be read.
     """
     home = Home(place, log=log)
@@ -240,12 +243,14 @@ def copied(place: str | Path, *, log: Log) -> Path:
             log(f"removed {left}: it was not copied to its end")
             shutil.rmtree(left)
         reader = BucketReader(str(home.checkpoints), log=log)
-        while source := reader.newest():
+        while source := reader.find(step):
             folder = copies / f"{name}-{source.name}"
             if folder.is_dir() or _copy_checkpoint(source, folder, log=log):
                 os.utime(folder)  # in use
                 home = Home(place, log=log, folder=folder)
                 break
+        if step is not None and source is None:
+            raise UserError(f"{place} has no checkpoint of step {step}, only {reader.steps()}")
         home.pull()
         if not any(home.folder.iterdir()):
             raise UserError(f"{place} holds nothing: give the place of a run or of a converted model")

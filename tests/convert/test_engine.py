@@ -276,6 +276,8 @@ def test_a_step_or_a_family_that_is_not_there(tmp_path):
         to_hf(tmp_path / "ours", tmp_path / "back", family="nothing", log=quiet)
     with pytest.raises(ConversionError, match="has no checkpoint"):
         to_hf(tmp_path / "elsewhere", tmp_path / "back", log=quiet)
+    with pytest.raises(ConversionError, match="type `maxlm convert to-hf gs://bucket/run FOLDER`"):
+        model_config("gs://bucket/run")
 
 
 class _Watch(threading.Thread):
