@@ -3,8 +3,9 @@
 maxlm train --config=configs/deepseek_v3.py:v5p-1024 --workdir=runs/deepseek_v3
 
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-1024. Text and tokenizer are yours to name:
---config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
-for a folder that holds the published tokenizer.json.
+--config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:; C4, which stands here, has to be
+prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
+deepseek-ai/DeepSeek-V3-Base, on Hugging Face.
 
 An expert takes at most twice its even share of a row (capacity_factor): the buffers of 32 devices that may each send
 all their tokens to one would take 15 GB apiece. Balance is the selection bias's work, and hardly that of the loss.

@@ -3,8 +3,9 @@
 maxlm train --config=configs/gemma3_27b.py:v5p-128 --workdir=runs/gemma3_27b
 
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. Text and tokenizer are yours to name:
---config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
-for a folder that holds the published tokenizer.json.
+--config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:; C4, which stands here, has to be
+prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
+google/gemma-3-27b-pt, on Hugging Face.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 70.6 of 95.7 GiB a chip, all but a
 layer's gate kept for the backward pass, 5.8 s a step, 1,410 tokens/s a chip.

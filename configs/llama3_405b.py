@@ -3,8 +3,9 @@
 maxlm train --config=configs/llama3_405b.py:v5p-1024 --workdir=runs/llama3_405b
 
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-1024. Text and tokenizer are yours to name:
---config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
-for a folder that holds the published tokenizer.json.
+--config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:; C4, which stands here, has to be
+prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
+meta-llama/Llama-3.1-405B, on Hugging Face.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 50.4 of 95.7 GiB a chip, 54 s a step, 77
 tokens/s a chip.

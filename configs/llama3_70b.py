@@ -3,8 +3,9 @@
 maxlm train --config=configs/llama3_70b.py:v5p-256 --workdir=runs/llama3_70b
 
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-256. Text and tokenizer are yours to name:
---config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
-for a folder that holds the published tokenizer.json.
+--config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:; C4, which stands here, has to be
+prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
+meta-llama/Meta-Llama-3-70B, on Hugging Face.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 33.1 of 95.7 GiB a chip, 15.6 s a step,
 525 tokens/s a chip.

@@ -3,8 +3,9 @@
 maxlm train --config=configs/llama3_8b.py:v5p-128 --workdir=runs/llama3_8b
 
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. Text and tokenizer are yours to name:
---config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
-for a folder that holds the published tokenizer.json.
+--config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:; C4, which stands here, has to be
+prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
+meta-llama/Meta-Llama-3-8B, on Hugging Face.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): on v5p-128 39.2 of 95.7 GiB a chip, all
 but a layer's gate kept for the backward pass, 3.4 s a step, 4,860 tokens/s a chip; on v6e-256 22.3 of 31.2 GiB, block

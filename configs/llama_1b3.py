@@ -3,8 +3,9 @@
 maxlm train --config=configs/llama_1b3.py:h100x8 --workdir=runs/llama_1b3
 
 The word after the colon is the hardware, one of `PLACES`; without it, h100x8. Text and tokenizer are yours to name:
---config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
-for a folder that holds the published tokenizer.json.
+--config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:; C4, which stands here, has to be
+prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
+meta-llama/Llama-2-7b-hf, on Hugging Face.
 
 By the analytical model alone (docs/plan.md; no run stands behind it), on h100x8: 35.3 of 75.7 GiB a GPU, 0.50 s a
 step, 65,400 tokens/s a GPU.

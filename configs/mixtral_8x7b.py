@@ -3,8 +3,9 @@
 maxlm train --config=configs/mixtral_8x7b.py:v5p-128 --workdir=runs/mixtral_8x7b
 
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. Text and tokenizer are yours to name:
---config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
-for a folder that holds the published tokenizer.json.
+--config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:; C4, which stands here, has to be
+prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
+mistralai/Mixtral-8x7B-v0.1, on Hugging Face.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 35.1 of 95.7 GiB a chip, almost half of it
 for rows that experts might get and, where load is even, do not: no token is dropped; at even load 8.6 s a step, 1,910

@@ -3,8 +3,9 @@
 maxlm train --config=configs/qwen3_30b_a3b.py:v5p-128 --workdir=runs/qwen3_30b_a3b
 
 The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. Text and tokenizer are yours to name:
---config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:), and --config.data.tokenizer.path=DIR
-for a folder that holds the published tokenizer.json.
+--config.data.stores.web.source=jsonl:/data/*.jsonl.gz (or text:, parquet:, tfds:; C4, which stands here, has to be
+prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
+Qwen/Qwen3-30B-A3B-Base, on Hugging Face.
 
 An expert takes at most twice its even share of a row (capacity_factor): with 8 choices and 16 experts a device, buffers
 for all that might come would be eight times what does come.

@@ -140,7 +140,7 @@ def _need(module: str, extra: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         name = module.partition(".")[0]
-        raise SourceError(f"{what} needs the package {name}: pip install '.[{extra}]'") from None
+        raise SourceError(f"{what} needs the package {name}: pip install -e '.[{extra}]'") from None
 
 
 # Files found by name.
@@ -365,9 +365,17 @@ def _list_tfds(spec: str, name: str, field: str) -> Listing:
             builder = tfds.builder_from_directory(dataset)
         else:
             builder = tfds.builder(dataset, file_format="array_record")
+            if isinstance(builder, tfds.core.BeamBasedBuilder) and not builder.is_prepared():
+                raise SourceError(
+                    f"the source {spec!r} is not there, and TFDS makes it with Apache Beam, often on many machines: "
+                    f"prepare it first (tfds build {dataset} --file_format=array_record) and name its folder, as in "
+                    f"tfds:/data/{builder.info.full_name}/{split}"
+                )
             builder.download_and_prepare()
         info = builder.info.splits[split]
         features = list(builder.info.features or ())
+    except SourceError:
+        raise
     except Exception as error:  # tfds raises its own and many others for what a name can lack
         raise SourceError(f"the source {spec!r} cannot be opened: {error}") from None
     if field not in features:

@@ -160,7 +160,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
 
 
 def test_tfds_reads_a_builder_without_tensorflow(tmp_path, monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets", reason="TFDS SOURCE NOT TESTED: pip install '.[tfds]'")
+    tfds = pytest.importorskip("tensorflow_datasets", reason="TFDS SOURCE NOT TESTED: pip install -e '.[tfds]'")
 
     class TinyText(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
@@ -192,6 +192,28 @@ def test_tfds_reads_a_builder_without_tensorflow(tmp_path, monkeypatch):
         read("tfds:tiny_text", "body")
 
 
+def test_what_tfds_makes_with_beam_is_not_begun_but_its_folder_asked_for():
+    tfds = pytest.importorskip("tensorflow_datasets", reason="TFDS SOURCE NOT TESTED: pip install -e '.[tfds]'")
+
+    class TinyBeam(tfds.core.BeamBasedBuilder):
+        VERSION = tfds.core.Version("3.1.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            raise AssertionError("it was begun")
+
+        def _build_pcollection(self, pipeline):
+            raise AssertionError("it was begun")
+
+    with pytest.raises(SourceError) as error:
+        read("tfds:tiny_beam/train")
+    assert "tfds build tiny_beam --file_format=array_record" in str(error.value)
+    assert "tfds:/data/tiny_beam/3.1.0/train" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("spec", "module", "extra"),
     [
@@ -205,7 +227,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, spec, 
         (tmp_path / name).write_bytes(b"x")
     for name in [name for name in sys.modules if name.split(".")[0] == module] + [module]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SourceError, match=rf"needs the package {module}: pip install '\.\[{extra}\]'"):
+    with pytest.raises(SourceError, match=rf"needs the package {module}: pip install -e '\.\[{extra}\]'"):
         read(spec.format(tmp_path))
 
 
