@@ -21,7 +21,8 @@ def source(config: Config) -> str:
     sections = sorted(name for name, kind in vars(schema).items() if dataclasses.is_dataclass(kind))
     body = _expression(config, 1)
     return (
-        '"""The config of this run, as it was used. `maxlm train --config=<this file>` runs it again."""\n\n'
+        '"""The config of this run, as it was used. This runs it again:\n\n'
+        'maxlm train --config=<this file> --workdir=<another folder>\n"""\n\n'
         f"from maxlm.config import {', '.join(sections)}  # noqa: F401\n"
         "from maxlm.resolve import as_config_dict\n\n\n"
         f"def get_config():\n    return as_config_dict(\n        {body}\n    )\n"

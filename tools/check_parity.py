@@ -6,7 +6,7 @@ PATH is a Hugging Face folder, or a converted model or a run, which is then held
 Prompts are random tokens of several lengths, and the texts that are given. Each goes through `transformers` by itself,
 whole, and through ours in four ways: by itself, as a row of a batch that is padded, packed with the others into one
 row, and with the others through the cache: a prefill, then token by token. Where rotary frequencies hang on the length
-of the longest row, prompts have to lie on one side of the original length. Needs `pip install '.[parity]'`.
+of the longest row, prompts have to lie on one side of the original length. Needs `pip install -e '.[parity]'`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 python tools/update_goldens.py [RECIPE ...] [--only=cpu|tpu]
 
 `cpu` compiles a small relative of the recipe for eight virtual devices, which the default tests compare; `tpu` compiles
-the recipe's own widths for its first topology (needs `pip install '.[plan]'`; a minute or more each).
+the recipe's own widths for its first topology (needs `pip install -e '.[plan]'`; a minute or more each).
 """
 
 from __future__ import annotations

@@ -346,6 +346,6 @@ def _import_wandb(project: str) -> types.ModuleType:
     except ImportError as error:
         raise UserError(
             f"train.wandb_project is {project!r}, but the package wandb is not installed; "
-            "install it with `pip install '.[wandb]'`, or leave train.wandb_project empty"
+            "install it with `pip install -e '.[wandb]'`, or leave train.wandb_project empty"
         ) from error
     return wandb

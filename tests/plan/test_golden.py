@@ -38,7 +38,7 @@ def test_a_recipe_compiled_for_its_hardware_is_as_it_was(path):
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("libtpu is not installed; type pip install '.[plan]'")
+        pytest.skip("libtpu is not installed; type pip install -e '.[plan]'")
     changed = golden.differences(path.read_text(), update_goldens.whole_page(path.stem, cache=None))
     assert not changed, f"if this is meant, type python tools/update_goldens.py {path.stem}\n{changed}"
 
