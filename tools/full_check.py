@@ -3,6 +3,10 @@
 python tools/full_check.py
 
 Prints what ran, how long it took, and ends with a non-zero exit code if anything failed.
+
+It takes hours and is for a machine of its own, as root: `.ci/run` makes `.venv` anew, whatever was in it, and the check
+of SLURM installs slurm-wlm and munge, writes /etc/slurm/slurm.conf and /etc/hosts and starts daemons. One family's or
+module's slow tests are run by `pytest -m slow -n 0 tests/...`.
 """
 
 from __future__ import annotations
@@ -25,7 +29,6 @@ CHECKS: tuple[tuple[str, list[str]], ...] = (
     ("what else tests need", [".venv/bin/pip", "install", "--quiet", "-e", ".[plan,tfds]"]),
     ("slow tests", [".venv/bin/pytest", "-m", "slow", "-n", "0", "-rs"]),
     ("tests that CI skips", [".venv/bin/pytest", "-rs", "tests/plan", "tests/data/test_sources.py"]),
-    # Installs and starts daemons: for a machine of its own.
     ("slurm", ["bash", "tests/slurm/run.sh", ".venv/bin/python"]),
     ("torture", [".venv/bin/python", "tools/torture.py", "--minutes=30", "--seed=1", *ENOUGH]),
     ("every mesh against one device", [".venv/bin/python", "tools/equivalence.py"]),

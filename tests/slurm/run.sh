@@ -3,9 +3,15 @@
 # held against an undisturbed run's. What is cancelled has to stay so, and a task of an array starts again alone.
 #
 # sudo tests/slurm/run.sh [PYTHON]     a Debian or Ubuntu that may be changed: it installs slurm-wlm and munge, writes
-#                                      their configuration and starts their daemons. Ends what it has started.
+#                                      their configuration and starts their daemons. Ends what it has started. A
+#                                      machine that has a SLURM already is left as it is.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+conf=/etc/slurm/slurm.conf written="# Written by MaxLM's tests/slurm/run.sh, which may write it again."
+if [ -e "$conf" ] && ! grep -qxF "$written" "$conf"; then
+  echo "this machine has a SLURM of its own ($conf), which this test would take apart; run it on another machine" >&2
+  exit 1
+fi
 root=$PWD python=${1:-$PWD/.venv/bin/python}
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 base=$(mktemp -d /tmp/maxlm-slurm.XXXXXX)
@@ -35,7 +41,8 @@ host=$(hostname -s)
 # JAX finds the coordinator by the name of the job's first node.
 for node in n1 n2 n3 n4; do grep -qw "$node" /etc/hosts || echo "127.0.0.1 $node" >> /etc/hosts; done
 mkdir -p "$base/state" /etc/slurm
-cat > /etc/slurm/slurm.conf << END
+cat > "$conf" << END
+$written
 ClusterName=test
 SlurmctldHost=$host
 SlurmUser=root
