@@ -8,7 +8,7 @@ prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder
 mistralai/Mixtral-8x7B-v0.1, on Hugging Face.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 35.1 of 95.7 GiB a chip, almost half of it
-for rows that experts might get and, where load is even, do not: no token is dropped; at even load 8.6 s a step, 1,910
+for rows that experts might get and, where load is even, do not: no token is dropped; at even load 7.8 s a step, 2,090
 tokens/s a chip.
 """
 

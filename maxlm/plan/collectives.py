@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from maxlm.plan.hlo import Instruction, Module, bytes_of, elements
+from maxlm.plan.hlo import Instruction, Module, bytes_of, dims, elements
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _EMITTED = (
@@ -60,11 +60,12 @@ class Collective:
         return self.payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
 
 
-def find(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
+def find(module: Module, mesh: Mapping[str, int], *, rows_sent: float = math.inf) -> list[Collective]:
     """The collectives of a step with more than one device in a group, in no order.
 
     Args:
       mesh: size of every mesh axis, outermost first.
+      rows_sent: that a ragged-all-to-all sends of its buffer, which has room for the worst case; infinite: all of it.
     """
     found: list[Collective] = []
     started = {name for i, _, _ in module.scheduled() if i.opcode == "async-start" for name in i.called}
@@ -94,7 +95,7 @@ def find(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
                     asked=asked,
                     axes=spanned(members, mesh),
                     group=len(members),
-                    payload=_payload(inner, asked, holder),
+                    payload=_payload(inner, asked, holder) * (_used(inner, rows_sent) if "ragged" in asked else 1.0),
                     times=times,
                     asynchronous=end > place + 1,
                     emitter=emitter,
@@ -143,6 +144,13 @@ def _payload(instruction: Instruction, asked: str, shapes: Mapping[str, str]) ->
     if instruction.opcode.endswith("-start") and len(parts) > 1 and (asked != "all-reduce" or parts[0].startswith("(")):
         return bytes_of(parts[1])
     return bytes_of(instruction.shape)
+
+
+def _used(exchange: Instruction, rows: float) -> float:
+    """The part of the buffer that so many rows take."""
+    parts = elements(exchange.shape)
+    buffer = dims(parts[1] if exchange.opcode.endswith("-start") and len(parts) > 1 else exchange.shape)
+    return min(rows / buffer[0], 1.0) if buffer else 1.0
 
 
 def _end(instructions: list[Instruction], start: int) -> int:

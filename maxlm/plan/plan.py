@@ -83,7 +83,7 @@ def make_plan(config: Config, topology: Topology, step: Step, *, price: float | 
     """
     run, config = config, at_heaviest(config)
     module = uneven.settled(stages.weighted(hlo.parse(step.program), config), config)
-    sent = collectives.find(module, step.mesh)
+    sent = collectives.find(module, step.mesh, rows_sent=uneven.even_rows(config))
     notes = []
     if not step.whole:
         notes.append(

@@ -4,8 +4,9 @@ Attention in blocks passes over a pair of blocks in which no query sees a key, b
 The pairs that meet follow from the blocks' places in the row; over all devices and hops of a row, every block of
 queries comes to every block of keys once, so that their share of all pairs is that of the average turn.
 
-The experts' products on CPUs are a loop over as many blocks of rows as a group was sent (`kernels/grouped.py`). They
-are counted as if every expert were sent as many.
+The experts' products on CPUs are a loop over as many blocks of rows as a group was sent (`kernels/grouped.py`), and
+their exchange sends of its buffers the rows that there are. Both are counted as if every expert were sent as many
+(`even_rows`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def once(module: Module) -> list[Instruction]:
 
 
 def even_rows(config: Config) -> float:
-    """Rows of a device's grouped product in a microbatch, were every expert sent as many."""
+    """Rows that a device exchanges and multiplies in a microbatch's layer, were every expert sent as many."""
     spread = math.prod(config.parallel.sizes[axis] for axis in ("data", "fsdp", "expert", "context"))
     tokens = config.data.batch_size * config.data.sequence_length / config.train.accumulation
     return tokens * config.model.moe.active / spread

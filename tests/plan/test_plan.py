@@ -58,7 +58,7 @@ def fake_step(**changes) -> Step:
     places = tuple((0, x, y, 0) for x in range(2) for y in range(4))
     facts = {"mesh": {"data": 4, "fsdp": 2}, "places": places, "attention": "splash", "analysis": {}}
     facts |= {"seconds": (1.0, 2.0), "compiler_bytes": 10**9, "versions": {"jax": "1"}, "whole": True, "refused": ""}
-    return Step(program=TPU, buffers=BUFFERS, ranges=RANGES, **{**facts, **changes})
+    return Step(**{"program": TPU, "buffers": BUFFERS, "ranges": RANGES, **facts, **changes})
 
 
 def test_a_plan_that_was_not_compiled_to_the_end_has_no_use_for_the_few_cycles_that_there_are():

@@ -8,9 +8,11 @@ import pytest
 
 from maxlm.config import AttentionConfig, MoeConfig
 from maxlm.model.flops import ledger
-from maxlm.plan import hlo, uneven
+from maxlm.plan import collectives, hlo, network, uneven
+from maxlm.plan.plan import make_plan
+from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
-from tests.plan.test_plan import tiny
+from tests.plan.test_plan import fake_step, tiny
 from tests.plan.test_stages import planned, program
 
 
@@ -73,6 +75,41 @@ def test_the_blocks_that_meet_are_those_with_a_pair_that_is_seen(spread):
         seen = (back >= 0) & (back < window)
         shares.append(seen.reshape(length // 256, 256, length // 512, 512).any(axis=(1, 3)).mean())
     assert uneven.meeting(spread) == pytest.approx(np.mean(shares))
+
+
+EXCHANGE = """HloModule m
+
+ENTRY %main (a: bf16[4096,2,16], s: s32[2]) -> bf16[4096,2,16] {
+  %a = bf16[4096,2,16]{2,1,0} parameter(0)
+  %s = s32[2]{0} parameter(1)
+  ROOT %x = bf16[4096,2,16]{2,1,0} ragged-all-to-all(%a, %a, %s, %s, %s, %s), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+}
+"""
+
+
+def test_an_exchange_sends_the_rows_that_there_are_at_even_load():
+    """A device has 32 tokens, of which each goes to four experts, and room for 4,096."""
+    rows = 128
+    base = tiny(batch=16, data=8)
+    given = resolve(
+        dataclasses.replace(
+            base,
+            model=dataclasses.replace(base.model, moe=MoeConfig(experts=8, active=4, dim=64)),
+            parallel=dataclasses.replace(base.parallel, data=2, fsdp=2, expert=2),
+        ),
+        devices=8,
+    )
+    topology = parse_topology("v5p:2x4x1")
+    plan = make_plan(given, topology, fake_step(program=EXCHANGE, mesh=given.parallel.sizes))
+    (sent,) = plan.traffic
+    assert (sent.kind, sent.axes, sent.payload) == ("ragged-all-to-all", ("expert",), rows * 32 * 2)
+    took = network.seconds(sent.kind, sent.payload, network.Span(2, 1, ((2, False),)), topology)
+    assert plan.forecast.parts["waiting for expert"] == pytest.approx(took)
+    few = EXCHANGE.replace("4096", "48")  # of what a capacity lets through there is room for less
+    plan = make_plan(given, topology, fake_step(program=few, mesh=given.parallel.sizes))
+    assert plan.traffic[0].payload == 48 * 32 * 2
+    start = "((bf16[128,32]{1,0}), bf16[128,32]{1,0}) ragged-all-to-all-start(%a, %a)"
+    assert collectives._used(hlo._instruction(f"  %x = {start}"), 64) == 0.5
 
 
 DOT = "dot(X, X), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
