@@ -19,7 +19,7 @@ from maxlm.plan.changes import cheapest, sentences
 from maxlm.plan.compile import NotHere, check_installed, compile_step
 from maxlm.plan.mtbf import costs_of, lines, outlooks
 from maxlm.plan.plan import make_plan
-from maxlm.plan.search import Found, Judge, Ranked, Verdict, search, why
+from maxlm.plan.search import Found, Judge, Ranked, Verdict, against_own, search, why
 from maxlm.plan.topology import Topology
 from maxlm.plan.uncompiled import ALONE
 from maxlm.train.outlook import at_heaviest
@@ -104,6 +104,13 @@ def run_search(
     print_found(found, topology, Console())
     words = overrides(config, found.winner.config)
     log(f"why: {why(found, topology)}")
+    if said := against_own(found, topology):
+        log(said)
+    if found.ended:
+        log(
+            f"compiled to the end the winner takes {found.ended.seconds:.3f} s a step and "
+            f"{found.ended.bytes / GIB:.1f} GiB"
+        )
     log("add to maxlm train: " + (shlex.join(words) or "nothing: the config is the winner"))
     write_asked(values.winner, "".join(f"{word}\n" for word in words))
     log(f"with it: maxlm train --config=... --workdir=... $(cat {shlex.quote(values.winner)})")
@@ -112,12 +119,13 @@ def run_search(
 
 
 def compiling(values: flags.FlagValues, options: Mapping[str, str] | None, *, log: Log) -> Judge:
-    """Compiles a candidate whole, or takes what was compiled of the same content before."""
+    """Compiles a candidate, or takes what was compiled of the same content before."""
 
-    def judge(config: Config, topology: Topology, seconds: float) -> Verdict:
+    def judge(config: Config, topology: Topology, *, seconds: float, whole: bool) -> Verdict:
         step = compile_step(
             config,
             topology,
+            whole=whole,
             cache=values.plan_cache or None,
             limit=int(values.limit_gib * GIB),
             options=options,
@@ -126,7 +134,7 @@ def compiling(values: flags.FlagValues, options: Mapping[str, str] | None, *, lo
         )
         plan = make_plan(config, topology, step)
         bytes_ = max(float(plan.memory.total), topology.chip.usable_bytes + 1 if step.refused else 0.0)
-        return Verdict(bytes_, plan.forecast.seconds, plan.forecast.parts)
+        return Verdict(bytes_, plan.forecast.seconds, plan.forecast.parts, step.whole)
 
     return judge
 
@@ -134,14 +142,22 @@ def compiling(values: flags.FlagValues, options: Mapping[str, str] | None, *, lo
 def print_found(found: Found, topology: Topology, console: Console) -> None:
     """The ranked table."""
     table = Table("", "mesh", "remat", "micro", "schedule", "s a step", "tok/s", "GiB", "free", "parts", box=None)
-    for place, ranked in enumerate(found.best, start=1):
-        table.add_row(str(place), *_cells(ranked, topology))
+    rows = [(f"{place}{' config' if ranked.own else ''}", ranked) for place, ranked in enumerate(found.best, start=1)]
+    if found.own and not any(ranked.own for ranked in found.best):
+        rows.append(("config", found.own))
+    for place, ranked in rows:
+        table.add_row(place, *_cells(ranked, topology))
     console.width = max(console.width, 150)  # a log has no width of its own
     console.print(table)
+    compiled = [ranked.verdict for _, ranked in rows if ranked.verdict]
     if found.late:
-        console.print("the time was over before one more was compiled: give more --budget_minutes")
-    uncompiled = sum(ranked.verdict is None for ranked in found.best)
-    if uncompiled:
+        console.print(
+            f"the time was over after {len(compiled)} of these were compiled, before one more was: give more "
+            "--budget_minutes, and the search takes up where this one stopped"
+        )
+    if any(not verdict.whole for verdict in compiled):
+        console.print("compiled until the memory is laid out: times are by FLOPs and bytes, all by one rule")
+    if uncompiled := len(rows) - len(compiled):
         console.print(f"~: not compiled ({uncompiled} of them), by the analytical model alone")
 
 
@@ -174,6 +190,7 @@ def as_json(found: Found, config: Config, topology: Topology) -> dict[str, Any]:
             "overrides": overrides(config, ranked.config),
             "seconds": ranked.seconds,
             "bytes": ranked.bytes,
+            "own": ranked.own,
             "compiled": ranked.verdict._asdict() if ranked.verdict else None,
             "model": {
                 "seconds": ranked.estimate.time.total,
@@ -183,5 +200,11 @@ def as_json(found: Found, config: Config, topology: Topology) -> dict[str, Any]:
             },
         }
 
-    facts = {name: getattr(found, name) for name in ("judged", "fitting", "seconds", "late")}
-    return {"topology": topology.name, **facts, "best": [one(ranked) for ranked in found.best]}
+    facts = {name: getattr(found, name) for name in ("judged", "fitting", "seconds", "late", "over_own")}
+    return {
+        "topology": topology.name,
+        **facts,
+        "own": one(found.own) if found.own else None,
+        "ended": found.ended._asdict() if found.ended else None,
+        "best": [one(ranked) for ranked in found.best],
+    }

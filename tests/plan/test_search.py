@@ -19,7 +19,16 @@ from maxlm.plan.analytic.memory import Memory
 from maxlm.plan.analytic.timing import Time, axis_spans
 from maxlm.plan.candidates import candidates, microbatches
 from maxlm.plan.compile import CompileError
-from maxlm.plan.search import Found, Ranked, SearchError, Verdict, search, slices_of, smallest_slice, why
+from maxlm.plan.search import (
+    Found,
+    Ranked,
+    SearchError,
+    Verdict,
+    search,
+    slices_of,
+    smallest_slice,
+    why,
+)
 from maxlm.plan.topology import parse_topology
 from tests.parallel.test_mesh import nodes
 from tests.plan.test_plan import tiny
@@ -102,18 +111,27 @@ def guessed(monkeypatch, topology, *sizes):
     return config, [one for one, _ in pairs]
 
 
+def unlike(config):
+    """One that is none of the candidates."""
+    return dataclasses.replace(config, name="another")
+
+
 def test_a_twin_of_what_turns_out_too_large_is_compiled_if_it_takes_less(monkeypatch):
     topology, asked = parse_topology("v5e-8"), []
     config, ways = guessed(monkeypatch, topology, 1.02, 1.03, 0.9, 0.8)
 
-    def judge(candidate, there, seconds):
+    def judge(candidate, there, *, seconds, whole):
         asked.append(candidate)
-        return Verdict((1.1 if candidate == ways[0] else 0.9) * there.chip.usable_bytes, 2.0, {})
+        return Verdict((1.1 if candidate == ways[2] else 0.9) * there.chip.usable_bytes, 2.0, {}, True)
 
-    found = search(config, topology, judge, budget_seconds=60.0)
-    # Not the second, which takes more; nor the fourth, since a near twin that fits is compiled.
-    assert asked == [ways[0], ways[2]]
-    assert found.winner.config == ways[2] and found.winner.verdict is not None
+    found = search(unlike(config), topology, judge, budget_seconds=60.0)
+    # Not those that take more; what fits by the model comes before what is faster and nearly fits.
+    assert asked == [ways[2], ways[3]]
+    assert found.winner.config == ways[3] and found.winner.verdict is not None
+    asked.clear()
+    config, ways = guessed(monkeypatch, topology, 1.02, 1.03, 1.1)
+    assert search(unlike(config), topology, judge, budget_seconds=60.0).winner.config == ways[0]
+    assert asked == ways[:1]  # and where nothing fits by the model, what nearly does
 
 
 def test_without_a_compiler_nothing_wins_that_does_not_fit(monkeypatch):
@@ -142,7 +160,7 @@ def test_a_candidate_that_resolve_refuses_does_not_end_the_search(monkeypatch):
         return real(given, devices=devices)
 
     monkeypatch.setattr(search_module, "resolve", resolve)
-    found = search(config, topology, lambda *_: Verdict(1.0, 2.0, {}), budget_seconds=60.0)
+    found = search(config, topology, lambda *_, **__: Verdict(1.0, 2.0, {}), budget_seconds=60.0)
     assert found.winner.config == ways[0] and found.winner.verdict is not None
 
 
@@ -219,6 +237,21 @@ def test_what_no_hardware_holds_is_judged_by_the_leanest_of_each_mesh(monkeypatc
     names = [topology.name for topology in slices_of(parse_topology("h100x4"))]
     assert names[:6] == ["h100x1", "h100x2", "h100x4", "h100x8", "h100x8x2", "h100x8x4"]
     assert names[-1] == "h100x8x8192"
+    several = [topology.name for topology in slices_of(parse_topology("v6e-8"))][-4:]
+    assert several == ["v6e-256", "2*v6e-256", "4*v6e-256", "8*v6e-256"]
+    said = search_module.nothing_fits(config, parse_topology("v6e-8"), least=1.0, log=lambda line: None)
+    assert "no slice that is known can, nor can 8 of the largest together; lower data.sequence_length, keep" in said
+
+
+def test_several_slices_of_the_largest_may_hold_what_one_cannot(monkeypatch):
+    def judged(config, there, ways=None):
+        room = 1.0 if there.slices >= 4 else -1.0
+        yield config, Estimate(Memory({"state": 1.0}, ""), Time({}), room, 1.0)
+
+    monkeypatch.setattr(search_module, "judged_candidates", judged)
+    monkeypatch.setattr(search_module, "relations", lambda config, devices: [])
+    said = search_module.nothing_fits(tiny(data=8), parse_topology("v6e-8"), least=1.0, log=lambda line: None)
+    assert said.endswith("the smallest slice that can hold it is 4*v6e-256 (4 slices, 1024 devices)")
 
 
 def test_what_is_known_to_be_too_large_does_not_win(monkeypatch):
@@ -227,14 +260,14 @@ def test_what_is_known_to_be_too_large_does_not_win(monkeypatch):
     config, _ = guessed(monkeypatch, topology, 0.95, 0.97)
     usable = topology.chip.usable_bytes
     with pytest.raises(SearchError, match=f"any way of running it takes is {1.1 * usable / 2**30:.1f} GiB"):
-        search(config, topology, lambda *_: Verdict(1.1 * usable, 2.0, {}), budget_seconds=60.0)
+        search(config, topology, lambda *_, **__: Verdict(1.1 * usable, 2.0, {}), budget_seconds=60.0)
 
 
 def test_what_could_not_be_compiled_is_not_said_to_be_too_large(monkeypatch):
     topology = parse_topology("v5e-8")
     config, _ = guessed(monkeypatch, topology, 0.9)
 
-    def judge(*_):
+    def judge(*_, **__):
         raise CompileError("the compiler needs more than 24 GiB")
 
     with pytest.raises(SearchError, match=r"none of .* could be compiled \(the compiler needs more .*\)") as said:
@@ -245,7 +278,7 @@ def test_what_could_not_be_compiled_is_not_said_to_be_too_large(monkeypatch):
 def ranked(seconds, compiled):
     """By the model, and by the compiler; None: not compiled."""
     verdict = Verdict(1.0, sum(compiled.values()), compiled) if compiled else None
-    return Ranked(tiny(data=8), Estimate(Memory({"state": 1.0}, ""), Time(seconds), 1.0, 1.0), verdict)
+    return Ranked(tiny(data=8), Estimate(Memory({"state": 1.0}, ""), Time(seconds), 1.0, 1.0), verdict=verdict)
 
 
 def test_the_winner_is_compared_by_figures_of_one_kind():
@@ -295,15 +328,15 @@ def test_the_compilers_options_reach_every_compilation_of_a_search(monkeypatch):
     asked = []
 
     def compiled(config, topology, **settings):
-        asked.append((settings["options"], settings["seconds"]))
+        asked.append((settings["options"], settings["seconds"], settings["whole"]))
         raise CompileError("enough")
 
     monkeypatch.setattr(searching, "compile_step", compiled)
     values = SimpleNamespace(plan_cache="", limit_gib=1.0)
     judge = searching.compiling(values, {"xla_a": "1"}, log=print)
     with pytest.raises(CompileError, match="enough"):
-        judge(tiny(data=8), parse_topology("v5e-8"), 60.0)
-    assert asked == [({"xla_a": "1"}, 60.0)]
+        judge(tiny(data=8), parse_topology("v5e-8"), seconds=60.0, whole=False)
+    assert asked == [({"xla_a": "1"}, 60.0, False)]
 
 
 def told(args, tmp_path):
