@@ -15,9 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+LIMITS = {"peak memory": 0.10, "step": 0.30}
+"""Of what is measured: by how much the forecast may miss it."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; 0 if both are within what docs/plan.md promises."""
+    """Prints the table; 0 if both were measured and are as near as docs/plan.md says (`LIMITS`)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
@@ -35,18 +38,24 @@ def main(argv: list[str] | None = None) -> int:
 
     table = Table("", "forecast", "measured", "forecast / measured", box=None)
     for name, (foretold, measured, unit) in found["figures"].items():
-        table.add_row(name, f"{foretold:.4g} {unit}", f"{measured:.4g} {unit}", f"{foretold / measured:.3f}")
+        table.add_row(name, f"{foretold:.4g} {unit}", *beside(foretold, measured, unit))
     Console().print(table)
     parts = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found["parts"].items())
     print(f"parts of the step: {parts}; calibrated in {found['calibration']:.1f} s")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
-    limits = {"peak memory": 0.10, "step": 0.30}
-    return int(any(abs(f / m - 1) > limits[name] for name, (f, m, _) in found["figures"].items()))
+    return int(any(m is None or abs(f / m - 1) > LIMITS[name] for name, (f, m, _) in found["figures"].items()))
+
+
+def beside(foretold: float, measured: float | None, unit: str) -> tuple[str, str]:
+    """The measurement, and the forecast over it."""
+    if measured is None:  # of the peak of a process, where the system does not let it be cleared
+        return "not measured", ""
+    return f"{measured:.4g} {unit}", f"{foretold / measured:.3f}"
 
 
 def compare(args: list[str], devices: int, steps: int) -> dict:
-    """The figures: forecast, measurement, unit."""
+    """The figures: forecast, measurement (None: there is none), unit."""
     import jax
     from absl import flags
     from ml_collections import config_flags
@@ -78,10 +87,10 @@ def compare(args: list[str], devices: int, steps: int) -> dict:
         state, metrics = program(state, placed)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - begun)
-    peak, mib = (watermark.device_bytes(state) or 0.0) * devices, 2**20
+    held, mib = watermark.device_bytes(state), 2**20
     return {
         "figures": {
-            "peak memory": (foretold.bytes / mib, peak / mib, "MiB"),
+            "peak memory": (foretold.bytes / mib, None if held is None else held * devices / mib, "MiB"),
             "step": (foretold.seconds, sorted(seconds)[len(seconds) // 2], "s"),
         },
         "parts": dict(foretold.parts),

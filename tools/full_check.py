@@ -33,6 +33,7 @@ CHECKS: tuple[tuple[str, list[str]], ...] = (
     ("torture", [".venv/bin/python", "tools/torture.py", "--minutes=30", "--seed=1", *ENOUGH]),
     ("every mesh against one device", [".venv/bin/python", "tools/equivalence.py"]),
     ("coverage of the scaling fit's intervals", [".venv/bin/python", "tools/study_coverage.py"]),
+    ("forecasts on CPUs", [".venv/bin/python", "tools/forecast.py", "--config=configs/quickstart.py", "--devices=8"]),
     ("quickstart", [".venv/bin/python", "tools/full_check.py", "--quickstart"]),
 )
 

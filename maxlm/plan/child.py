@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -47,7 +48,7 @@ def devices_of(topology: Topology) -> list[Any]:
             topology_name=name, platform="cuda", topology=name, target_config=target_config(topology.chip)
         ).devices
     more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    if topology.chips < topology.chip.devices_per_host // topology.chip.devices_per_chip:
+    if math.prod(topology.shape) < topology.chip.devices_per_host // topology.chip.devices_per_chip:
         more["chips_per_host_bounds"] = (*topology.shape, 1, 1)[:3]
     if topology.chip.kind == "v4":
         more |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}

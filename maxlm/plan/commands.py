@@ -72,7 +72,7 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
         if phase := phase_planned(config):
             log(f"judged are {phase}")
         return searching.run_search(values, config, topology, options=options, log=log)
-    from maxlm.plan.compile import NotHere, check_installed, compile_step
+    from maxlm.plan.compile import NotHere, check_installed, compile_step, is_kept
     from maxlm.plan.html import render
     from maxlm.plan.page import print_plan
     from maxlm.plan.plan import as_json, make_plan
@@ -82,10 +82,15 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
     except NotHere as error:
         log(f"{error}")
         return _uncompiled(values, config, topology, log=log)
+    whole = not values.memory_only
+    if not whole and topology.chip.platform == "tpu" and values.plan_cache:
+        whole = is_kept(config, topology, cache=values.plan_cache, options=options)
+        if whole:
+            log("it was compiled to the end before: that is read, and times are by the compiler's cycles")
     step = compile_step(
         config,
         topology,
-        whole=not values.memory_only,
+        whole=whole,
         cache=values.plan_cache or None,
         limit=int(values.limit_gib * 2**30),
         options=options,

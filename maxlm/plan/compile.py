@@ -158,12 +158,10 @@ def compile_step(
       CompileError: the compiler is not installed, needs more than `limit` or `seconds`, failed or died. That the step
         does not fit the device is no error: the result says so.
     """
-    usual = compiler_options(topology.chip, accumulation=config.train.accumulation)
-    chosen = usual if options is None else dict(options)
-    request = Request(config, topology, chosen, whole or topology.chip.platform != "tpu")
+    request = _request(config, topology, whole=whole, options=options)
     check_installed(config, topology)
     place = Path(cache).expanduser() / content_key(request) if cache else None
-    if place is not None and (place / "step.json").exists():
+    if place is not None and (place / _FACTS).exists():
         return dataclasses.replace(_read(place), cached=True)
     with tempfile.TemporaryDirectory(prefix="maxlm-plan-") as folder:
         work = Path(folder)
@@ -174,6 +172,19 @@ def compile_step(
     if place is not None:
         _write(step, place)
     return step
+
+
+def is_kept(config: Config, topology: Topology, *, cache: str, options: Mapping[str, str] | None = None) -> bool:
+    """Whether the step was compiled to the end before, and is in the cache; arguments as of `compile_step`."""
+    request = _request(config, topology, whole=True, options=options)
+    return (Path(cache).expanduser() / content_key(request) / _FACTS).exists()
+
+
+def _request(config: Config, topology: Topology, *, whole: bool, options: Mapping[str, str] | None) -> Request:
+    """As of `compile_step`. Compilers for other than TPUs are quick, and are always let to the end."""
+    usual = compiler_options(topology.chip, accumulation=config.train.accumulation)
+    chosen = usual if options is None else dict(options)
+    return Request(config, topology, chosen, whole or topology.chip.platform != "tpu")
 
 
 def check_installed(config: Config, topology: Topology) -> None:
@@ -391,7 +402,7 @@ def _collect(work: Path, peak: int, *, elapsed: float) -> Step:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-_PART = ".part-"
+_PART, _FACTS = ".part-", "step.json"
 
 
 def _write(step: Step, place: Path) -> None:
@@ -405,7 +416,7 @@ def _write(step: Step, place: Path) -> None:
     for name in _TEXTS:
         (beside / f"{name}.txt.gz").write_bytes(gzip.compress(getattr(step, name).encode(), 5))
     facts = {name: value for name, value in vars(step).items() if name not in (*_TEXTS, "cached")}
-    (beside / "step.json").write_text(json.dumps(facts, indent=1))
+    (beside / _FACTS).write_text(json.dumps(facts, indent=1))
     try:
         beside.rename(place)
     except OSError:  # another process was first
@@ -413,7 +424,7 @@ def _write(step: Step, place: Path) -> None:
 
 
 def _read(place: Path) -> Step:
-    facts: dict[str, Any] = json.loads((place / "step.json").read_text())
+    facts: dict[str, Any] = json.loads((place / _FACTS).read_text())
     texts: dict[str, Any] = {name: gzip.decompress((place / f"{name}.txt.gz").read_bytes()).decode() for name in _TEXTS}
     facts["places"] = tuple(tuple(where) for where in facts["places"])
     facts["seconds"] = tuple(facts["seconds"])

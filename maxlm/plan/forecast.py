@@ -223,10 +223,26 @@ def on_this_machine(plan: Plan, config: Config) -> Plan:
     """A plan for CPUs with the time that this machine takes, calibrated in this process."""
     config = at_heaviest(config)
     foretold = forecast(config, calibrate(config), device_bytes=float(plan.memory.total))
-    rate = plan.forecast.tokens / foretold.seconds if foretold.seconds else 0.0
+    ruled, tokens = plan.forecast, plan.forecast.tokens
+    rate = tokens / foretold.seconds if foretold.seconds else 0.0
+    faster = rate / ruled.tokens_per_second if ruled.tokens_per_second else 0.0
+
+    def scaled(mfu: float | None) -> float | None:
+        """A share of a peak that a file of chips gave; the table has none of a CPU."""
+        return None if mfu is None else mfu * faster
+
     timed = dataclasses.replace(
-        plan.forecast, seconds=foretold.seconds, parts=dict(foretold.parts), tokens_per_second=rate
+        ruled,
+        seconds=foretold.seconds,
+        parts=dict(foretold.parts),
+        tokens_per_second=rate,
+        mfu_causal=scaled(ruled.mfu_causal),
+        mfu_6n=scaled(ruled.mfu_6n),
+        # Are of the time by the rules, which this one is not.
+        hidden=0.0,
+        kernels=(),
+        busiest=(),
     )
-    notes = [note for note in plan.notes if "estimates no cycles" not in note]
+    notes = [note for note in plan.notes if "estimates no cycles" not in note and "priced by the rules" not in note]
     note = "times are calibrated on this machine's cores, which all the virtual devices share"
     return dataclasses.replace(plan, forecast=timed, notes=(*notes, note))

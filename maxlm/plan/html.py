@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
-from maxlm.plan.page import gib, headlines
+from maxlm.plan.page import gib, headlines, written
 from maxlm.plan.plan import Plan
 
 COLOURS = (
@@ -51,8 +51,21 @@ def render(plan: Plan) -> str:
         body += [
             "<h2>Time of a step</h2>",
             _bar(parts, mark=None, unit=lambda seconds: f"{seconds:.4g} s"),
-            f'<p class="note">{ahead.hidden:.4g} s of communication are covered by other work.</p>',
             _rows([(f"{b.made_by}", b.seconds) for b in ahead.busiest]),
+        ]
+    if ahead.hidden:
+        body += [f'<p class="note">{ahead.hidden:.4g} s of communication are covered by other work.</p>']
+    if ahead.kernels:
+        body += [
+            "<h2>Kernels, priced by rule</h2>",
+            _table(
+                ("kernel", "runs", "TFLOPs", "seconds", "rule"),
+                [
+                    (k.name, f"{k.runs:,.0f}", f"{k.flops / 1e12:,.4g}", f"{k.seconds:.4g}", k.rule)
+                    for k in ahead.kernels
+                ],
+                numbers=(1, 2, 3),
+            ),
         ]
     if plan.traffic:
         body += [
@@ -61,7 +74,7 @@ def render(plan: Plan) -> str:
                 ("kind", "over", "runs", "whole arrays", "on the wire", "exposed"),
                 [
                     (
-                        row.kind,
+                        written(row),
                         " + ".join(row.axes),
                         f"{row.count:,.0f}",
                         f"{row.payload / 1e9:,.3f} GB",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from maxlm.plan.collectives import Traffic
 from maxlm.plan.plan import Plan
 from maxlm.train.progress import format_duration
 
@@ -60,6 +61,11 @@ def mfu(causal: float | None, six_n: float | None) -> str:
     return f", MFU {causal:.1%} causal-exact, {six_n:.1%} by 6N"
 
 
+def written(row: Traffic) -> str:
+    """The kind that is emitted, and what the instructions are called where that is another."""
+    return row.kind + (f" (written as {', '.join(row.asked)})" if row.asked else "")
+
+
 def print_plan(plan: Plan, console: Console) -> None:
     """The whole page."""
     if not console.is_terminal:
@@ -109,7 +115,8 @@ def _time(plan: Plan) -> Table:
         return table
     for name, seconds in sorted(plan.forecast.parts.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{seconds:.4g}", f"{seconds / plan.forecast.seconds:.1%}")
-    table.add_row("(communication behind other work)", f"{plan.forecast.hidden:.4g}", "")
+    if plan.forecast.hidden:
+        table.add_row("(communication behind other work)", f"{plan.forecast.hidden:.4g}", "")
     return table
 
 
@@ -135,9 +142,8 @@ def _traffic(plan: Plan) -> Table:
         "what a device takes part in sending, a step", "kind", "over", "runs", "whole arrays", "on the wire", "exposed"
     )
     for row in plan.traffic:
-        asked = f" (written as {', '.join(row.asked)})" if row.asked else ""
         table.add_row(
-            row.kind + asked,
+            written(row),
             " + ".join(row.axes),
             f"{row.count:,.0f}",
             f"{row.payload / 1e9:,.3f} GB",

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 
 import pytest
+from jax.experimental import topologies
 
 from maxlm.chips import CHIPS
+from maxlm.plan import child
 from maxlm.plan import compile as compiling
 from maxlm.plan.compile import (
     CompileError,
@@ -21,6 +24,7 @@ from maxlm.plan.compile import (
     check_installed,
     compile_step,
     content_key,
+    is_kept,
     request_from_json,
 )
 from maxlm.plan.cuda import target_config
@@ -157,6 +161,8 @@ def test_what_was_compiled_is_read_again_and_found_by_content(tmp_path):
     assert content_key(dataclasses.replace(request, topology=with_chip(topology, price=1.0))) == key
     compiling._write(fake_step(), tmp_path / key)
     assert compiling._read(tmp_path / key) == fake_step()
+    assert is_kept(config, topology, cache=str(tmp_path), options={})
+    assert not is_kept(config, topology, cache=str(tmp_path), options={"x": "1"})
 
 
 @pytest.mark.parametrize("name", ["quickstart", "gemma3_27b", "deepseek_v3"])
@@ -166,6 +172,23 @@ def test_a_request_reaches_the_child_as_it_is(name):
     for topology in (parse_topology("2*v5p-256"), with_chip(parse_topology("h100x8x32"), kinds=(), price=1.5)):
         request = Request(config, topology, {"a": "1"}, False)
         assert request_from_json(request.as_json()) == request
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("4*v6e-1", {"num_slices": 4, "chips_per_host_bounds": (1, 1, 1)}),  # each of less than a host
+        ("v6e-1", {"chips_per_host_bounds": (1, 1, 1)}),
+        ("2*v5e-4", {"num_slices": 2}),
+        ("2*v6e-8", {"num_slices": 2}),
+    ],
+)
+def test_a_slice_of_less_than_a_host_is_asked_for_as_one_however_many_there_are(name, asked, monkeypatch):
+    def described(**given):
+        return SimpleNamespace(devices=[{key: given[key] for key in given if key not in ("topology_name", "platform")}])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", described)
+    assert child.devices_of(parse_topology(name)) == [asked]
 
 
 def with_chip(topology, **figures):

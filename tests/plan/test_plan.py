@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from maxlm import cli
 from maxlm.config import (
     AttentionConfig,
     Config,
@@ -20,12 +22,12 @@ from maxlm.config import (
     StoreConfig,
     TrainConfig,
 )
+from maxlm.configfile import source
 from maxlm.model.flops import ledger
 from maxlm.plan import child, hlo, network, predict
-from maxlm.plan.compile import (
-    Request,
-    Step,
-)
+from maxlm.plan import compile as compiling
+from maxlm.plan import forecast as forecasting
+from maxlm.plan.compile import Request, Step, content_key
 from maxlm.plan.explain import explanation
 from maxlm.plan.html import render
 from maxlm.plan.page import headlines, print_plan
@@ -36,6 +38,8 @@ from maxlm.train.finish import foretold
 from maxlm.train.report import Foretold
 from tests.plan.test_memory import BUFFERS, RANGES
 from tests.plan.test_plan_hlo import TPU
+from tests.runs import ROOT
+from tools import forecast as forecast_tool
 
 MODEL = ModelConfig(
     vocab_size=512, embed_dim=32, num_layers=2, attention=AttentionConfig(q_heads=4, kv_heads=2), mlp=MlpConfig(dim=64)
@@ -252,6 +256,8 @@ def test_the_pages_say_whether_it_fits_and_by_how_much():
         assert part in text
     page = render(fits)
     assert page.count("<svg") == 3 and "optimizer" in page and "http" not in page
+    for part in ("reduce-scatter (written as all-reduce)", "Kernels, priced by rule", fits.forecast.kernels[0].rule):
+        assert part in page
     said = json.loads(as_json(fits))
     assert said["memory"]["total"] == sum(said["memory"]["components"].values())
     assert said["fits"] and said["traffic"][0]["kind"] == "all-gather"
@@ -301,6 +307,58 @@ def test_no_utilisation_is_told_of_hardware_whose_peak_is_not_known():
     plan = dataclasses.replace(known, forecast=foretold)
     assert "tokens/s" in headlines(plan)[2] and "MFU" not in " ".join(headlines(plan)) + render(plan)
     assert json.loads(as_json(plan))["forecast"]["mfu_6n"] is None
+
+
+def test_all_figures_of_a_plan_for_cpus_are_of_the_time_that_was_calibrated(monkeypatch):
+    foretold = forecasting.Forecast({"products": 2e-3, "loss": 1e-3}, 0.0)
+    monkeypatch.setattr(forecasting, "calibrate", lambda config: None)
+    monkeypatch.setattr(forecasting, "forecast", lambda config, rates, device_bytes: foretold)
+    config, topology = tiny(data=4, fsdp=2), parse_topology("v5p:2x4x1")  # as if a file of chips gave a CPU its peak
+    made = make_plan(config, topology, fake_step())
+    plan = forecasting.on_this_machine(made, config)
+    ahead, peak = plan.forecast, topology.chip.peak("bfloat16")
+    assert made.forecast.hidden and made.forecast.kernels and made.forecast.busiest
+    assert not (ahead.hidden or ahead.kernels or ahead.busiest)
+    assert ahead.seconds == sum(ahead.parts.values()) == 3e-3 != made.forecast.seconds
+    assert ahead.mfu_causal == pytest.approx(ahead.model_flops / ahead.seconds / peak)
+    assert ahead.mfu_6n / ahead.mfu_causal == pytest.approx(made.forecast.mfu_6n / made.forecast.mfu_causal)
+    console = Console(record=True, width=130)
+    print_plan(plan, console)
+    for text in (console.export_text(), render(plan)):
+        assert "calibrated" in text and "priced by" not in text and "behind other work" not in text
+    peakless = dataclasses.replace(made.forecast, mfu_causal=None, mfu_6n=None, tokens_per_second=0.0)
+    unknown = forecasting.on_this_machine(dataclasses.replace(made, forecast=peakless), config).forecast
+    assert unknown.seconds == ahead.seconds and unknown.mfu_causal is None and unknown.mfu_6n is None
+
+
+def test_what_was_compiled_to_the_end_serves_a_question_of_memory_alone(tmp_path, monkeypatch, capsys):
+    """Which would have it compiled again, until its memory is laid out."""
+    monkeypatch.setattr(compiling, "check_installed", lambda *_: None)
+    file, topology = tmp_path / "config.py", parse_topology("v5p:2x4x1")
+    file.write_text(source(tiny(data=4, fsdp=2)))
+    options = compiling.compiler_options(topology.chip, accumulation=1)
+    key = content_key(Request(tiny(data=4, fsdp=2), topology, options, True))
+    compiling._write(fake_step(), tmp_path / "plans" / key)
+    args = [f"--config={file}", "--topology=v5p:2x4x1", "--memory_only", f"--plan_cache={tmp_path / 'plans'}"]
+    assert cli.main(["plan", *args, f"--json={tmp_path / 'plan.json'}"]) == 0
+    assert "compiled to the end before: that is read, and times are by the compiler's cycles" in capsys.readouterr().out
+    said = json.loads((tmp_path / "plan.json").read_text())
+    assert said["compiler"]["cached"] and said["compiler"]["to the end"] and said["forecast"]["by_cycles"]
+
+
+def test_a_forecast_beside_which_nothing_was_measured_says_so(tmp_path, monkeypatch, capsys):
+    """The peak of a process cannot be cleared everywhere."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # which the tool sets, for its process
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    figures = {"peak memory": (100.0, 92.0, "MiB"), "step": (1.2, 1.0, "s")}
+    found = {"figures": figures, "parts": {"products": 1.2}, "calibration": 9.0}
+    monkeypatch.setattr(forecast_tool, "compare", lambda args, devices, steps: found)
+    for memory, code, told in ((92.0, 0, "1.087"), (None, 1, "not measured"), (90.0, 1, "1.111")):
+        figures["peak memory"] = (100.0, memory, "MiB")
+        assert forecast_tool.main([f"--json={tmp_path / 'x.json'}"]) == code
+        assert told in capsys.readouterr().out
+    promise = (ROOT / "docs" / "plan.md").read_text()
+    assert all(f"{limit:.0%}" in promise for limit in forecast_tool.LIMITS.values())
 
 
 def test_a_compiled_plan_is_what_a_runs_report_reads(tmp_path):
