@@ -361,21 +361,20 @@ def _list_tfds(spec: str, name: str, field: str) -> Listing:
     if not dataset:
         raise SourceError(f"the source {spec!r} should read tfds:NAME/SPLIT (NAME may also be a prepared folder)")
     try:
-        if os.path.isdir(dataset):
+        if os.path.isdir(dataset) or os.path.isabs(dataset):
             builder = tfds.builder_from_directory(dataset)
         else:
             builder = tfds.builder(dataset, file_format="array_record")
             if isinstance(builder, tfds.core.BeamBasedBuilder) and not builder.is_prepared():
-                raise SourceError(
-                    f"the source {spec!r} is not there, and TFDS makes it with Apache Beam, often on many machines: "
-                    f"prepare it first (tfds build {dataset} --file_format=array_record) and name its folder, as in "
-                    f"tfds:/data/{builder.info.full_name}/{split}"
-                )
+                raise _to_prepare(spec, dataset, split, why="TFDS makes it with Apache Beam, often on many machines")
             builder.download_and_prepare()
         info = builder.info.splits[split]
         features = list(builder.info.features or ())
     except SourceError:
         raise
+    except tfds.core.DatasetNotFoundError:  # whose message lists all names that there are
+        why = "TFDS knows no such name, or needs TensorFlow to make it"
+        raise _to_prepare(spec, dataset, split, why=why) from None
     except Exception as error:  # tfds raises its own and many others for what a name can lack
         raise SourceError(f"the source {spec!r} cannot be opened: {error}") from None
     if field not in features:
@@ -396,6 +395,14 @@ def _list_tfds(spec: str, name: str, field: str) -> Listing:
     stats = [(path, _stat(path)) for path in _walk(folder)]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return _listing(spec, f"{field} of {split}", units, files)
+
+
+def _to_prepare(spec: str, dataset: str, split: str, *, why: str) -> SourceError:
+    """A data set that this program does not make, such as C4, and how to come by it."""
+    return SourceError(
+        f"the source {spec!r} is not there, and {why}: prepare it elsewhere (tfds build {dataset} "
+        f"--file_format=array_record) and name its folder, as in tfds:/data/{dataset}/VERSION/{split}"
+    )
 
 
 def _read_tfds(unit: Unit) -> Iterator[bytes | Skip]:
