@@ -6,8 +6,9 @@ both are done again: what does not repeat itself is a fault that comes and goes.
 
 On machines whose collectives sum in the order of the wiring, another placement may change the last bits by itself. The
 first audit of a process finds that out: where the two placements differ from each other, each the same twice, the
-audits compare two executions on the same devices from there on, and say so. If they differ so only later, a device has
-begun to compute something else, the same every time.
+audits compare two executions on the same devices from there on, and say so; for each batch shape anew, as the wiring
+may go by the size of what is summed. If they differ so only later, a device has begun to compute something else, the
+same every time.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Audit:
         self._setup, self._log = setup, log
         self._here: _Program | None = None
         self._there: _Program | None = None
-        self._checked = False  # an audit has shown that the placement does not matter
+        self._alike: dict[tuple[int, ...], bool] = {}  # by batch shape, once seen: the placement does not matter
 
     def check(self, state: TrainState, batch: Batch, *, step: int) -> None:
         """Computes the loss and gradients of a microbatch of `batch` (B, S) on both placements; changes nothing.
@@ -53,24 +54,25 @@ class Audit:
         """
         with jax.transfer_guard("allow"):  # a few digests come to the host
             self._here = self._here or _Program(self._setup, self._setup.mesh)
-            first = self._here(state, batch)
-            if self._setup.mesh.size == 1 or (self._there is None and self._checked):
+            first, shape = self._here(state, batch), batch.tokens.shape
+            alike = self._alike.get(shape)
+            if self._setup.mesh.size == 1 or alike is False:
                 self._judge(first, self._here(state, batch), step, where="on the same devices")
                 return
             self._there = self._there or _Program(self._setup, turned(self._setup.mesh))
             other = self._there(state, batch)
             if not _differing(first, other):
-                self._checked = True
+                self._alike[shape] = True
                 return
             self._judge(first, self._here(state, batch), step, where="on the same devices")
             self._judge(other, self._there(state, batch), step, where="on the devices beside them")
-        if self._checked:
+        if alike:
             raise SilentCorruption(
                 f"audit after step {step}: {_named(_differing(first, other))} come out differently on the devices "
                 "beside those that compute them, the same each time, and did not before: a device of this run has "
                 "begun to compute wrongly. Run the vendor's diagnostics; the run goes on from a checkpoint without it"
             )
-        self._checked, self._there = True, None
+        self._alike[shape] = False
         self._log(
             "audit: on these devices sums depend on the placement; audits compare two executions on the same devices"
         )
@@ -103,19 +105,19 @@ class _Program:
             return {path: digest_array(_one_nan(x)) for path, x in found.items()}
 
         self._digests = jax.jit(digests, out_shardings=named_sharding(mesh, ()))
-        self._compiled: jax.stages.Compiled | None = None
+        self._compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}  # by batch shape
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, np.ndarray]:
-        count = self._count if self._cut else 1
+        count, shape = self._count if self._cut else 1, batch.tokens.shape
         places = (self._shardings.params, jax.tree.map(lambda _: self._batch, batch), self._shardings.scale.scale)
-        if self._compiled is None:  # before anything that is computed together
+        if shape not in self._compiled:  # before anything that is computed together
             rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // count, *x.shape[1:]), x.dtype), batch)
             given = jax.tree.map(_placed, (state.params, rows, state.scale.scale), places)
-            self._compiled = self._digests.lower(*given).compile()
+            self._compiled[shape] = self._digests.lower(*given).compile()
             meet("audit")
         if count > 1:
             batch = jax.tree.map(lambda x: jax.device_put(first_of(x, count), x.sharding), batch)
-        return jax.device_get(self._compiled(*jax.device_put((state.params, batch, state.scale.scale), places)))
+        return jax.device_get(self._compiled[shape](*jax.device_put((state.params, batch, state.scale.scale), places)))
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -1,6 +1,7 @@
 """The audit: sound devices pass on any mesh, and a bit that comes out otherwise is put down to the right cause."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,13 @@ def test_processes_meet_between_compiling_and_running(tmp_path, monkeypatch):
     assert happened[happened.index("met") :] == ["met", "moved"]
     happened.clear()
     assert not module._differing(found, program(state, batch)) and happened == ["moved"]
+    # A phase of the data has other rows.
+    short = jax.tree.map(lambda x: jax.device_put(x[:, :32], x.sharding), batch)
+    happened.clear()
+    other = program(state, short)
+    assert happened[0] == "compiled" and happened[happened.index("met") :] == ["met", "moved"]
+    assert module._differing(found, other) and not module._differing(other, program(state, short))
+    assert not module._differing(found, program(state, batch))
 
 
 def test_a_gradient_is_compared_where_the_guard_would_refuse_it(tmp_path, monkeypatch):
@@ -132,3 +140,37 @@ def test_faults_are_told_apart(tmp_path, monkeypatch):
         faulty(always, lambda program, number: number == 2)
         with pytest.raises(SilentCorruption, match="on the same devices give other bits"):
             wired.check(state, batch, step=9)
+
+
+def test_what_the_wiring_does_is_found_out_for_each_shape(tmp_path, monkeypatch):
+    """Sums of one shape may depend on the placement where those of another do not."""
+    config = resolve(tiny_config(tmp_path, parallel__data=4), devices=4)
+    mesh = make_mesh(config.parallel, jax.devices()[:4])
+    executed = []
+
+    class Program:
+        def __init__(self, setup, mesh):
+            self.own = mesh is setup.mesh
+
+        def __call__(self, state, batch):
+            executed.append((self.own, batch.tokens.shape[1]))
+            return {"the loss": np.uint32(0 if self.own else wired(batch))}
+
+    def wired(batch):
+        return batch.tokens.shape[1] == 32
+
+    monkeypatch.setattr(module, "_Program", Program)
+    logged = []
+    audit = Audit(SimpleNamespace(mesh=mesh), log=logged.append)
+    long, short = random_batch(1), random_batch(1, length=32)
+    for batch, runs in ((long, [True, False]), (short, [True, False, True, False]), (long, [True, False])):
+        executed.clear()
+        audit.check(None, batch, step=1)
+        assert executed == [(own, batch.tokens.shape[1]) for own in runs]
+    assert len(logged) == 1
+    executed.clear()
+    audit.check(None, short, step=2)
+    assert executed == [(True, 32), (True, 32)]
+    monkeypatch.setattr(Program, "__call__", lambda self, state, batch: {"the loss": np.uint32(self.own)})
+    with pytest.raises(SilentCorruption, match="come out differently on the devices beside"):
+        audit.check(None, long, step=3)
