@@ -90,6 +90,7 @@ def test_config_dict_is_locked_and_typed():
         ("model__attention__latent__kv_dim", 8, "use an even number between 2 and 31"),
         ("model__rope__turns", (4.0, 1.0), "model.rope.turns is (4.0, 1.0), but has to be two, rising"),
         ("train__profile", (3,), "train.profile is (3,), but it is (first step, steps)"),
+        ("train__profile", (1000, 3), "train.profile is (1000, 3), but the last step is 999, counted from 0"),
         ("model__learned_positions", 100, "rows have up to 512 positions (data.sequence_length)"),
         ("optim__warmup_steps", 1000, "the warm-up would never end; use at most 999"),
         ("parallel__tensor", 3, "parallel.tensor is 3, which does not divide model.attention.q_heads"),
@@ -289,7 +290,8 @@ def test_differences_name_only_what_was_changed():
     [
         (500, 1000, 0.0, None),
         (1000, 500, 0.0, None),
-        (1000, 1500, 0.0, "checkpoint.every_steps 1000 and eval.every_steps 1500 do not divide one another"),
+        (600, 900, 0.0, "checkpoint.every_steps 600 and eval.every_steps 900 do not divide one another"),
+        (500, 2000, 0.0, "eval.every_steps is 2000 and train.steps 1000: there would be none before the end"),
         (500, 500, 6.0, "type checkpoint.mtbf_hours=0 or checkpoint.keep_best=0"),
     ],
 )

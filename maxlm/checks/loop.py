@@ -16,6 +16,11 @@ def check_loop(config: Config) -> Iterator[str]:
         yield f"eval.overlap is {config.eval.overlap}, but a window has {window} positions; use at most {window - 1}"
     if len(train.profile) not in (0, 2):
         yield f"train.profile is {train.profile}, but it is (first step, steps), or empty for none; type (10, 3)"
+    elif train.profile and train.profile[0] >= train.steps and not train.budget_seconds:
+        yield (
+            f"train.profile is {train.profile}, but the last step is {train.steps - 1}, counted from 0 (train.steps "
+            f"{train.steps}): no window would open; begin it there or before"
+        )
     if (train.remat == "custom") != bool(train.remat_names):
         yield (
             f"train.remat is {train.remat!r} with train.remat_names {train.remat_names!r}; remat=custom and a list of "
@@ -46,6 +51,11 @@ def _check_best(config: Config) -> Iterator[str]:
         return
     if not evaluations:
         yield "checkpoint.keep_best needs evaluations to judge by; set eval.every_steps, or checkpoint.keep_best=0"
+    elif evaluations > config.train.steps and not config.train.budget_seconds:
+        yield (
+            f"checkpoint.keep_best needs evaluations, but eval.every_steps is {evaluations} and train.steps "
+            f"{config.train.steps}: there would be none before the end; type fewer, or checkpoint.keep_best=0"
+        )
     elif max(saves, evaluations) % min(saves, evaluations):
         yield (
             f"checkpoint.keep_best needs evaluations of the states that are saved, but checkpoint.every_steps {saves} "
