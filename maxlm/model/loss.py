@@ -28,11 +28,10 @@ from maxlm.kernels.cross_entropy import (
 
 
 class LossOut(NamedTuple):
-    """Sums over the weighted positions, float32 (): -log p(target), squared log normaliser, weights."""
+    """Sums over the weighted positions, float32 (): -log p(target) and the squared log normaliser."""
 
     nll_sum: jax.Array
     z_sum: jax.Array
-    weight_sum: jax.Array
 
 
 def chunked_cross_entropy(
@@ -64,7 +63,7 @@ def chunked_cross_entropy(
     """
     with jax.named_scope("loss"):
         sums = _loss_sums(spread, Settings(chunk, softcap, z_loss), hidden_BSD, head_DV, targets_BS, weights_BS)
-        return LossOut(sums.nll, sums.z, weights_BS.sum())
+        return LossOut(sums.nll, sums.z)
 
 
 def token_nll(
