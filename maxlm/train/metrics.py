@@ -20,7 +20,7 @@ import types
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from maxlm.config import Config
 from maxlm.errors import UserError
@@ -79,14 +79,29 @@ class MetricsWriter:
             self._cut(step, without=kind)
 
     def _cut(self, step: int, *, without: str = "") -> Truncation:
-        """Closes the files, cuts them back, and opens them to go on from `step`."""
-        self._close_files()
-        self._workdir.mkdir(parents=True, exist_ok=True)
+        """Closes the files, cuts them back, and opens them to go on from `step`, with lines that waited for room.
+
+        Raises:
+          UserError: the disk does not take that.
+        """
+        self.flush()
+        waiting = self._lines.waiting() if self._lines else []
+        self._shut()
         path, done = self._workdir / FILE_NAME, Truncation(kept=0, dropped=0, unreadable=0, last_step=0)
-        if path.exists():
-            done = cut_metrics(path, step, without=without)
-        self._lines = _Lines(path)
-        self._events = _Events(self._workdir / EVENTS, purge_step=step + 1)
+        try:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                done = cut_metrics(path, step, without=without)
+            self._lines = _Lines(path)
+            self._events = _Events(self._workdir / EVENTS, purge_step=step + 1)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be cut back to step {step}, where the run goes on ({error}): see that there is room "
+                "and that it may be written; the same command goes on from the newest checkpoint"
+            ) from error
+        for line in waiting:
+            if _stays(_parse(line), step, without):
+                self._lines.write(line)
         self._last_step = step
         return done
 
@@ -114,7 +129,7 @@ class MetricsWriter:
                 )
             self._last_step = step
         record = {"kind": kind, "step": step, **plain(values)}
-        self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+        self._lines.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         numbers = dict(_numbers(kind, values))
         self._events.write(step, numbers)
         if self._tracker is not None:
@@ -149,28 +164,42 @@ class MetricsWriter:
 
     def _close_files(self) -> None:
         error = self.flush()
+        self._shut()
+        if error:
+            raise error
+
+    def _shut(self) -> None:
         if self._lines is not None:
             self._lines.close()
         if self._events is not None:
             self._events.close()
         self._lines = self._events = None
-        if error:
-            raise error
 
 
 class _Lines:
-    """Appends lines to a file. What the disk does not take stays here until it does."""
+    """Appends whole lines to a file. What the disk does not take stays here until it does."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
         self._left = bytearray()
 
-    def write(self, line: str) -> None:
-        self._left += line.encode()
+    def write(self, line: bytes) -> None:
+        self._left += line
+
+    def waiting(self) -> list[bytes]:
+        """The lines that the disk has not taken."""
+        return bytes(self._left).splitlines(keepends=True)
 
     def flush(self) -> None:
-        while self._left:
-            del self._left[: self._file.write(self._left)]
+        done = 0
+        try:
+            while done < len(self._left):
+                done += self._file.write(self._left[done:])
+        finally:
+            whole = self._left.rfind(b"\n", 0, done) + 1
+            if whole < done:  # of the next line a part
+                self._file.truncate(self._file.tell() - (done - whole))
+            del self._left[:whole]
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -205,31 +234,41 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def cut_metrics(path: Path, step: int, *, without: str = "") -> Truncation:
-    """Drops the records after `step`: a shorter file is written beside and takes the place, if anything is to go.
+    """Drops the records after `step`.
+
+    Those that end the file are cut off, for which a full disk has room. If others go, a shorter file is written beside
+    and takes the place.
 
     Args:
       without: the kind of which those of `step` itself go, too.
     """
-    beside = path.with_name(path.name + ".partial")
     kept = dropped = unreadable = last_step = 0
-    with path.open("rb") as old, beside.open("wb") as new:
-        for line in old:
-            record = _parse(line)
-            if record is None:
-                unreadable += 1
-            elif record["step"] > step or (record["step"] == step and record["kind"] == without):
-                dropped += 1
-            else:
-                new.write(line)
-                kept += 1
+    read = end = kept_bytes = 0  # end: where the last line that stays ends
+    with path.open("rb") as lines:
+        for line in lines:
+            record, read = _parse(line), read + len(line)
+            if _stays(record, step, without):
+                kept, kept_bytes, end = kept + 1, kept_bytes + len(line), read
                 last_step = record["step"] if record["kind"] == "step" else last_step
-        new.flush()
-        os.fsync(new.fileno())
-    if dropped or unreadable:
+            elif record is None:
+                unreadable += 1
+            else:
+                dropped += 1
+    if kept_bytes < end:
+        beside = path.with_name(path.name + ".partial")
+        with path.open("rb") as old, beside.open("wb") as new:
+            new.writelines(line for line in old if _stays(_parse(line), step, without))
+            new.flush()
+            os.fsync(new.fileno())
         os.replace(beside, path)
-    else:
-        beside.unlink()
+    elif end < read:
+        os.truncate(path, end)
     return Truncation(kept=kept, dropped=dropped, unreadable=unreadable, last_step=last_step)
+
+
+def _stays(record: dict[str, Any] | None, step: int, without: str) -> TypeGuard[dict[str, Any]]:
+    """Whether a record is there still when those after `step`, and of `step` those of a kind, are gone."""
+    return record is not None and (record["step"] < step or (record["step"] == step and record["kind"] != without))
 
 
 def plain(value: Any) -> Any:

@@ -152,7 +152,7 @@ def roll_back(run: Run, since: int, at: int) -> tuple[TrainState, int]:
         )
     rollbacks.append(Rollback(at, restored.step))
     if jax.process_index() == 0:
-        write_atomically(run.workdir / FILE_NAME, json.dumps([each._asdict() for each in rollbacks], indent=1) + "\n")
+        _record(run.workdir / FILE_NAME, rollbacks, trouble)
         run.home.push()
     set_others_aside(run.checkpointer, rollbacks)
     further = itertools.takewhile(lambda each: each.to >= restored.step, reversed(rollbacks))
@@ -164,6 +164,16 @@ def roll_back(run: Run, since: int, at: int) -> tuple[TrainState, int]:
     run.go_on_from(restored, skips(rollbacks))
     run.writer.write("rollback", restored.step, {"at": at, "since": since, "batches": passed})
     return restored.state, restored.step
+
+
+def _record(path: Path, rollbacks: Sequence[Rollback], trouble: str) -> None:
+    try:
+        write_atomically(path, json.dumps([each._asdict() for each in rollbacks], indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{trouble}, and the run cannot be taken back, as {path} cannot be written ({error}). Nothing has changed: "
+            "see that there is room and that it may be written; the same command goes on from the newest checkpoint"
+        ) from error
 
 
 def _restore(run: Run, newest: int) -> Restored | None:

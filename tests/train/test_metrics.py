@@ -129,8 +129,12 @@ def test_a_failed_replacement_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk gone")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk gone"):
-        writer(tmp_path, 2)
+    with writer(tmp_path, 4) as out:
+        out.write("cost", 4, {"x": 1})
+        out.flush()
+        before = lines(tmp_path)
+        with pytest.raises(UserError, match="cannot be cut back to step 4.*disk gone.*the same command goes on"):
+            out.drop("evaluation", 4)  # not the last record, so that those after it have to be written elsewhere
     assert lines(tmp_path) == before
 
 
@@ -276,6 +280,38 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert [record["step"] for record in read_metrics(tmp_path, "step")] == [1]
     assert [record["step"] for record in read_metrics(tmp_path, "step")] == list(range(1, 200))
+
+
+@pytest.mark.parametrize("room", [20, 0])
+def test_a_full_disk_has_room_for_going_back(tmp_path, room):
+    """Also where records wait for room: those of the way that is given up go, the others come when there is some."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path, Config(), process_index=0) as writer:
+        writer.truncate(0)
+        for step in range(1, 50):
+            writer.write("step", step, {"loss": 1.0 / step})
+        assert writer.flush() is None
+        size = (tmp_path / FILE_NAME).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
+        try:
+            for step in range(50, 60):
+                writer.write("step", step, {"loss": 1.0 / step})
+            assert isinstance(writer.flush(), OSError)
+            writer.truncate(55)
+            assert (tmp_path / FILE_NAME).stat().st_size == size  # no line in part
+            writer.write("step", 56, {"loss": 2.0})
+            writer.truncate(30)
+            assert writer.flush() is None and (tmp_path / FILE_NAME).stat().st_size < size
+            for step in range(31, 60):
+                writer.write("step", step, {"loss": 3.0})
+            assert isinstance(writer.flush(), OSError)
+            writer.truncate(58)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        writer.write("step", 59, {"loss": 4.0})
+    found = [(record["step"], record["loss"]) for record in read_metrics(tmp_path, "step")]
+    kept = [(step, 1.0 / step) for step in range(1, 31)]
+    assert found == [*kept, *((step, 3.0) for step in range(31, 59)), (59, 4.0)]
 
 
 def test_a_ledger_outlives_a_full_disk(tmp_path):

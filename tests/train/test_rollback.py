@@ -187,6 +187,20 @@ def test_bad_stretches_are_passed_over_the_second_time_from_further_back(world, 
 
 
 @pytest.mark.slow
+def test_a_disk_that_does_not_take_the_record_ends_the_run_where_it_was(world, whole, monkeypatch):
+    poisoned(monkeypatch, world, TWICE)
+    in_the_way = world.folder / "full" / ".rollbacks.json.partial"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(UserError, match="from step 11 to 12, and the run cannot be taken back, as .*rollbacks.json"):
+        run(world, "full")
+    assert not recorded(world.folder / "full")
+    in_the_way.rmdir()
+    run(world, "full")
+    assert recorded(world.folder / "full") == recorded(world.folder / "whole")
+    assert batches(world, "full") == batches(world, "whole") and losses(world, "full") == losses(world, "whole")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["recorded", "later"])
 def test_killed_at_a_rollback_or_after_it_the_run_goes_on_alike(world, whole, monkeypatch, moment):
     with pytest.MonkeyPatch.context() as first:
