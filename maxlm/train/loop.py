@@ -322,8 +322,9 @@ class Run:
         if values["rejections_in_row"] >= self.config.optim.guard.max_rejections:
             raise TrainingStopped(
                 f"the guard refused the updates of the last {values['rejections_in_row']} steps, up to step {step + 1} "
-                f"(loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}). The parameters are those from "
-                "before, and so are the checkpoints. Look at metrics.jsonl; lower optim.peak_lr, or raise "
+                f"(loss {values['loss']:.4g} of at most {values['loss_limit']:.4g}, gradient norm "
+                f"{values['grad_norm']:.4g} of at most {values['norm_limit']:.4g}). The parameters are those "
+                "from before, and so are the checkpoints. Look at metrics.jsonl; lower optim.peak_lr, or raise "
                 "optim.guard.threshold if the data has really shifted"
             )
 

@@ -114,7 +114,10 @@ def make_train_step(
                 "tokens": tokens,
                 "batch": digest_array(batch.tokens)[0],  # which tokens these were, on any mesh
                 "accepted": accept,
+                "loss_limit": verdict.loss_limit,
+                "norm_limit": verdict.norm_limit,
                 "rejections_in_row": new.guard.in_row,
+                "rejections": new.guard.total,
                 "updates": new.updates,
                 "loss_scale": state.scale.scale,
                 "norms": every(

@@ -139,12 +139,15 @@ def test_a_poisoned_batch_is_refused_once_and_leaves_no_trace(guarded, poison):
         bad = batch._replace(weights=np.full_like(batch.weights, float(poison)))
     metrics = guarded.step(bad)
     assert not metrics["accepted"]
-    assert metrics["rejections_in_row"] == 1
+    assert metrics["rejections_in_row"] == metrics["rejections"] == 1
+    # What was refused is beyond what is written down beside it.
+    within = metrics["loss"] <= metrics["loss_limit"] and metrics["grad_norm"] <= metrics["norm_limit"]
+    assert not within and np.isfinite([metrics["loss_limit"], metrics["norm_limit"]]).all()
     assert frozen(guarded.state) == before
     assert int(guarded.state.step) == 13
     for _ in range(3):
         metrics = guarded.step(batch)
-        assert metrics["accepted"] and metrics["rejections_in_row"] == 0
+        assert metrics["accepted"] and metrics["rejections_in_row"] == 0 and metrics["rejections"] == 1
     assert int(guarded.state.updates) == 15
 
 
