@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from maxlm.errors import UserError
 
@@ -47,6 +48,24 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterato
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """The file `path`, locked for as long as it is open here or in a child that inherits it; None: another has it.
+
+    Raises:
+      OSError: it cannot be opened, or the file system has no locks.
+    """
+    file = path.open("a", encoding="utf-8")  # what its holder has written stays
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def write_asked(path: str | None, content: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from maxlm import programs
 from maxlm.configfile import source
-from maxlm.files import write_atomically
+from maxlm.files import try_lock, write_atomically
 from maxlm.study.identity import commit, fingerprint_of, run_name
 from maxlm.study.plan import PlannedRun, plan
 from maxlm.study.results import Result, check_unchanged, outcome, read_result, write_plan, write_result
@@ -98,7 +97,7 @@ def run_study(
       UserError: the data cannot be prepared.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder / ".lock") as lock:
+    with try_lock(folder / ".lock") or contextlib.nullcontext() as lock:
         if lock is None:
             raise StudyError(f"another `maxlm study run` is at work in {folder}; wait for it, or give another --dir")
         runs, fingerprint = _prepared(study, folder)
@@ -248,7 +247,7 @@ class _Queue:
                 continue
             workdir = self.workdirs[run.label]
             workdir.mkdir(parents=True, exist_ok=True)
-            with _held(workdir / ".lock") as lock:
+            with try_lock(workdir / ".lock") or contextlib.nullcontext() as lock:
                 if lock is None:
                     continue  # left over from a study that was killed, and still training: later
                 self.waiting.remove(run)
@@ -433,18 +432,6 @@ def _last_words(workdir: Path, code: int) -> str:
     lines = path.read_text(errors="replace").split("\n") if path.exists() else []
     said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     return f"exit code {code} ({said[:200]})"
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[IO[Any] | None]:
-    """A lock on a file, which a child that inherits it keeps; None: another process has it."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield file
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from maxlm.heartbeat import Heartbeat, Standing
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
 from maxlm.train import rollback
+from maxlm.train.alone import alone
 from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
 from maxlm.train.finish import check_finish, finish
 from maxlm.train.goodput import Ledger, process_age
@@ -59,11 +60,12 @@ def train(config: Config, workdir: str | Path, *, log: Log, heartbeat: Heartbeat
 
     Raises:
       UserError: what is in `workdir` does not go with the config, no checkpoint is whole, too many updates in a row
-        were refused or too many saves in a row have failed, or a bucket does not answer.
+        were refused or too many saves in a row have failed, a bucket does not answer, or something else trains there.
     """
     settle_cpu_devices()
     run = decided(lambda: first_start(workdir))
-    with Home(workdir, log=log, writes=jax.process_index() == 0, run=run) as home:
+    place = Home(workdir, log=log, writes=jax.process_index() == 0, run=run)
+    with alone(place.folder, log=log), place as home:
         log = _silent if jax.process_index() else log
         try:
             train_at(config, home, log=log, heartbeat=heartbeat or Heartbeat())
