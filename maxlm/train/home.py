@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from maxlm.checkpoint.bucket import BucketReader
 from maxlm.errors import UserError
@@ -34,6 +34,7 @@ from maxlm.train.profile import FOLDER as PROFILE
 CHECKPOINTS, CONFIG = "checkpoints", "config.json"
 PREPARED = "data/prepared.json"
 RUN = "run.json"
+SAVED, WEIGHTS = "saved", "weights"  # of run.json: a step that was saved; digest of what it began with, if given
 PUSH_SECONDS = 60.0
 LARGE = 4 << 20  # bytes of a file that goes into the bucket now and then only when it has grown by GROWTH of it
 GROWTH = 0.1
@@ -137,6 +138,23 @@ class Home:
                     here = content
                 if here == content:
                     self._pushed[name] = _seen(file)
+
+    def facts(self) -> dict[str, Any]:
+        """What is written down of the run as a whole; {}: it was begun before anything was."""
+        content = _content(self.folder, RUN)
+        return {} if content is None else json.loads(content)
+
+    def note(self, name: str, fact: Any) -> None:
+        """Writes something down of the run as a whole, in the process that writes. Raises OSError."""
+        known = self.facts()
+        if self._writes and known and known.get(name) != fact:
+            write_atomically(self.folder / RUN, json.dumps(known | {name: fact}))
+
+    def note_saved(self, step: int) -> None:
+        """Writes down that there was a checkpoint, of `step`: then none at all means that they are gone."""
+        if SAVED not in self.facts():
+            with contextlib.suppress(OSError):  # the next one will be written down
+                self.note(SAVED, step)
 
     def push(self) -> None:
         """Copies into the bucket what has changed here and a restart needs.

@@ -6,6 +6,7 @@ nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -35,7 +36,7 @@ from maxlm.model.flops import ledger as flop_ledger
 from maxlm.resolve import as_config_dict
 from maxlm.train import rollback
 from maxlm.train.goodput import Ledger
-from maxlm.train.home import Home
+from maxlm.train.home import SAVED, Home
 from maxlm.train.metrics import MetricsWriter, read_metrics
 from maxlm.train.peak import Peak, describe_place, run_peak
 from maxlm.train.profile import FOLDER as PROFILE
@@ -358,9 +359,17 @@ class Run:
         with self.goodput.bucket("checkpoint_stall"):
             self.flush()
             result = self.checkpointer.save(step, state, metadata=self.metadata())
+            self.note_saved()
             self.goodput.checkpoint(step)
             self.settle_pace(self.checkpointer.pace, step, result.stall_seconds, self.checkpointer.write_seconds)
         self.tell_failures(step)
+
+    def note_saved(self) -> None:
+        """Writes down that the run has a checkpoint, once the first is there."""
+        if jax.process_index() == 0 and SAVED not in self.home.facts():
+            with contextlib.suppress(OSError):  # whether the storage answers, saves say
+                for first in self.checkpointer.steps()[:1]:
+                    self.home.note_saved(first)
 
     def score(self, step: int, held_out: Mapping[str, HeldOut]) -> None:
         """Says of the checkpoint of `step` how good it is, where the best are kept."""
@@ -428,4 +437,5 @@ class Run:
             self.save(state, step)
             self.checkpointer.wait()
             self.tell_failures(step)
+        self.note_saved()
         self.goodput.checkpoint(step)  # with what the wait has taken

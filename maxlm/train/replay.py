@@ -37,6 +37,7 @@ from maxlm.model.decoder import STACKS
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import ConfigError, resolve
 from maxlm.train import rollback
+from maxlm.train.first import other_weights
 from maxlm.train.home import Home, copied
 from maxlm.train.metrics import read_metrics
 from maxlm.train.peak import describe_place
@@ -53,7 +54,7 @@ class Replay(NamedTuple):
     """What was found, as it goes into --json.
 
     verdict: "data", "hardware", "numerics", "nothing", or "unlike" (the run was on another mesh, other devices,
-      other code or with other settings, so that its bits cannot be compared with these).
+      other code or with other settings, or began with other weights, so that its bits cannot be compared with these).
     why: that in a sentence.
     step: which, as in metrics.jsonl: the first is 1.
     start: batches consumed by the checkpoint that was started from; 0 may be the beginning.
@@ -109,11 +110,13 @@ def replay(place: str | Path, step: int, *, log: Log) -> Replay:
     checkpoints = open_reader(home.checkpoints, log=log)
     bench = _Bench(config, setup, loader, checkpoints)
     start, state = bench.begin(step - 1, log=log)
+    source = config.train.init_from
+    began_otherwise = other_weights(home, state.params, source) if source and not start else ""
     log(f"replaying step {step} twice from {f'the checkpoint of step {start}' if start else 'the beginning'}")
     first = bench.execute(start, state, step, norms=True)
     second = bench.execute(start, bench.state(start), step, norms=False)
     differing = [path for path in first.after if first.after[path] != second.after[path]]
-    unlike = _unlike(workdir, setup, start, step)
+    unlike = began_otherwise or _unlike(workdir, setup, start, step)
     verdict, why = _judge(
         _Evidence(records, first, second, differing, unlike, _non_finite(first, step)),
         step,
@@ -241,11 +244,13 @@ class _Evidence(NamedTuple):
 
 
 def _judge(found: _Evidence, step: int, *, damaged: Callable[[], str]) -> tuple[str, str]:
-    """(verdict, why)."""
+    """(verdict, why). Steps that are missing from what was written down, by a full disk, are not compared."""
     steps = sorted(found.first.figures)
-    for number in steps:
-        was, now = found.records.get(number), found.first.figures[number]
-        if was is not None and was["batch"] != now["batch"]:
+    known = [number for number in steps if number in found.records]
+    missing = f" ({len(steps) - len(known)} of the steps up to it were not written down)" if known != steps else ""
+    for number in known:
+        was, now = found.records[number], found.first.figures[number]
+        if was["batch"] != now["batch"]:
             return "data", (
                 f"the batch of step {number} has the digest {now['batch']}, and {was['batch']} was written down: the "
                 f"store, or what the order follows from, has changed; {damaged() or UNDAMAGED}"
@@ -262,18 +267,18 @@ def _judge(found: _Evidence, step: int, *, damaged: Callable[[], str]) -> tuple[
             f"two executions of step {step} on these devices leave other bits in {len(found.differing)} arrays, "
             f"{', '.join(found.differing[:_SHOWN])}; run the vendor's diagnostics on this machine"
         )
-    other_then = [number for number in steps if not _same(found.records.get(number, {}), found.first.figures[number])]
+    other_then = [number for number in known if not _same(found.records[number], found.first.figures[number])]
     if other_then and found.unlike:
-        apart = max(_apart(found.records.get(number, {}), found.first.figures[number]) for number in steps)
+        apart = max(_apart(found.records[number], found.first.figures[number]) for number in known)
         return "unlike", (
             f"two executions agree; they are {apart:.1e} from what was written down at most, whose bits cannot be "
-            f"compared: {found.unlike}"
+            f"compared: {found.unlike}{missing}"
         )
     if other_then:
         number = other_then[0]
         otherwise = (
             f"two executions agree here, and the run wrote down something else for step {number}: "
-            f"{_both(found.records[number], found.first.figures[number])}; "
+            f"{_both(found.records[number], found.first.figures[number])}{missing}; "
         )
         if damage := damaged():  # where documents begin is in no batch's digest
             return "data", f"{otherwise}{damage}"
@@ -282,22 +287,21 @@ def _judge(found: _Evidence, step: int, *, damaged: Callable[[], str]) -> tuple[
     if found.non_finite or not figures["accepted"]:
         what = f"the first tensor that is not finite is {found.non_finite}" if found.non_finite else "all is finite"
         refused = "" if figures["accepted"] else ", and the guard refused the update"
-        return "numerics", f"the step gives the same bits as then{refused}: {what}"
-    return "nothing", "the step gives the same bits as then, twice, and all of it is finite"
+        return "numerics", f"the step gives the same bits as then{missing}{refused}: {what}"
+    return "nothing", f"the step gives the same bits as then, twice, and all of it is finite{missing}"
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(name in one and np.array_equal(one[name], other[name], equal_nan=True) for name in COMPARED)
+    return all(np.array_equal(one[name], other[name], equal_nan=True) for name in COMPARED)
 
 
 def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """The largest relative distance of the figures that are compared."""
-    found = [abs(one[name] - other[name]) / max(abs(other[name]), 1e-30) for name in COMPARED if name in one]
-    return max(found, default=math.inf)
+    return max(abs(one[name] - other[name]) / max(abs(other[name]), 1e-30) for name in COMPARED)
 
 
 def _both(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {one.get(name)!r} and {other[name]!r}" for name in COMPARED)
+    return ", ".join(f"{name} {one[name]!r} and {other[name]!r}" for name in COMPARED)
 
 
 def _unlike(workdir: Path, setup: Setup, start: int, step: int) -> str:

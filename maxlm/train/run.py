@@ -5,9 +5,9 @@ Read `train_at` top to bottom; its steps are in `loop`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,11 @@ from maxlm import configfile
 from maxlm.checkpoint.bucket import open_checkpointer
 from maxlm.checkpoint.local import LocalCopies
 from maxlm.checkpoint.manager import Checkpointer
-from maxlm.checkpoint.reader import Restored
+from maxlm.checkpoint.reader import CheckpointError, Restored
 from maxlm.cluster import agree_on, decided
 from maxlm.compilation import settle_cpu_devices, use_compilation_cache
 from maxlm.config import Config
-from maxlm.convert.folder import carry
-from maxlm.convert.stored import CARRIED, VOCABULARY, carried_files, vocabulary
-from maxlm.convert.weights import open_weights
+from maxlm.convert.stored import VOCABULARY
 from maxlm.data.loader import Loader, check_records
 from maxlm.data.prepare import Prepared, prepare_data
 from maxlm.data.proof import Proof
@@ -35,8 +33,9 @@ from maxlm.train import rollback
 from maxlm.train.alone import alone
 from maxlm.train.budget import fitted_steps, recorded_steps, with_steps
 from maxlm.train.finish import check_finish, finish
+from maxlm.train.first import first_weights, settle_weights
 from maxlm.train.goodput import Ledger, process_age
-from maxlm.train.home import Home, copied, first_start
+from maxlm.train.home import SAVED, Home, first_start
 from maxlm.train.loop import Leaving, Run
 from maxlm.train.metrics import MetricsWriter, Truncation
 from maxlm.train.peak import describe_devices
@@ -162,10 +161,10 @@ def tell_cut(done: Truncation, start: int, *, log: Log) -> None:
         log(f"metrics.jsonl ends with step {done.last_step}, the run goes on from {start}: what is between is missing")
 
 
-def local_copies(config: Config, home: Home, *, log: Log) -> AbstractContextManager[LocalCopies | None]:
+def local_copies(config: Config, home: Home, *, log: Log) -> contextlib.AbstractContextManager[LocalCopies | None]:
     """The copies on this machine's own disk, if they are wanted."""
     folder = config.checkpoint.local_dir
-    return closing(LocalCopies(folder, home.place, log=log)) if folder else nullcontext()
+    return contextlib.closing(LocalCopies(folder, home.place, log=log)) if folder else contextlib.nullcontext()
 
 
 class Beginning(NamedTuple):
@@ -188,18 +187,42 @@ def begin(
     *,
     log: Log,
 ) -> Beginning:
-    """The newest checkpoint that is whole, or step 0."""
+    """The newest checkpoint that is whole, or step 0.
+
+    Raises:
+      CheckpointError: there is none, and there was one.
+      UserError: it does not go with the config.
+    """
     restored = restore(checkpointer, copies, setup, loader, run=home.run)
     if restored is None:
+        decided(lambda: check_none_saved(home), error=CheckpointError)
         params, vocab_size = first_weights(config, setup, home.folder, data, log=log)
+        if params is not None:
+            settle_weights(home, params, config.train.init_from, log=log)
         return Beginning(make_state(config, setup.optimizer, setup.shardings, params), 0, {}, vocab_size)
     step, metadata = restored.step, restored.metadata
+    if step > config.train.steps:
+        raise UserError(
+            f"the run in {home.place} is at step {step}, and train.steps is {config.train.steps}: type {step} or more, "
+            "or take its weights as they are with `maxlm generate` or `maxlm convert`"
+        )
+    home.note_saved(step)
     check_records(metadata["data"], loader.records(), step=step)
     state = as_configured(restored.state, config, metadata)
     if copies:
         copies.forget_after(step)
     log(f"continuing from the checkpoint of step {step}")
     return Beginning(state, step, metadata, metadata.get(VOCABULARY, config.model.vocab_size))
+
+
+def check_none_saved(home: Home) -> None:
+    """Raises CheckpointError where the run has had a checkpoint: they are gone, and it must not begin from scratch."""
+    saved = home.facts().get(SAVED)
+    if saved is not None:
+        raise CheckpointError(
+            f"the run in {home.place} has had checkpoints, that of step {saved} for one, and neither one nor a local "
+            f"copy is there: bring {home.checkpoints} back (is the disk mounted?), or start anew in another workdir"
+        )
 
 
 def restore(
@@ -222,41 +245,6 @@ def restore(
     step = restored.step  # the newer ones are damaged, and copies may go beyond this one
     del restored  # the devices may not have room for two states
     return copies.restore(wanted, after=step, usable=of_this_run) or checkpointer.restore(wanted)
-
-
-class First(NamedTuple):
-    """params: what the run begins with, on its mesh; None: they are drawn. vocab_size: rows that are not padding."""
-
-    params: dict[str, Any] | None
-    vocab_size: int
-
-
-def first_weights(config: Config, setup: Setup, workdir: Path, data: Prepared, *, log: Log) -> First:
-    """The parameters that the run begins with.
-
-    Of a vocabulary that was made longer, the rows that no token of the tokenizer has are padding. The config.json,
-    tokenizer and templates that belong to the weights are copied into the workdir, for generation and export.
-
-    Raises:
-      UserError: on every process, if one of them does not find them there.
-    """
-    if not config.train.init_from:
-        return First(None, config.model.vocab_size)
-    found: str | UserError
-    try:
-        source = copied(config.train.init_from, log=log)
-        place = open_weights(source, config.model, log=log)
-        found = source.name  # of a bucket's it tells the checkpoint: a run there may go on meanwhile
-    except UserError as error:
-        found = error
-    agree_on("train.init_from", found)
-    params = place(setup.shardings.params)
-    belonging = carried_files(source)
-    if belonging and jax.process_index() == 0:
-        carry(belonging, workdir / CARRIED)
-    log(f"beginning with the weights of {source}")
-    used = max(vocabulary(source), data.tokenizer.vocab_size)
-    return First(params, min(used, config.model.vocab_size))
 
 
 def prepare_together(config: Config, home: Home) -> Prepared:

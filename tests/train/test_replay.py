@@ -14,6 +14,8 @@ from maxlm.errors import UserError
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import as_config_dict, resolve
 from maxlm.train import replay as module
+from maxlm.train.first import other_weights, settle_weights
+from maxlm.train.home import Home, first_start
 from maxlm.train.metrics import FILE_NAME, read_metrics
 from maxlm.train.replay import replay
 from maxlm.train.run import train
@@ -136,6 +138,59 @@ def test_a_damaged_file_that_no_digest_of_a_batch_shows_is_found_before_hardware
     verdict, why = module._judge(evidence, 4, damaged=lambda: "offsets.bin is damaged")
     assert verdict == "data" and "offsets.bin is damaged" in why and "step 4" in why
     assert module._judge(evidence, 4, damaged=lambda: "")[0] == "hardware"
+
+
+def test_steps_that_were_not_written_down_are_not_held_against_anybody():
+    def figures(loss):
+        return {"loss": loss, "grad_norm": 2.0, "batch": 7, "accepted": True}
+
+    execution = module._Execution({step: figures(1.0) for step in (4, 5, 6)}, {}, {})
+    for loss, unlike, expected in ((1.0, "", "nothing"), (1.5, "", "hardware"), (1.5, "mesh was x", "unlike")):
+        evidence = module._Evidence({6: figures(loss)}, execution, execution, [], unlike, "")
+        verdict, why = module._judge(evidence, 6, damaged=lambda: "")
+        assert verdict == expected and "(2 of the steps up to it were not written down)" in why
+    assert "5.0e-01 from what was written down" in why
+    evidence = module._Evidence(execution.figures, execution, execution, [], "", "")
+    assert "written down" not in module._judge(evidence, 6, damaged=lambda: "")[1]
+
+
+def test_which_weights_a_run_began_with_is_written_down_and_another_beginning_is_told(tmp_path):
+    home, said = Home(tmp_path, log=print), []
+    one, other = ({"a": {"b": np.full(3, value, np.float32)}} for value in (1, 2))
+    one, other = (jax.tree.map(jax.device_put, params) for params in (one, other))
+    assert other_weights(home, one, "there") == "the run did not write down which weights of there it began with"
+    first_start(tmp_path)
+    for params, lines in ((one, 0), (one, 0), (other, 1), (other, 0)):
+        said.clear()
+        settle_weights(home, params, "there", log=said.append)
+        assert len(said) == lines and all("was begun before, with other weights: there has" in line for line in said)
+        assert other_weights(home, params, "there") == ""
+    assert other_weights(home, one, "there") == "the run began with other weights than there holds now"
+    assert home.facts()["id"] == home.run != ""
+
+
+@pytest.mark.slow
+def test_a_run_whose_first_weights_are_not_there_any_more_is_not_called_faulty(runs):
+    """They were another run's, which has trained on since. A start anew, before the first checkpoint, says so."""
+    source, workdir, said = copied(runs, "source"), runs / "follows", []
+    later = source / "checkpoints" / "5"
+    later.rename(source / "5.later")
+    config = tiny_config(
+        runs / "corpus",
+        train__steps=3,
+        train__norms_every=0,
+        train__compilation_cache=str(runs / "xla"),
+        train__init_from=str(source),
+        data__cache_dir=str(runs / "data"),
+    )
+    train(config, workdir, log=said.append)
+    assert replay(workdir, 2, log=said.append).verdict == "nothing"
+    (source / "5.later").rename(later)
+    found = replay(workdir, 2, log=said.append)
+    assert found.start == 0 and found.verdict == "unlike"
+    assert f"the run began with other weights than {source} holds now" in found.why
+    facts = Home(workdir, log=said.append).facts()
+    assert facts["saved"] == 3 and len(facts["weights"]) == 16
 
 
 def test_other_settings_are_told_from_faults_and_a_damaged_checkpoint_is_gone_past(runs):

@@ -3,11 +3,12 @@
 import functools
 import json
 import os
+import shutil
 import signal
 
 import pytest
 
-from maxlm.checkpoint.reader import CheckpointReader
+from maxlm.checkpoint.reader import CheckpointError, CheckpointReader
 from maxlm.config import PhaseConfig
 from maxlm.data.proof import HEAD_START, Proof
 from maxlm.errors import UserError
@@ -16,6 +17,7 @@ from maxlm.resolve import resolve
 from maxlm.train import finish, loop
 from maxlm.train.goodput import FILE_NAME as LEDGER
 from maxlm.train.goodput import summarise
+from maxlm.train.home import SAVED, Home
 from maxlm.train.metrics import Truncation, read_metrics
 from maxlm.train.outlook import outlook
 from maxlm.train.run import tell_cut, train
@@ -88,6 +90,11 @@ def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_sig
         changed = functools.reduce(lambda c, leaf: replace(c, leaf[0].split("__"), leaf[1]), leaves.items(), config)
         return train(changed, workdir, log=said.append)
 
+    with pytest.MonkeyPatch.context() as before:  # nothing is saved: it begins anew
+        at_evaluation(before, 1, fail)
+        with pytest.raises(MemoryError):
+            go()
+    assert not reader.steps() and SAVED not in Home(workdir, log=said.append).facts()
     with pytest.MonkeyPatch.context() as first:
         at_evaluation(first, 1, terminate)
         assert go() == EXIT_PREEMPTED
@@ -106,7 +113,7 @@ def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_sig
     assert reader.score_of(3) == whole_reader.score_of(3) == dict(evaluations(workdir))[3]
     assert reader.steps()[-1] == STEPS and not (workdir / "report.json").exists()
     records = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
-    assert [record["mark"] for record in records if record["process"] == 3][
+    assert [record["mark"] for record in records if record["process"] == 4][
         -1
     ] is False  # of the evaluation nothing is left
     steps = list(read_metrics(workdir, "step"))
@@ -122,13 +129,24 @@ def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_sig
     assert evaluations(workdir) == evaluations(whole)
     assert reader.score_of(STEPS) == dict(evaluations(workdir))[STEPS]
     records = [json.loads(line) for line in (workdir / LEDGER).read_text().splitlines()]
-    assert summarise(records).processes == 5
+    assert summarise(records).processes == 6
 
     # A mistaken start in its place is refused, and leaves the config that is written down.
     before = {path.name: path.read_bytes() for path in workdir.glob("config*")}
     with pytest.raises(UserError, match="batch"):
         train(replace(config, ["data", "batch_size"], 16), workdir, log=said.append)
     assert {path.name: path.read_bytes() for path in workdir.glob("config*")} == before
+
+    # So is one of fewer steps than were made, and one whose checkpoints are gone: it does not begin from scratch.
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is at step 6, and train.steps is 4: type 6 or more, or take its weights"):
+        go(train__steps=4)
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(
+        CheckpointError, match=f"has had checkpoints, that of step 1 for one, .*{workdir}/checkpoints back"
+    ):
+        go()
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics and json.loads((workdir / "run.json").read_text())["id"]
 
 
 def test_later_phases_have_their_own_cost_and_the_first_step_does_not_wait_for_the_proof(config, tmp_path, monkeypatch):
