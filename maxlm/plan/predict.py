@@ -17,7 +17,7 @@ import dataclasses
 import heapq
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from maxlm.config import Config
@@ -313,7 +313,7 @@ class _Walk:
 def _moved(instruction: Instruction, shapes: Mapping[str, str], module: Module) -> float:
     """Bytes that an instruction reads and writes; of a stack that a layer is taken from or put into, that layer."""
     if instruction.opcode == "fusion" and instruction.called:
-        return _moved_inside(module.computations[instruction.called[0]])
+        return _moved_inside(module.computations[instruction.called[0]], module)
     result = bytes_of(instruction.shape)
     taken = [bytes_of(shapes.get(name, "")) for name in instruction.operands]
     if "dynamic_update" in instruction.op_name or "dynamic-update" in instruction.name:
@@ -323,36 +323,60 @@ def _moved(instruction: Instruction, shapes: Mapping[str, str], module: Module) 
     return result + sum(taken)
 
 
-def _moved_inside(fusion: Sequence[Instruction]) -> float:
+def _moved_inside(fusion: Sequence[Instruction], module: Module) -> float:
     """`_moved` of what is fused into one: its inputs, and its results."""
+    return sum(_read(fusion, module).values()) + _written(fusion, module)
+
+
+def _origins(fusion: Sequence[Instruction]) -> Callable[[str], Instruction]:
+    """What made an array of a fusion, by the array's name: bitcasts make none."""
     made = {i.name: i for i in fusion}
 
     def origin(name: str) -> Instruction:
         found = made[name]
         return origin(found.operands[0]) if found.opcode == "bitcast" else found
 
+    return origin
+
+
+def _read(fusion: Sequence[Instruction], module: Module) -> dict[int, float]:
+    """Bytes that a fusion reads of each of its inputs, by its number. Fusions within it are looked into."""
+    origin, names = _origins(fusion), {i.name for i in fusion}
     uses: dict[str, list[tuple[Instruction, int]]] = {}
     for user in fusion:
         for place, name in enumerate(user.operands if user.opcode not in ("bitcast", "parameter", "tuple") else ()):
-            if name in made:
+            if name in names:
                 uses.setdefault(origin(name).name, []).append((user, place))
 
     def read(user: Instruction, place: int, whole: float) -> float:
+        if user.opcode == "fusion" and user.called:
+            return _read(module.computations[user.called[0]], module).get(place, whole)
         if user.opcode == "dynamic-slice" and not place:
             return min(bytes_of(user.shape), whole)
         return 0.0 if user.opcode == "dynamic-update-slice" and not place else whole
 
+    found = {}
+    for given in (i for i in fusion if i.opcode == "parameter"):
+        whole = bytes_of(given.shape)
+        found[int(given.operands[0])] = max((read(*use, whole) for use in uses.get(given.name, [])), default=0.0)
+    return found
+
+
+def _written(fusion: Sequence[Instruction], module: Module) -> float:
+    """Bytes that a fusion writes; of a stack that a layer is put into, that layer."""
+    origin = _origins(fusion)
+
     def written(result: Instruction) -> float:
+        if result.opcode == "parameter":
+            return 0.0
+        if result.opcode == "fusion" and result.called:
+            return _written(module.computations[result.called[0]], module)
         part = result.opcode == "dynamic-update-slice"
         return bytes_of(origin(result.operands[1]).shape if part else result.shape)
 
-    moved = 0.0
-    for given in (i for i in fusion if i.opcode == "parameter"):
-        whole = bytes_of(given.shape)
-        moved += max((read(user, place, whole) for user, place in uses.get(given.name, [])), default=0.0)
     root = next(i for i in fusion if i.root)
     results = [origin(name) for name in root.operands] if root.opcode == "tuple" else [origin(root.name)]
-    return moved + sum(written(result) for result in results if result.opcode != "parameter")
+    return sum(map(written, results))
 
 
 def _kernel_flops(name: str, instruction: Instruction, shapes: Mapping[str, str], config: Config) -> tuple[str, float]:

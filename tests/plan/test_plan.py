@@ -239,6 +239,45 @@ ENTRY %main (x: bf16[3,10], w: bf16[32,10,100], stack: bf16[32,3,20], i: s32[]) 
     assert predict._moved(module.computations["main"][-1], {}, module) == 60 + 2000 + 4 + 120 + 120
 
 
+def test_a_fusion_within_a_fusion_that_takes_or_puts_a_layer_moves_it_alone():
+    module = hlo.parse("""HloModule m
+
+%take (w: bf16[32,10,100], i: s32[]) -> bf16[10,100] {
+  %w = bf16[32,10,100]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %own = bf16[1,10,100]{2,1,0} dynamic-slice(%w, %i, %i, %i), dynamic_slice_sizes={1,10,100}
+  ROOT %flat = bf16[10,100]{1,0} bitcast(%own)
+}
+
+%place (i: s32[], stack: bf16[32,3,20], new: bf16[3,20]) -> bf16[32,3,20] {
+  %i = s32[] parameter(0)
+  %stack = bf16[32,3,20]{2,1,0} parameter(1)
+  %new = bf16[3,20]{1,0} parameter(2)
+  %layer = bf16[1,3,20]{2,1,0} bitcast(%new)
+  ROOT %put = bf16[32,3,20]{2,1,0} dynamic-update-slice(%stack, %layer, %i, %i, %i)
+}
+
+%inside (x: bf16[3,10], i: s32[], w: bf16[32,10,100], stack: bf16[32,3,20]) -> bf16[32,3,20] {
+  %x = bf16[3,10]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %w = bf16[32,10,100]{2,1,0} parameter(2)
+  %stack = bf16[32,3,20]{2,1,0} parameter(3)
+  %taken = bf16[10,100]{1,0} fusion(%w, %i), kind=kLoop, calls=%take
+  %product = bf16[3,20]{1,0} dot(%x, %taken)
+  ROOT %placed = bf16[32,3,20]{2,1,0} fusion(%i, %stack, %product), kind=kLoop, calls=%place
+}
+
+ENTRY %main (x: bf16[3,10], i: s32[], w: bf16[32,10,100], stack: bf16[32,3,20]) -> bf16[32,3,20] {
+  %x = bf16[3,10]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %w = bf16[32,10,100]{2,1,0} parameter(2)
+  %stack = bf16[32,3,20]{2,1,0} parameter(3)
+  ROOT %f = bf16[32,3,20]{2,1,0} fusion(%x, %i, %w, %stack), kind=kOutput, calls=%inside
+}
+""")
+    assert predict._moved(module.computations["main"][-1], {}, module) == 60 + 4 + 2000 + 120
+
+
 def test_the_pages_say_whether_it_fits_and_by_how_much():
     topology = parse_topology("v5p:2x4x1")
     fits = make_plan(tiny(data=4, fsdp=2), topology, fake_step())
