@@ -34,7 +34,8 @@ RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}  # hal
 ANSWER_SECONDS = 300.0  # for one object, retries included
 _PIECE = 16 << 20  # bytes of an object that are read at once
 _AT_ONCE = 8  # pieces that are asked for at once
-_LARGEST = 5 << 30  # bytes of an object that S3 takes in one request
+_LARGEST = {"s3": 5 << 30, "gs": 5 << 40}  # bytes of an object that is written by one request
+UNUSED_DAYS = 30  # after which what nobody has asked for is removed from this machine, where it is a copy
 _URL = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?")
 _DAMAGE = ("NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE", "DATA_LOSS", "INVALID_ARGUMENT")
 
@@ -163,10 +164,16 @@ class Folder:
         self._ask("", lambda store: store.delete_range(_everything()))
 
     def upload(self, file: Path, name: str) -> None:
-        """Copies a file there."""
-        if file.stat().st_size > _LARGEST:
-            raise UserError(f"{file} has more than 5 GiB, which is too much for one object of {self.url}")
+        """Copies a file there. Raises StorageError, too, for one that is too large."""
+        self.check_size(file)
         self.write(name, file.read_bytes())
+
+    def check_size(self, file: Path) -> None:
+        """Raises StorageError for a file that is too large for one object."""
+        if (size := file.stat().st_size) > (largest := _LARGEST[self._scheme]):
+            raise StorageError(
+                f"{file} has {size / 2**30:.1f} GiB, and an object of {self.url} may have {largest >> 30} at most"
+            )
 
     def download(
         self, name: str, file: Path, *, sha256: str = "", came_on: Callable[[int], None] = lambda size: None

@@ -156,6 +156,27 @@ def test_small_files_follow_a_run_and_the_buckets_count_unless_those_here_go_on(
         copied(f"{bucket}/none", log=print)
 
 
+def test_a_file_that_is_too_large_for_an_object_is_told_and_the_rest_goes_on(bucket, server, monkeypatch):
+    monkeypatch.setattr(home_module, "PUSH_SECONDS", 0.05)
+    monkeypatch.setitem(storage._LARGEST, "s3", 100)
+    said: list[str] = []
+
+    def wait_for(happened):
+        deadline = time.monotonic() + 20
+        while not happened():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    with Home(f"{bucket}/run", log=said.append) as home:
+        (home.folder / "metrics.jsonl").write_text("x" * 101)
+        wait_for(lambda: said)
+        with pytest.raises(StorageError, match="metrics.jsonl has 0.0 GiB, and an object of s3://"):
+            home.push()
+        (home.folder / "metrics.jsonl").write_text("x" * 100)
+        wait_for(lambda: puts(server, "metrics.jsonl"))  # by the thread
+    assert "metrics and reports could not be copied" in said[0] and storage._LARGEST["gs"] > storage._LARGEST["s3"]
+
+
 def puts(server, name):
     return sum(method == "PUT" and path.endswith(f"/{name}") for method, path in server.seen)
 
@@ -236,7 +257,7 @@ def test_a_copy_is_of_the_save_that_counts_now(bucket):
     commit(run, "1500-abc-1")
     before = copied(run.url, log=print)
     run.write("config.json", "new")
-    commit(run, "1500-abc-3")  # as `save(force=True)` or a rollback does
+    commit(run, "1500-abc-3")  # as a rollback does
     (run / "checkpoints" / "commits").remove("1500-abc-1")
     now = copied(run.url, log=print)
     assert held(now, 1500) == ["1500-abc-3"] * 6 and (now / "config.json").read_text() == "new"

@@ -113,8 +113,19 @@ def publish(store: Path, remote: Folder) -> None:
     """Copies a finished store into a bucket, its manifest last.
 
     What was interrupted is no store, and the next call writes the same again.
+
+    Raises:
+      StorageError: the bucket does not take it: a store of too many documents before any of it was copied.
     """
-    for file in sorted(path for path in store.iterdir() if path.is_file() and path.name != MANIFEST):
+    files = sorted(path for path in store.iterdir() if path.is_file() and path.name != MANIFEST)
+    try:
+        for file in files:
+            remote.check_size(file)
+    except StorageError as error:
+        raise StorageError(
+            f"{error}: make several stores of parts of the source, or one in a folder; this one is whole in {store}"
+        ) from None
+    for file in files:
         remote.upload(file, file.name)
     remote.upload(store / MANIFEST, MANIFEST)
 

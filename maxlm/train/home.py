@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Self
 from maxlm.checkpoint.bucket import BucketReader
 from maxlm.errors import UserError
 from maxlm.files import locked, write_among_others, write_atomically
-from maxlm.storage import Folder, cache_folder, is_bucket, local_name, on_this_machine
+from maxlm.storage import UNUSED_DAYS, Folder, cache_folder, is_bucket, local_name, on_this_machine
 from maxlm.train.metrics import EVENTS
 from maxlm.train.profile import FOLDER as PROFILE
 
@@ -38,7 +38,6 @@ SAVED, WEIGHTS = "saved", "weights"  # of run.json: a step that was saved; diges
 PUSH_SECONDS = 60.0
 LARGE = 4 << 20  # bytes of a file that goes into the bucket now and then only when it has grown by GROWTH of it
 GROWTH = 0.1
-UNUSED_DAYS = 30  # after which a copy of a bucket's checkpoint is removed from this machine
 
 Log = Callable[[str], None]
 

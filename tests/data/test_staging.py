@@ -189,6 +189,18 @@ def test_a_store_is_prepared_into_a_bucket_its_manifest_last(bucket, server, tmp
         prepare_store(entry, ByteTokenizer(), url, workers=1)
 
 
+def test_a_store_of_too_many_documents_is_refused_before_any_of_it_is_copied(bucket, tmp_path, monkeypatch):
+    made, remote = write(tmp_path / "store"), Folder(f"{bucket}/made")
+    largest = max(path.stat().st_size for path in made.path.glob("*.npy"))
+    with monkeypatch.context() as patch:
+        patch.setitem(storage._LARGEST, "s3", largest - 1)
+        with pytest.raises(StorageError, match=f"offsets.npy has .*make several stores.* is whole in {made.path}"):
+            staging.publish(made.path, remote)
+        assert remote.names() == []
+    staging.publish(made.path, remote)
+    TokenStore.open(remote.url).verify()
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_kill_between_the_manifest_and_the_move_leaves_no_second_copy(bucket, server, tmp_path, copied):
     corpus = write_corpus(tmp_path / "corpus", 20)
