@@ -109,14 +109,19 @@ def test_saves_that_go_on_failing_end_the_run_with_the_reason(bucket, server, co
 
 
 @pytest.mark.slow
-def test_local_copies_are_taken_where_they_go_beyond_the_checkpoint(corpus, tmp_path):
+def test_local_copies_are_taken_where_they_go_beyond_the_checkpoint(corpus, tmp_path, monkeypatch):
+    def killed(run, state):
+        raise KeyboardInterrupt
+
     lines: list[str] = []
     given = {"checkpoint__local_dir": str(tmp_path / "disk"), "checkpoint__local_every_steps": 2}
     given |= {"checkpoint__every_steps": 100, "checkpoint__mtbf_hours": 10.0, "optim__guard__max_rejections": 8}
     place = tmp_path / "run"
     assert train(config(corpus, 7), tmp_path / "whole", log=lines.append) == 0
-    assert train(config(corpus, 5, **given), place, log=lines.append) == 0
-    shutil.rmtree(place / "checkpoints")  # as if the run had been killed before its first checkpoint
+    with monkeypatch.context() as patch:  # killed before its first checkpoint
+        patch.setattr(opening, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(corpus, 5, **given), place, log=lines.append)
     assert train(config(corpus, 7, **given), place, log=lines.append) == 0
     assert any("using the local copies of step" in line for line in lines)
     assert any("continuing from the checkpoint of step" in line for line in lines)
@@ -125,6 +130,7 @@ def test_local_copies_are_taken_where_they_go_beyond_the_checkpoint(corpus, tmp_
         "kind",
         "step",
     }
+    assert not list((tmp_path / "disk").iterdir())  # the run has ended
 
 
 @pytest.mark.slow

@@ -6,6 +6,9 @@
         index.json       the record, where each shard stands and its SHA-256, the digests of the whole arrays; sealed
       2000.partial       is being written, or was
 
+They go when the run has ended with its last checkpoint; those of a run that did not come so far, where no copy has been
+written for UNUSED_DAYS days, when any run opens LOCAL.
+
 Each process keeps the shards of its own devices, so nothing crosses the network to save. To restore, every process says
 which copies it has, whole, and the newest step is taken of which each shard is in somebody's. A process that lost its
 disk gets its shards from those whose devices hold the same ones (along `data`, and wherever else the mesh replicates
@@ -15,10 +18,13 @@ processes that wrote them. On another one the run goes back to a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -45,11 +51,12 @@ from maxlm.checkpoint.reader import (
 )
 from maxlm.cluster import say_here, told
 from maxlm.errors import UserError
-from maxlm.storage import is_bucket, local_name
+from maxlm.storage import UNUSED_DAYS, is_bucket, local_name
 
 KEPT = 2  # copies: the newest may be damaged, or missing on a machine that died while it was written
 _OFFERED = 4  # newest steps that a process tells the others of
 _INDEX, _DATA = "index.json", "data"
+_RUN, _PROCESS = re.compile(r".+-[0-9a-f]{12}"), re.compile(r"process-\d{5}")
 
 Shards = dict[tuple[str, tuple[int, ...]], np.ndarray]  # by the path of the array and where in it they begin
 
@@ -80,6 +87,7 @@ class LocalCopies:
         self.folder = Path(folder).expanduser() / local_name(str(run)) / f"process-{jax.process_index():05d}"
         self._log = log
         self._own_log = say_here if jax.process_index() else log
+        _forget_unused(self.folder.parent, log=self._own_log)
         for left in sorted(self.folder.glob("*.partial")):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         self._writer = ThreadPoolExecutor(1, "local copy")
@@ -127,6 +135,13 @@ class LocalCopies:
         """Removes the copies of steps after `step`, where the run goes on from: they are of a way that was given up."""
         self.wait()
         self._remove_after(step)
+
+    def remove(self) -> None:
+        """Removes all copies of this process: there is a checkpoint of the step that the run ends with."""
+        self.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process of this machine has copies there
+            self.folder.parent.rmdir()
 
     def close(self) -> None:
         """Waits for the last copy."""
@@ -204,6 +219,20 @@ class LocalCopies:
     def _remove_after(self, step: int) -> None:
         for later in (found for found in self._steps() if found > step):
             shutil.rmtree(self.folder / str(later), ignore_errors=True)
+
+
+def _forget_unused(run: Path, *, log: Callable[[str], None]) -> None:
+    """Removes what other runs than `run` have left beside it long ago, and nothing that no run has written."""
+    for folder in sorted(run.parent.glob("*")):
+        if folder == run or not _RUN.fullmatch(folder.name):
+            continue
+        with contextlib.suppress(OSError):  # somebody else removes it
+            processes = list(folder.iterdir())
+            if not processes or not all(_PROCESS.fullmatch(process.name) for process in processes):
+                continue
+            if time.time() - max(process.stat().st_mtime for process in processes) > UNUSED_DAYS * 86400:
+                shutil.rmtree(folder)
+                log(f"removed {folder}: its run has copied nothing there in {UNUSED_DAYS} days")
 
 
 def _write_files(folder: Path, record: Record, shards: Shards, *, digests: np.ndarray, layout: str) -> None:

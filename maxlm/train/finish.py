@@ -36,6 +36,8 @@ def finish(run: Run, state: TrainState) -> None:
     step = run.config.train.steps
     run.save(state, step)
     run.settle_save(state, step)
+    if run.copies:
+        run.copies.remove()
     run.heed(step)
     held_out = run.evaluate(state, step)
     if not run.config.eval.documents:  # else it is no score beside those of fewer documents

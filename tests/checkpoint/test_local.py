@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from types import SimpleNamespace
 
 import jax
@@ -85,6 +86,38 @@ def test_copies_of_an_earlier_run_in_the_same_place_are_left_out(copies, tmp_pat
         assert begun("") is None
         copies.save(6, make_state(6, mesh(4, 2)), metadata={"data": {"skips": []}})  # by a run without an id
         assert begun("").step == 6 and begun("second") is None
+
+
+def test_copies_go_with_the_end_of_their_run_and_those_of_other_runs_when_they_are_old(copies, tmp_path):
+    save(copies, 3)
+    old, late, foreign = (
+        LocalCopies(tmp_path, f"s3://bucket/{name}", log=print) for name in ("old", "late", "foreign")
+    )
+    for other in (old, late, foreign):
+        save(other, 5)
+        other.close()
+    (foreign.folder.parent / "notes.txt").write_text("somebody's")
+    (tmp_path / "results-2024").mkdir()
+    month = time.time() - 31 * 86400
+    for folder in (copies.folder, old.folder, foreign.folder, tmp_path / "results-2024"):
+        os.utime(folder, (month, month))
+    lines: list[str] = []
+    again = LocalCopies(tmp_path, "s3://bucket/run", log=lines.append)
+    assert not old.folder.parent.exists() and lines == [
+        f"removed {old.folder.parent}: its run has copied nothing there in 30 days"
+    ]
+    assert late.folder.exists() and foreign.folder.exists() and (tmp_path / "results-2024").exists()
+    assert restore(again).step == 3  # its own, however old
+    peer = again.folder.with_name("process-00001")
+    peer.mkdir()
+    again.remove()
+    assert list(again.folder.parent.iterdir()) == [peer] and restore(again) is None
+    peer.rmdir()
+    again.remove()
+    assert not again.folder.parent.exists()
+    save(again, 7)
+    assert restore(again).step == 7
+    again.close()
 
 
 @pytest.mark.parametrize("file", ["data", "index.json"])
