@@ -389,7 +389,9 @@ class CheckpointConfig:
     max_failures: int = leaf(3, "saves in a row that may fail; the last of them ends the run", unit="saves", low=1)
     keep_latest: int = leaf(2, "newest checkpoints kept", low=1)
     keep_best: int = leaf(0, "checkpoints with the lowest held-out bits per byte kept besides", low=0)
-    keep_every_steps: int = leaf(0, "checkpoints at multiples of this are kept for good; 0: none", unit="steps", low=0)
+    keep_every_steps: int = leaf(
+        0, "the first checkpoint at or after each multiple of this is kept for good; 0: none", unit="steps", low=0
+    )
     keep_every_hours: float = leaf(0.0, "one checkpoint in this many hours is kept for good; 0: none", unit="h", low=0)
 
 

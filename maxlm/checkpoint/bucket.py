@@ -287,7 +287,7 @@ class BucketCheckpointer(BucketReader, Checkpointer):
         try:
             names = self._committed_folders()
             commits = _by_step(names)
-            retired = self._retention.retired(commits)
+            retired = self._retention.retired(commits, back_to=self.back_to)
             for name in names:
                 step = _step(name)
                 if step not in retired and name == commits[step]:

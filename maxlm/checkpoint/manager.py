@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -45,6 +46,7 @@ BEST_METRIC = "heldout_bits_per_byte"
 LOCAL_FAILURES = 10.0  # of so many failures one takes a machine's disk with it, and needs more than local copies
 SAVE_SECONDS = 600  # on a disk, from begin to commit: so long the others wait for a process whose part has failed
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_RETIRED = ".retired"
 
 
 class SaveResult(NamedTuple):
@@ -80,13 +82,16 @@ class Checkpointer(CheckpointReader):
         self._failure: CheckpointError | None = None
         self.failures = 0  # saves in a row that have failed
         self.before_commit: Callable[[], None] = lambda: None  # in process 0, into a bucket: what has to be there first
+        self.back_to: int | None = None  # updates are being refused: a rollback would need those up to this step
         self._writing: int | None = None
+        self._highest = -1  # step that Orbax was given to write since it last looked at the directory
         self._clock_start: float | None = None
         mtbf = config.mtbf_hours * 3600 * (LOCAL_FAILURES if config.local_dir else 1.0)
         self.pace = Pace(config.every_steps, mtbf=mtbf)
         self.write_seconds = 0.0  # from begin to commit, of the last save that was waited for
         self._began = 0.0
         self._retention = _Retention(config, self)
+        self._remover = ThreadPoolExecutor(1, "retired checkpoints")
         self._manager = self._open()
 
     def due(self, step: int, now: float) -> bool:
@@ -110,24 +115,16 @@ class Checkpointer(CheckpointReader):
         for leaf in array_paths(abstract_state).values():
             digest.lower(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)).compile()
 
-    def save(
-        self,
-        step: int,
-        state: Any,
-        *,
-        metadata: Mapping[str, Any],
-        force: bool = False,
-    ) -> SaveResult:
+    def save(self, step: int, state: Any, *, metadata: Mapping[str, Any]) -> SaveResult:
         """Starts to save a state; the caller may donate it as soon as this returns.
 
-        A save still under way is waited for. Failures to write are logged and given by `pending_error`.
+        A save still under way is waited for. Failures to write are logged and given by `pending_error`. A checkpoint
+        of this step that is there stays, and nothing is saved.
 
         Args:
             step: batches consumed.
             state: pytree of arrays.
             metadata: what the checkpoint says of itself: anything that JSON can hold.
-            force: a checkpoint of this step that exists is set aside as `<step>.replaced-<n>`; otherwise it stays, and
-                nothing is saved.
 
         Raises:
             TypeError: if the state holds something else than arrays, or the metadata is no JSON.
@@ -147,10 +144,9 @@ class Checkpointer(CheckpointReader):
         pending = list(digest_each(leaves).values())  # runs on the devices while the next line waits
         self.wait()
         if self._exists(step):
-            if not force:
-                self._log(f"checkpoint {step} is there already and stays: nothing was saved")
-                return SaveResult(False, time.perf_counter() - start)
-            self.set_aside([step], "replaced")
+            self.failures = 0  # whatever failed, failed after its commit
+            self._log(f"checkpoint {step} is there already and stays: nothing was saved")
+            return SaveResult(False, time.perf_counter() - start)
         self._writing, self._began = step, time.perf_counter()
         self._retention.add(record)
         problem = None
@@ -238,6 +234,7 @@ class Checkpointer(CheckpointReader):
         self.wait()
         if self._manager is not None:
             self._manager.close()
+        self._remover.shutdown()
 
     def leave(self) -> None:
         """Like `close`, where this process alone may have failed: it waits for nothing that the others have to come to.
@@ -262,8 +259,11 @@ class Checkpointer(CheckpointReader):
 
     def _start(self, record: Record, sealed: Mapping[str, Any], leaves: Mapping[str, jax.Array], digests: Any) -> None:
         """Begins to write. Raises OSError."""
+        if record.step <= self._highest:  # the run has gone back, and Orbax still counts what was retired since
+            self._reopen()
         if self._manager is None:
             self._manager = self._open()
+        self._highest = record.step
         items = {
             STATE_ITEM: ocp.args.PyTreeSave({"arrays": from_paths(leaves), "digests": digests}),
             RECORD_ITEM: ocp.args.JsonSave(sealed),
@@ -282,6 +282,8 @@ class Checkpointer(CheckpointReader):
                 self._manager.close()
         except Exception as error:  # whatever the storage raised on its thread
             return describe(error)
+        finally:
+            self._remover.shutdown()
         return None
 
     def _write_score(self, step: int, content: str) -> None:
@@ -290,6 +292,22 @@ class Checkpointer(CheckpointReader):
 
     def _committed(self, step: int) -> None:
         """All processes know that `step` is whole."""
+        if jax.process_index() == 0:
+            self._retire()
+
+    def _retire(self) -> None:
+        """Takes away what need not be kept now, and deletes it on a thread. Failing at that harms nothing."""
+        try:
+            retired = self._retention.retired(self.steps(), back_to=self.back_to)
+        except OSError as error:
+            self._log(f"what need not be kept was not looked for: {describe(error)}")
+            return
+        for step in retired:
+            try:
+                self.path(step).rename(self.directory / f"{step}{_RETIRED}")  # no half of it ever counts
+            except OSError as error:
+                self._log(f"checkpoint {step} need not be kept and was not removed: {describe(error)}")
+        self._remover.submit(self._remove_all, f"*{_RETIRED}", "")
 
     def _saving(self) -> bool:
         """Whether something is being written."""
@@ -306,7 +324,7 @@ class Checkpointer(CheckpointReader):
 
     def _make(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        self._remover.submit(self._sweep).result()  # when it has removed what it is removing
 
     def _view(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -317,7 +335,8 @@ class Checkpointer(CheckpointReader):
                 RECORD_ITEM: ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._retention,
+                # What Orbax retires it deletes in place, and when it cannot, the save that was done by then has failed.
+                preservation_policy=policies.LatestN(None),
                 async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
                 # Orbax's own metadata has no seal; a damaged one must not keep a run from starting.
                 lightweight_initialize=True,
@@ -328,11 +347,21 @@ class Checkpointer(CheckpointReader):
         )
 
     def _sweep(self) -> None:
-        """Removes what an interrupted save left behind, by name."""
-        for folder in sorted(self.directory.glob(f"*{_TEMPORARY}*")):
+        """Removes what an interrupted save or removal left behind, by name."""
+        self._remove_all(f"*{_TEMPORARY}*", "the save of this checkpoint was interrupted")
+        self._remove_all(f"*{_RETIRED}", "its removal was interrupted")
+
+    def _remove_all(self, pattern: str, why: str) -> None:
+        """Deletes folders. It says so where it is told why, and always where it cannot."""
+        left = []
+        for folder in sorted(self.directory.glob(pattern)):
             shutil.rmtree(folder, ignore_errors=True)
-            what = "could not be removed" if folder.exists() else "removed"
-            self._log(f"{what} {folder.name}: the save of this checkpoint was interrupted")
+            if folder.exists():
+                left.append(folder.name)
+            elif why:
+                self._log(f"removed {folder.name}: {why}")
+        if left:
+            self._log(f"could not remove all of {', '.join(left)} in {self.directory}; the next start tries again")
 
     def set_aside(self, steps: Sequence[int], why: str) -> None:
         """Renames checkpoints to `<step>.<why>-<n>`, so that they no longer count as such.
@@ -352,7 +381,7 @@ class Checkpointer(CheckpointReader):
 
     def _reopen(self) -> None:
         """Lets Orbax see the directory as it is now. (Its `reload` would read metadata that may be damaged.)"""
-        manager, self._manager = self._manager, None
+        manager, self._manager, self._highest = self._manager, None, -1
         try:
             if manager is not None:
                 manager.close()
@@ -384,7 +413,7 @@ class _Info:
 
 
 class _Retention:
-    """Orbax's policies over what our records say of time and metrics (Orbax's own notes of them are not sealed)."""
+    """Which checkpoints stay, by what our records say of time and score (Orbax's own notes of them are not sealed)."""
 
     def __init__(self, config: CheckpointConfig, reader: CheckpointReader):
         chosen: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_latest)]
@@ -397,12 +426,10 @@ class _Retention:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        if config.keep_every_steps:
-            chosen.append(policies.EveryNSteps(config.keep_every_steps))
         if config.keep_every_hours:
             chosen.append(policies.EveryNSeconds(config.keep_every_hours * 3600))
         self._policy = policies.AnyPreservationPolicy(chosen)
-        self._reader = reader
+        self._config, self._reader = config, reader
         self._known: dict[int, _Info] = {}
 
     def add(self, record: Record) -> None:
@@ -415,21 +442,25 @@ class _Retention:
         if (info := self._info(step)) and not math.isnan(score):
             info.metrics = {BEST_METRIC: score}
 
-    def should_preserve(
-        self,
-        checkpoints: Sequence[policies.PolicyCheckpointInfo],
-        *,
-        context: policies.PreservationContext,
-    ) -> Sequence[bool]:
-        """Which of the checkpoints stay; the newest is the one with the highest step."""
-        retired = set(self.retired([each.step for each in checkpoints], context))
-        return [each.step not in retired for each in checkpoints]
+    def retired(self, steps: Iterable[int], *, back_to: int | None) -> list[int]:
+        """Those of the steps that need not stay; the newest is the one with the highest step.
 
-    def retired(self, steps: Iterable[int], context: policies.PreservationContext | None = None) -> list[int]:
-        """Those of the steps that need not stay. Raises StorageError: a bucket did not answer."""
+        Args:
+            back_to: a rollback would need the newest up to this step, and those before it if that does not help.
+
+        Raises:
+            StorageError: a bucket did not answer.
+        """
         ordered = [info for info in map(self._info, sorted(steps)) if info is not None]
-        keep = self._policy.should_preserve(ordered, context=context or policies.PreservationContext())
-        return [info.step for info, stays in zip(ordered, keep, strict=True) if not stays]
+        keep = self._policy.should_preserve(ordered, context=policies.PreservationContext())
+        kept = {info.step for info, stays in zip(ordered, keep, strict=True) if stays}
+        found = [info.step for info in ordered]
+        if every := self._config.keep_every_steps:
+            firsts = {step // every: step for step in reversed(found)}
+            kept.update(step for multiple, step in firsts.items() if multiple)
+        if back_to is not None:
+            kept.update([step for step in found if step <= back_to][-self._config.keep_latest :])
+        return [step for step in found if step not in kept]
 
     def _info(self, step: int) -> _Info | None:
         """None: its record cannot be read, perhaps for a moment only. It stays, and is asked for the next time."""

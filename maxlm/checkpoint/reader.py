@@ -94,13 +94,6 @@ class Restored(NamedTuple):
     metadata: dict[str, Any]
 
 
-class Described(NamedTuple):
-    """What a checkpoint says of itself."""
-
-    step: int
-    metadata: dict[str, Any]
-
-
 class Damage(NamedTuple):
     """A checkpoint that did not stand the test, and why."""
 
@@ -143,30 +136,6 @@ class CheckpointReader:
         if not self.directory.is_dir():
             return []
         return sorted(int(p.name) for p in self.directory.iterdir() if _STEP_NAME.fullmatch(p.name) and p.is_dir())
-
-    def latest_metadata(self) -> Described | None:
-        """The metadata of the newest checkpoint that has a readable record; reads no arrays.
-
-        Returns:
-            None if there is no checkpoint at all.
-
-        Raises:
-            CheckpointError: if no record of any checkpoint can be read.
-        """
-        damaged = []
-        for step in reversed(self._candidates(None)):
-            try:
-                record = self.record(step)
-            except StorageError:
-                raise
-            except (OSError, ValueError) as error:
-                damaged.append(Damage(step, self.path(step), describe(error)))
-                self._log(str(damaged[-1]))
-                continue
-            return Described(record.step, record.metadata)
-        if damaged:
-            raise self._none_whole(damaged)
-        return None
 
     def restore_params(
         self, abstract_params: Any, *, step: int | None = None, part: str = PARAMS, leaving: str | None = None

@@ -358,6 +358,7 @@ class Run:
         """Starts a checkpoint; what it says of the run makes it readable by itself."""
         with self.goodput.bucket("checkpoint_stall"):
             self.flush()
+            self.checkpointer.back_to = rollback.back_to(self.sentries.refusals.steps, self.rollbacks, step)
             result = self.checkpointer.save(step, state, metadata=self.metadata())
             self.note_saved()
             self.goodput.checkpoint(step)

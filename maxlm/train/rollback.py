@@ -95,6 +95,27 @@ def skips(rollbacks: Sequence[Rollback]) -> tuple[Skip, ...]:
     return tuple(Skip(to, at - to) for at, to in rollbacks)
 
 
+def back_to(refused: Sequence[int], rollbacks: Sequence[Rollback], done: int) -> int | None:
+    """The newest step that a rollback could go back to if more updates are refused now; None: any will do.
+
+    Args:
+      refused: the steps lately refused.
+      done: batches consumed.
+    """
+    since = refused[0] if refused else done
+    return _newest(since, rollbacks) if refused or _again(since, rollbacks) else None
+
+
+def _again(since: int, rollbacks: Sequence[Rollback]) -> bool:
+    """Whether it is the same trouble, before the run has come past where it turned: it began earlier than was seen."""
+    return bool(rollbacks) and since < rollbacks[-1].at
+
+
+def _newest(since: int, rollbacks: Sequence[Rollback]) -> int:
+    """The newest step to go back to when the first of the refusals was at step `since`."""
+    return min(since, rollbacks[-1].to - 1) if _again(since, rollbacks) else since
+
+
 def set_others_aside(checkpointer: Checkpointer, rollbacks: Sequence[Rollback]) -> None:
     """Takes the checkpoints of the way that the last rollback gave up out of the way, if a kill has left any.
 
@@ -140,15 +161,17 @@ def roll_back(run: Run, since: int, at: int) -> tuple[TrainState, int]:
             f"as they were. Look at metrics.jsonl and {FILE_NAME}; lower optim.peak_lr, look at the data, or raise the "
             "third number of optim.guard.rollback"
         )
-    # The same trouble again, before the run has come past where it turned: then it has begun earlier than was seen.
-    again = bool(rollbacks) and since < rollbacks[-1].at
-    newest = min(since, rollbacks[-1].to - 1) if again else since
+    newest = _newest(since, rollbacks)
     run.checkpointer.wait()
     restored = _restore(run, newest)
     if restored is None:
+        every = run.config.checkpoint.every_steps
+        advice = "keep more of them (checkpoint.keep_latest, keep_every_steps)"
+        if newest < every:
+            advice = f"the first was due at step {every}: lower checkpoint.every_steps"
         raise UserError(
-            f"{trouble}, and no whole checkpoint of step {newest} or before is left to go back to; keep more of them "
-            "(checkpoint.keep_latest, keep_every_steps), or lower optim.peak_lr"
+            f"{trouble}, and there is no whole checkpoint of step {newest} or before to go back to; {advice}, or lower "
+            "optim.peak_lr"
         )
     rollbacks.append(Rollback(at, restored.step))
     if jax.process_index() == 0:

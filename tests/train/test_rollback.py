@@ -77,6 +77,25 @@ def test_refusals_are_counted_within_so_many_steps_and_not_while_the_loss_scale_
         never.read(step, step)
 
 
+def test_what_a_rollback_would_go_back_to():
+    """What is told beforehand, for the retention, is what a rollback then takes."""
+    back_to, once = rollback.back_to, [Rollback(at=180, to=100)]
+    assert back_to([], [], 120) is None and back_to([101, 121], [], 140) == 101
+    assert back_to([], once, 120) == 99 and back_to([110], once, 120) == 99  # the same trouble again: further back
+    assert back_to([], once, 180) is None and back_to([190], once, 200) == 190  # past it
+
+
+@pytest.mark.parametrize(("newest", "advice"), [(4, "the first was due at step 5: lower checkpoint.every_steps"),
+                                                (5, r"keep more of them \(checkpoint.keep_latest")])  # fmt: skip
+def test_without_a_checkpoint_to_go_back_to_it_says_what_to_change(newest, advice):
+    checkpointer = SimpleNamespace(wait=lambda: None, steps=lambda: [10, 15])
+    run = SimpleNamespace(
+        config=tiny_config("", optim__guard__rollback=(2, 6, 2)), checkpointer=checkpointer, rollbacks=[]
+    )
+    with pytest.raises(UserError, match=f"no whole checkpoint of step {newest} or before to go back to; {advice}"):
+        rollback.roll_back(run, newest, 12)
+
+
 @pytest.mark.parametrize("rule", [(0, 8, 1), (4, 3, 1), (2, 8, 0)])
 def test_a_rule_that_cannot_be_is_refused(tmp_path, rule):
     with pytest.raises(UserError, match=r"optim.guard.rollback is .*; give \(K, M, N\)"):
@@ -114,7 +133,7 @@ def world(tmp_path_factory):
         train__steps=STEPS,
         train__compilation_cache=str(folder / "xla"),
         checkpoint__every_steps=3,
-        checkpoint__keep_latest=4,
+        checkpoint__keep_latest=2,
         optim__guard__rollback=(2, 6, 2),
     )
     config = replace(config, ["data", "prefetch"], 0)
@@ -156,7 +175,7 @@ def losses(world, name):
     return [record["loss"] for record in read_metrics(world.folder / name, "step")]
 
 
-TWICE = {10, 11, 13, 14}  # the second stretch is met right after the first was passed over
+TWICE = {10, 13, 14, 17}  # a save between two; the second stretch is met right after the first was passed over
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +186,11 @@ def whole(world):
 
 
 def test_bad_stretches_are_passed_over_the_second_time_from_further_back(world, whole):
-    assert recorded(world.folder / "whole") == [Rollback(at=12, to=9), Rollback(at=12, to=6)]
-    assert batches(world, "whole") == [*range(6), *range(15, 15 + STEPS - 6)]
+    assert recorded(world.folder / "whole") == [Rollback(at=14, to=9), Rollback(at=13, to=6)]
+    assert batches(world, "whole") == [*range(6), *range(18, 18 + STEPS - 6)]
     assert np.isfinite(losses(world, "whole")).all()
-    assert "were refused, from step 11 to 12: back to the checkpoint of step 9, past 3 batches (rollback 1" in whole
-    assert "back to the checkpoint of step 6, past 9 batches (rollback 2 of at most 2)" in whole
+    assert "were refused, from step 11 to 14: back to the checkpoint of step 9, past 5 batches (rollback 1" in whole
+    assert "back to the checkpoint of step 6, past 12 batches (rollback 2 of at most 2)" in whole
     # What the checkpoints say of the data is what the loader needs, and all of it.
     reader = CheckpointReader(world.folder / "whole" / "checkpoints")
     kept = reader.record(STEPS).metadata["data"]["skips"]
@@ -180,7 +199,8 @@ def test_bad_stretches_are_passed_over_the_second_time_from_further_back(world, 
         record["batch"] for record in read_metrics(world.folder / "whole", "step")
     ]
     aside = {path.name for path in reader.directory.glob("*rolled_back*")}
-    assert aside == {"9.rolled_back-1"}
+    assert aside == {"9.rolled_back-1", "12.rolled_back-1", "12.rolled_back-2"}
+    assert reader.steps() == [15, STEPS]  # what the rollbacks needed has gone
     report = json.loads((world.folder / "whole" / "report.json").read_text())
     assert report["goodput"]["lost"] > 0
     assert sum(report["goodput"].values()) == pytest.approx(report["wall_seconds"], abs=0.01)
@@ -211,7 +231,7 @@ def test_killed_at_a_rollback_or_after_it_the_run_goes_on_alike(world, whole, mo
                     raise Killed
 
             first.setattr(rollback, "set_others_aside", killed)
-        poisoned(first, world, TWICE, killed_at=STEPS - 4)
+        poisoned(first, world, TWICE, killed_at=STEPS - 2)
         with pytest.raises(Killed):
             run(world, moment)
     poisoned(monkeypatch, world, TWICE)
@@ -241,9 +261,9 @@ def test_a_checkpoint_of_another_precision_comes_back_with_the_loss_scale_of_thi
 
 @pytest.mark.slow
 def test_after_so_many_rollbacks_the_run_ends_and_says_so(world, monkeypatch):
-    poisoned(monkeypatch, world, TWICE | {16, 17})
+    poisoned(monkeypatch, world, TWICE | {20, 21})
     for _ in range(2):  # and the same command ends alike
-        with pytest.raises(UserError, match="from step 8 to 9, and the run was taken back 2 times already"):
+        with pytest.raises(UserError, match="from step 9 to 10, and the run was taken back 2 times already"):
             run(world, "ended")
     assert len(recorded(world.folder / "ended")) == 2
 
@@ -251,5 +271,5 @@ def test_after_so_many_rollbacks_the_run_ends_and_says_so(world, monkeypatch):
 @pytest.mark.slow
 def test_without_an_old_enough_checkpoint_the_run_ends_and_says_so(world, monkeypatch):
     poisoned(monkeypatch, world, {0, 1})
-    with pytest.raises(UserError, match="no whole checkpoint of step 0 or before is left"):
+    with pytest.raises(UserError, match="no whole checkpoint of step 0 or before .*: lower checkpoint.every_steps"):
         run(world, "early")
