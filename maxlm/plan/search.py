@@ -472,6 +472,7 @@ def against_own(found: Found, topology: Topology) -> str:
     if own.bytes > topology.chip.usable_bytes:
         return f"the config itself does not fit: it takes {size}{'' if own.verdict else ' by the model'}"
     if found.winner.own or over is None:
-        return "the config itself is the winner"
+        alone = own.verdict and not any(ranked.verdict for ranked in found.best if not ranked.own)
+        return "the config itself is the winner" + (": nothing else was compiled that fits" if alone else "")
     by = "" if own.verdict and found.winner.verdict else "by the model "
     return f"{by}the winner is {over - 1:.1%} faster than the config itself ({describe(own, topology)})"

@@ -113,6 +113,8 @@ def test_the_config_itself_is_told_of_wherever_it_stands(monkeypatch, capsys):
     one = Compilers(monkeypatch, 3.0, 4.0, too_large=(1, False)).search(1, minutes=10)
     assert "the config itself does not fit: it takes " in against_own(one, judge.topology)
     assert against_own(Compilers(monkeypatch, 3.0, 4.0).search(0, minutes=10), judge.topology).endswith("is the winner")
+    early = Compilers(monkeypatch, 3.0, 4.0).search(0, minutes=1)
+    assert against_own(early, judge.topology).endswith("is the winner: nothing else was compiled that fits")
     assert against_own(Compilers(monkeypatch, 3.0, 4.0).search(None, minutes=10), judge.topology) == ""
 
 

@@ -108,7 +108,7 @@ def test_an_exchange_sends_the_rows_that_there_are_at_even_load():
     few = EXCHANGE.replace("4096", "48")  # of what a capacity lets through there is room for less
     plan = make_plan(given, topology, fake_step(program=few, mesh=given.parallel.sizes))
     assert plan.traffic[0].payload == 48 * 32 * 2
-    start = "((bf16[128,32]{1,0}), bf16[128,32]{1,0}) ragged-all-to-all-start(%a, %a)"
+    start = "((bf16[96,32]{1,0}), bf16[128,32]{1,0}) ragged-all-to-all-start(%a, %a)"
     assert collectives._used(hlo._instruction(f"  %x = {start}"), 64) == 0.5
 
 
