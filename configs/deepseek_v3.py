@@ -11,7 +11,7 @@ An expert takes at most twice its even share of a row (capacity_factor): the buf
 all their tokens to one would take 15 GB apiece. Balance is the selection bias's work, and hardly that of the loss.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 57.9 of 95.7 GiB a chip; at even
-load 18.5 s a step, 442 tokens/s a chip, nearly a fifth of it waiting for rows that travel to experts.
+load 17.7 s a step, 462 tokens/s a chip, a fifth of it waiting for rows that travel to experts.
 """
 
 import dataclasses

@@ -7,8 +7,8 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. 
 prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
 mistralai/Mixtral-8x7B-v0.1, on Hugging Face.
 
-Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 35.1 of 95.7 GiB a chip, almost half of it
-for rows that experts might get and, where load is even, do not: no token is dropped; at even load 7.8 s a step, 2,090
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 45.1 of 95.7 GiB a chip, a third of it for
+rows that experts might get and, where load is even, do not: no token is dropped; at even load 7.5 s a step, 2,180
 tokens/s a chip.
 """
 
@@ -29,7 +29,7 @@ from maxlm.resolve import as_config_dict
 
 TOKENS, LENGTH = 260e9, 4096
 PLACES = {
-    "v5p-128": Place(256, ParallelConfig(data=1, fsdp=8, expert=8)),
+    "v5p-128": Place(256, ParallelConfig(data=1, fsdp=8, expert=8), ("attention_qkv", "attention_out")),
 }
 
 
