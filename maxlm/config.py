@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-ACTIVATION_NAMES = ("attention_qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_out")
+ACTIVATION_NAMES = ("attention_qkv", "attention_out", "attention_proj", "mlp_gate", "mlp_up", "mlp_out")
 """What remat=custom can keep for the backward pass; the model marks these by `checkpoint_name`."""
 
 

@@ -119,7 +119,7 @@ class GroupedQueryAttention(nnx.Module):
         out = runtime.constrain(out, ("batch", "residual", None))
         if self.output_bias is not None:
             out = add_bias(out, self.output_bias[...])
-        return AttentionOut(out, memory)
+        return AttentionOut(checkpoint_name(out, "attention_proj"), memory)
 
 
 def attention_mask(config: AttentionConfig, sight: Sight, *, window: int, sinks: jax.Array | None = None) -> Mask:

@@ -88,4 +88,5 @@ class LatentAttention(nnx.Module):
             query = jnp.concatenate([inward, rotated], axis=-1)
             gathered = runtime.attend(query, jnp.concatenate([kept, turned_keys], axis=-1), kept, mask)
             seen = on_heads(einsum("bsnc,cnw->bsnw", gathered, self.value[...], dtype=runtime.dtype))
-        return AttentionOut(einsum("bsnw,nwd->bsd", seen, self.output[...], dtype=runtime.dtype), memory)
+        out = einsum("bsnw,nwd->bsd", seen, self.output[...], dtype=runtime.dtype)
+        return AttentionOut(checkpoint_name(out, "attention_proj"), memory)
