@@ -3,7 +3,7 @@
 Yang et al. 2021 (arXiv 2203.03466, appendix D.1). Models of several widths take a few steps at one learning rate on
 the same tokens. Where the rule for widths is right, the residual stream and what the steps change in the logits have
 the same scale at every width; where it is wrong, they grow (or die) as a power of the width, and the slope shows which.
-Of the logits it is the change, as the standard rule does not begin with zero.
+Of the logits it is the change: at the beginning they are smaller in a wide model under the transfer rule.
 
 Shapes: B rows, S positions.
 """

@@ -17,13 +17,15 @@ m = D / `base_width`,
 - matrices whose fan-in grows with the width get 1 / m of the learning rate; the embedding, norms, biases and matrices
   whose fan-in stays (those of a latent or of experts with a dim of their own) get all of it. Which are which is read
   off the parameters' declarations (`widening`);
-- the head begins at zero (their appendix D.2), which is as small at any width as theirs is in the limit;
+- the head begins at 1 / sqrt(m) of `model.head_init`, so that its entries fall with the width and not with its root
+  (theirs at zero, appendix D.2, costs short runs 0.25 nats: `docs/scaling.md`);
 - scores are multiplied by sqrt(base_head_dim) / h in place of 1 / sqrt(h);
 - weight decay grows by m where the rate falls by it, so that their product stays (Wang & Aitchison 2024, arXiv
   2405.13698), and Adam's epsilon falls by m with the gradients (Everett et al. 2024, arXiv 2407.05872).
 
-What then does best at the base width, `base_rate`, is meant to do best at any. It is a rule for width: what depth asks
-besides dividing residual outputs is not part of it.
+At the base width it differs from the standard rule in nothing but the scale of the scores, where `head_dim` is not
+`base_head_dim`. What does best there, `base_rate`, is meant to do best at any width. It is a rule for width: what depth
+asks besides dividing residual outputs is not part of it.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ SHAPED = (
     *("model.attention.head_dim", "model.mlp.dim", "train.steps", "optim.warmup_steps", "optim.decay_steps"),
 )
 """Settings that follow from the shape and the tokens."""
-TRANSFERRED = ("model.attention.scale", "model.head_init", "optim.lr_rules", "optim.decay_rules")
+TRANSFERRED = ("model.attention.scale", "optim.lr_rules", "optim.decay_rules")
 """Settings that the transfer rule makes."""
 
 
@@ -241,8 +243,8 @@ def parametrized(config: Config, rules: Rules, *, base: Config) -> Config:
 
     Raises:
       UserError: the transfer rule with tied embeddings, whose one matrix would need two rules, with another optimizer
-        than AdamW, with embeddings that grow with the width, with a head of columns of length 1, which cannot begin at
-        zero, or with rules by path of the base config's own.
+        than AdamW, with embeddings that grow with the width, with a head of columns of length 1, which cannot begin
+        smaller, or with rules by path of the base config's own.
     """
     if rules.rule == "standard":
         return config
@@ -256,8 +258,8 @@ def parametrized(config: Config, rules: Rules, *, base: Config) -> Config:
     if model.embed_scale or model.normed_head:
         raise UserError(
             "the transfer rule needs model.embed_scale=False and model.normed_head=False, and there are "
-            f"{model.embed_scale} and {model.normed_head}: the first makes embeddings grow with the width, and a head "
-            "that begins at zero cannot be divided by its length"
+            f"{model.embed_scale} and {model.normed_head}: the first makes embeddings grow with the width, and the "
+            "columns of a head of the second have length 1 at every width"
         )
     if (optim.lr_rules, optim.decay_rules) != (fresh.lr_rules, fresh.decay_rules):
         raise UserError("the transfer rule sets optim.lr_rules and optim.decay_rules; leave them at their defaults")
@@ -270,7 +272,7 @@ def parametrized(config: Config, rules: Rules, *, base: Config) -> Config:
         epsilon=optim.epsilon / ratio,
     )
     attention = dataclasses.replace(model.attention, scale=math.sqrt(rules.base_head_dim) / model.attention.head_dim)
-    model = dataclasses.replace(model, attention=attention, head_init=0.0)
+    model = dataclasses.replace(model, attention=attention, head_init=model.head_init / math.sqrt(ratio))
     return dataclasses.replace(config, optim=optim, model=model)
 
 

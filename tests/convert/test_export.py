@@ -84,10 +84,10 @@ def test_where_several_families_can_or_none_all_are_named(tmp_path):
 
 
 def test_a_rung_of_the_transfer_rule_can_be_handed_over(tmp_path):
-    """Its head begins at zero, and the scale of its scores is written out, where it is the usual one."""
+    """Its head begins smaller, and the scale of its scores is written out, where it is the usual one."""
     rules = Rules(rule="transfer", aspect=16, head_dim=16, base_head_dim=16, base_width=32, base_rate=4e-3)
-    model = configure(tiny_config(tmp_path, model__mlp__dim=0), Shape(2, 32), rules, flops=1e13).model
-    assert model.head_init == 0 and model.attention.scale == 0.25
+    model = configure(tiny_config(tmp_path, model__mlp__dim=0), Shape(2, 128), rules, flops=1e13).model
+    assert model.head_init == 0.5 and model.attention.scale == 0.25
     assert exported(tmp_path, model).family.name == "qwen3"
     other = dataclasses.replace(model, attention=dataclasses.replace(model.attention, scale=0.125))
     with pytest.raises(FamilyError, match="attention.scale is 0.125, read back as 0.0"):

@@ -96,9 +96,12 @@ def test_the_transfer_rule_sets_rates_decays_and_init_by_path():
         assert item.lr == 32 / 128
         assert item.lr * item.decay == pytest.approx(config.optim.weight_decay)
     assert found["final_norm/scale"].decay == 0
-    assert config.model.head_init == 0 and config.optim.peak_lr == RULES.base_rate
+    assert config.model.head_init == 0.5 and config.optim.peak_lr == RULES.base_rate  # 1 over the root of 128 / 32
     same = configure(BASE, Shape(2, 32), RULES, flops=1e13)
     assert {item.lr for item in assign(same.optim, split_model(same.model).specs).values()} == {1.0}
+    assert same.model.head_init == 1
+    drawn = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, head_init=0.1))
+    assert configure(drawn, Shape(2, 128), RULES, flops=1e13).model.head_init == 0.05
 
 
 def test_the_coordinate_check_is_of_one_device_wherever_the_study_runs():
@@ -227,8 +230,8 @@ NAMES = {"c1.50e12-2x48": "6703a46c9f6b6756", "c1.50e12-2x64": "72cc277980327039
 SWEPT = {
     "standard-2x32-batch_size16-peak_lr0.011-seed1": "3d92f67bce0246bd",
     "standard-2x256-batch_size16-peak_lr0.011-seed1": "1495a0de1cfbd422",
-    "transfer-2x32-batch_size16-peak_lr0.011-seed1": "9e4fea7e615dfea8",
-    "transfer-2x256-batch_size16-peak_lr0.011-seed1": "7eb14936375f8f74",
+    "transfer-2x32-batch_size16-peak_lr0.011-seed1": "92e296142839c505",
+    "transfer-2x256-batch_size16-peak_lr0.011-seed1": "1873fcb8b76fa4b9",
 }
 
 
