@@ -7,8 +7,8 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. 
 prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
 meta-llama/Meta-Llama-3-8B, on Hugging Face.
 
-Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): on v5p-128 57.2 of 95.7 GiB a chip, all
-that a layer's products make kept for the backward pass, 3.1 s a step, 5,330 tokens/s a chip; on v6e-256 22.3 of 31.2
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): on v5p-128 53.2 of 95.7 GiB a chip, all
+that a layer's products make kept for the backward pass, 3.1 s a step, 5,270 tokens/s a chip; on v6e-256 22.3 of 31.2
 GiB, block inputs alone kept, 4.0 s, 8,140 tokens/s a chip. By the analytical model alone (docs/plan.md), on h100x8 24.3
 of 75.7 GiB a GPU, 1.87 s, 8,770 tokens/s a GPU.
 """
@@ -29,9 +29,8 @@ from maxlm.recipe import Place, at
 from maxlm.resolve import as_config_dict
 
 TOKENS, LENGTH = 160e9, 8192
-KEPT = ("attention_qkv", "attention_out", "attention_proj", "mlp_gate", "mlp_up")
 PLACES = {
-    "v5p-128": Place(128, ParallelConfig(data=4, fsdp=16), KEPT),
+    "v5p-128": Place(128, ParallelConfig(data=4, fsdp=16), ("attention_qkv", "attention_out", "mlp_gate", "mlp_up")),
     "v6e-256": Place(1024, ParallelConfig(data=16, fsdp=16)),
     "h100x8": Place(16, ParallelConfig(data=1, fsdp=8)),
 }
