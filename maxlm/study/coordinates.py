@@ -70,7 +70,7 @@ def check_coordinates(
     *,
     widths: Sequence[int],
     layers: int = 2,
-    steps: int = 4,
+    steps: int = 10,
     rate: float = 0.01,
     seeds: Sequence[int] = (0, 1),
 ) -> Check:
@@ -78,6 +78,8 @@ def check_coordinates(
 
     Args:
       base: any config whose model the rules can shape; its data is not read.
+      steps: enough that what is learned outweighs what the head makes of the first changes as it was drawn, which falls
+        with the root of the width under the transfer rule: after four steps that is still most of the logits' change.
       rate: the constant learning rate of every step and width, before the rule's multipliers.
       seeds: of the parameters; scales are averaged over them.
     """
