@@ -18,7 +18,7 @@ m = D / `base_width`,
   whose fan-in stays (those of a latent or of experts with a dim of their own) get all of it. Which are which is read
   off the parameters' declarations (`widening`);
 - the head begins at 1 / sqrt(m) of `model.head_init`, so that its entries fall with the width and not with its root
-  (theirs at zero, appendix D.2, costs short runs 0.25 nats: `docs/scaling.md`);
+  (theirs at zero, appendix D.2, costs short runs 0.1 to 0.3 nats: `docs/scaling.md`);
 - scores are multiplied by sqrt(base_head_dim) / h in place of 1 / sqrt(h);
 - weight decay grows by m where the rate falls by it, so that their product stays (Wang & Aitchison 2024, arXiv
   2405.13698), and Adam's epsilon falls by m with the gradients (Everett et al. 2024, arXiv 2407.05872).
