@@ -71,6 +71,7 @@ def test_the_step_of_the_other_stack_is_caught_with_its_mesh(monkeypatch, tmp_pa
         "maxtext.trainers.pre_train.train_compile": train_compile,
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "1.2")  # libtpu need not be installed here
     found = plan_peer.peers(plan_peer.WORKS["llama3-8b-v5p"])
     assert (found["memory"], found["wire"], found["all-reduce"], found["exposed"]) == (77, 4096, 4096, 4096)
     assert "per_device_batch_size=2" in seen and "compile_topology=v5p-128" in seen
