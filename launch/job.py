@@ -24,13 +24,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from maxlm.rollcall import tree_digest
+from maxlm.heartbeat import SILENCE_SECONDS
+from maxlm.rollcall import JOIN_SECONDS, tree_digest
 from maxlm.train.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a tool may take beyond the time to save, and what installing, or making and giving back machines, may take.
 TOOL_SECONDS, SLOW_SECONDS = 120.0, 1800.0
-JOIN_SECONDS, SILENCE_SECONDS = 300, 60  # as `maxlm train` has them
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OVERRIDE = re.compile(r"--config\.[A-Za-z0-9_.]+=(.*)", re.DOTALL)

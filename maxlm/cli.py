@@ -134,19 +134,22 @@ def _train(args: list[str]) -> int:
 
 
 def _train_now(args: list[str]) -> int:
+    from maxlm.heartbeat import SILENCE_SECONDS
+    from maxlm.rollcall import JOIN_SECONDS, run_facts
+
     values = _flags(args, config=True)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0, for a run of several", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("process", None, "number of this one, from 0 on", flag_values=values, lower_bound=0)
-    flags.DEFINE_float("join_seconds", 300.0, "how long to wait for the others", flag_values=values, lower_bound=1.0)
-    flags.DEFINE_float(
-        "silence_seconds", 60.0, "after how long without a sign one is lost", flag_values=values, lower_bound=1.0
-    )
+    for name, seconds, what in (
+        ("join_seconds", JOIN_SECONDS, "how long to wait for the others"),
+        ("silence_seconds", SILENCE_SECONDS, "after how long without a sign one is lost"),
+    ):
+        flags.DEFINE_float(name, seconds, what, flag_values=values, lower_bound=1.0)
     _parse(values, args, required=("config", "workdir"))
     config = resolve(values.config)
     from maxlm.cluster import join
-    from maxlm.rollcall import run_facts
     from maxlm.train.run import train  # JAX starts here, after the config is known to be sound
 
     joined = join(

@@ -26,9 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.errors import UserError
 from maxlm.heartbeat import SILENCE_SECONDS, Heartbeat
-from maxlm.rollcall import Absent, Place, roll_call
+from maxlm.rollcall import JOIN_SECONDS, Absent, Place, roll_call
 
-JOIN_SECONDS = 300  # how long a process waits for the others to come, unless it is told otherwise
 _JAX_SILENCE = 100  # seconds after which JAX ends the others itself, without a name: ours has to come first
 _PATIENCE = 7200  # seconds: whoever dies meanwhile is noticed by the heartbeat
 _meetings: Counter[str] = Counter()  # the coordinator knows a meeting by its number

@@ -41,12 +41,12 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterato
       waiting: called before it waits for another process that holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+    file = try_lock(path)
+    if file is None:
+        waiting()
+        file = path.open("a", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    with file:
         yield
 
 

@@ -29,7 +29,7 @@ from maxlm.rollcall import Line
 # EX_UNAVAILABLE of sysexits.h: another process is lost or the step hangs; the same command, on all hosts, continues.
 EXIT_LOST = 69
 EXIT_FAILED = 1  # the work has failed, here or on the process that has told of it: it may well fail again
-SILENCE_SECONDS = 60.0
+SILENCE_SECONDS = 60
 _BEATS = 6  # beats within the limit
 _SHORTEST, _LONGEST = 0.1, 5.0  # seconds between beats
 _GRACE = 3.0  # seconds in which a process may fail by itself with what another has failed with

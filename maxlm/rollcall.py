@@ -32,6 +32,7 @@ from maxlm.resolve import leaves
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint")
 # EX_NOHOST of sysexits.h: not all processes have come. The same command, on all hosts, may well work later.
 EXIT_ABSENT = 68
+JOIN_SECONDS = 300  # how long a process waits for the others to come, unless it is told otherwise
 CODE = "MAXLM_CODE"  # variable: what `tree_digest` of the code has to be, where the launcher knows
 _LINE = 1 << 20  # bytes of a line at most
 _MARGIN = 15.0  # seconds by which process 0 may have started later than one that waits for its answer

@@ -22,7 +22,7 @@ REMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("custom", ("attention_qkv", "attention_out", "attention_proj", "mlp_gate", "mlp_up")),
     ("custom", ("attention_qkv", "attention_out", "mlp_gate", "mlp_up")),
     ("custom", ("attention_qkv", "attention_out", "mlp_up")),
-    ("custom", ("attention_out", "attention_proj", "mlp_up")),
+    ("custom", ("attention_out", "mlp_up")),
     ("custom", ("attention_qkv", "attention_out")),
     ("custom", ("attention_out",)),
     ("full", ()),

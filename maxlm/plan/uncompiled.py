@@ -18,7 +18,7 @@ from maxlm.train.outlook import at_heaviest, equal_steps, run_tokens
 from maxlm.train.progress import format_duration
 
 ALONE = (
-    "the analytical model answers alone: within 3% of the compiler's memory on five dense recipes for TPUs, 8% on "
+    "the analytical model answers alone: within 3% of the compiler's memory on five dense recipes for TPUs, 6% on "
     "three mixtures, not compared on GPUs; no time of it was ever measured on such hardware"
 )
 

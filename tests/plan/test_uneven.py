@@ -22,16 +22,16 @@ def flops_of_a_device(given):
     return counts.causal_exact * given.data.batch_size * given.data.sequence_length / 8
 
 
+def spread_mixture(*, active, **tiny_settings):
+    """Eight experts on a mesh of eight devices, two of them over `expert`."""
+    base = tiny(data=8, **tiny_settings)
+    mixture = dataclasses.replace(base.model, moe=MoeConfig(experts=8, active=active, dim=64))
+    mesh = dataclasses.replace(base.parallel, data=2, fsdp=2, expert=2)
+    return resolve(dataclasses.replace(base, model=mixture, parallel=mesh), devices=8)
+
+
 def test_a_mixture_on_cpus_is_planned_at_even_load():
-    base = tiny(data=8)
-    given = resolve(
-        dataclasses.replace(
-            base,
-            model=dataclasses.replace(base.model, moe=MoeConfig(experts=8, active=2, dim=64)),
-            parallel=dataclasses.replace(base.parallel, data=2, fsdp=2, expert=2),
-        ),
-        devices=8,
-    )
+    given = spread_mixture(active=2)
     text = program(given)
     found = planned(given, text)
     # On CPUs attention multiplies somewhat more than causality leaves: rows are short.
@@ -90,15 +90,7 @@ ENTRY %main (a: bf16[4096,2,16], s: s32[2]) -> bf16[4096,2,16] {
 def test_an_exchange_sends_the_rows_that_there_are_at_even_load():
     """A device has 32 tokens, of which each goes to four experts, and room for 4,096."""
     rows = 128
-    base = tiny(batch=16, data=8)
-    given = resolve(
-        dataclasses.replace(
-            base,
-            model=dataclasses.replace(base.model, moe=MoeConfig(experts=8, active=4, dim=64)),
-            parallel=dataclasses.replace(base.parallel, data=2, fsdp=2, expert=2),
-        ),
-        devices=8,
-    )
+    given = spread_mixture(active=4, batch=16)
     topology = parse_topology("v5p:2x4x1")
     plan = make_plan(given, topology, fake_step(program=EXCHANGE, mesh=given.parallel.sizes))
     (sent,) = plan.traffic
