@@ -52,7 +52,6 @@ def get_config(topology="h100x8"):
                 steps=round(TOKENS / (place.rows * LENGTH)),
                 accumulation=place.accumulation,
                 remat=place.remat,
-                remat_names=place.kept,
                 loss_chunk=2048,
             ),
             checkpoint=CheckpointConfig(every_steps=1000, keep_every_steps=10_000),

@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 ACTIVATION_NAMES = ("attention_qkv", "attention_out", "attention_proj", "mlp_gate", "mlp_up", "mlp_out")
-"""What remat=custom can keep for the backward pass; the model marks these by `checkpoint_name`."""
+"""What the backward pass can be left, by train.remat; the model marks these by `checkpoint_name`."""
 
+REMAT_WORDS = ("none", "full", "matmuls")
+"""What train.remat is besides names of activations."""
 
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
 """Outermost first: `data` crosses the slowest network, `tensor` the fastest."""
@@ -344,10 +346,9 @@ class TrainConfig:
     )
     remat: str = leaf(
         "none",
-        "what the backward pass keeps: everything, only block inputs, matrix products, or remat_names",
-        choices=("none", "full", "matmuls", "custom"),
+        "what the backward pass computes again: none, full (it keeps block inputs only), matmuls (it keeps matrix "
+        "products), or all but the activations named here, joined by + (see docs/config.md)",
     )
-    remat_names: tuple[str, ...] = leaf((), "activations kept under remat=custom (see docs/config.md)")
     loss_chunk: int = leaf(1024, "positions of a device whose float32 logits exist at once", unit="tokens", low=1)
     z_loss: float = leaf(0.0, "weight of the squared log normaliser (Chowdhery et al. 2022)", low=0.0)
     mtp_weight: float = leaf(0.3, "weight of the loss of model.mtp_layers, the mean over them", low=0.0)

@@ -18,7 +18,7 @@ class Place(NamedTuple):
 
     rows: of a step's batch.
     parallel: the mesh.
-    kept: activations that the backward pass finds saved (`train.remat_names`); (): block inputs alone.
+    kept: activations that the backward pass finds saved; (): block inputs alone.
     accumulation: microbatches of a step.
     """
 
@@ -30,7 +30,7 @@ class Place(NamedTuple):
     @property
     def remat(self) -> str:
         """`train.remat` for what is kept."""
-        return "custom" if self.kept else "full"
+        return "+".join(self.kept) or "full"
 
 
 def at(places: Mapping[str, Place], topology: str) -> Place:

@@ -299,9 +299,8 @@ def config_of(case: Case | None, *, kind: str, packed: bool, layers: int) -> c.C
         if case.schedule:
             parallel["pipeline_schedule"] = case.schedule
             parallel["virtual_stages"] = 2 if case.schedule == "interleaved" else 1
-        train = {"remat": case.remat, "accumulation": case.accumulation}
-        if case.remat == "custom":
-            train["remat_names"] = ("attention_qkv", "mlp_up")
+        remat = "attention_qkv+mlp_up" if case.remat == "custom" else case.remat
+        train = {"remat": remat, "accumulation": case.accumulation}
     attention = dataclasses.replace(HEADS, qk_norm="head", softcap=20.0, windows=(12, 0))
     usual = {"attention": attention, "moe": EXPERTS if kind == "moe" else c.MoeConfig(), "mlp": c.MlpConfig(dim=64)}
     settings = usual if kind in ("dense", "moe") else {"mlp": c.MlpConfig(dim=64), **MODELS[kind].settings}

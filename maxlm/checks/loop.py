@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from maxlm.config import ACTIVATION_NAMES, Config
+from maxlm.config import ACTIVATION_NAMES, REMAT_WORDS, Config
 
 
 def check_loop(config: Config) -> Iterator[str]:
@@ -21,17 +21,12 @@ def check_loop(config: Config) -> Iterator[str]:
             f"train.profile is {train.profile}, but the last step is {train.steps - 1}, counted from 0 (train.steps "
             f"{train.steps}): no window would open; begin it there or before"
         )
-    if (train.remat == "custom") != bool(train.remat_names):
-        yield (
-            f"train.remat is {train.remat!r} with train.remat_names {train.remat_names!r}; remat=custom and a list of "
-            "names go together"
-        )
-    for name in train.remat_names:
+    for name in [] if train.remat in REMAT_WORDS else train.remat.split("+"):
         if name not in ACTIVATION_NAMES:
-            close = difflib.get_close_matches(name, ACTIVATION_NAMES, n=1)
+            close = difflib.get_close_matches(name, REMAT_WORDS + ACTIVATION_NAMES, n=1)
             yield (
-                f"train.remat_names has {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
-                f"known: {', '.join(ACTIVATION_NAMES)}"
+                f"train.remat has {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
+                f"it is one of {', '.join(REMAT_WORDS)}, or names joined by +, out of {', '.join(ACTIVATION_NAMES)}"
             )
     times, least = train.watchdog
     if bool(times) != bool(least):

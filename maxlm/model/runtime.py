@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxlm.config import ACTIVATION_NAMES
+from maxlm.config import ACTIVATION_NAMES, REMAT_WORDS
 from maxlm.kernels import attention
 from maxlm.kernels.cross_entropy import SpreadFn, alone
 from maxlm.kernels.experts import local_experts
@@ -53,8 +53,8 @@ class Runtime:
     spread_loss: as `kernels.cross_entropy.alone`, which it is on one device.
     experts_limited: whether experts refuse tokens beyond `model.moe.capacity_factor`: in training they do.
     remat: what the backward pass finds saved: `none` (everything), `full` (block inputs only), `matmuls` (the products
-      of `kernels.matmul.einsum` and attention's result besides), `custom` (block inputs and `remat_names`, out of
-      config.ACTIVATION_NAMES).
+      of `kernels.matmul.einsum` and attention's result besides), or names out of config.ACTIVATION_NAMES joined by `+`
+      (block inputs and these).
     """
 
     dtype: Any = jnp.float32
@@ -66,7 +66,6 @@ class Runtime:
     spread_loss: SpreadFn = alone
     experts_limited: bool = False
     remat: str = "none"
-    remat_names: tuple[str, ...] = ()
 
 
 def rematerialised(block: BlockFn, runtime: Runtime, *, prevent_cse: bool = False) -> BlockFn:
@@ -87,12 +86,11 @@ def rematerialised(block: BlockFn, runtime: Runtime, *, prevent_cse: bool = Fals
             policy = policies.nothing_saveable
         case "matmuls":
             policy = policies.save_only_these_names(SAVED_NAME, ATTENTION_NAME)
-        case "custom":
-            if unknown := set(runtime.remat_names) - set(ACTIVATION_NAMES):
-                raise ValueError(f"remat_names has {sorted(unknown)}; choose from {', '.join(ACTIVATION_NAMES)}")
-            policy = policies.save_only_these_names(*runtime.remat_names)
-        case other:
-            raise ValueError(f"remat is {other!r}; it can be none, full, matmuls or custom")
+        case names:
+            if unknown := set(names.split("+")) - set(ACTIVATION_NAMES):
+                known = ", ".join(REMAT_WORDS), ", ".join(ACTIVATION_NAMES)
+                raise ValueError(f"remat has {sorted(unknown)}; it is one of {known[0]}, or of {known[1]} joined by +")
+            policy = policies.save_only_these_names(*names.split("+"))
     return jax.checkpoint(block, prevent_cse=prevent_cse, policy=policy)
 
 

@@ -16,18 +16,18 @@ from maxlm.parallel.mesh import spreads
 from maxlm.plan.topology import Topology
 from maxlm.resolve import leaves
 
-REMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("none", ()),
-    ("matmuls", ()),
-    ("custom", ("attention_qkv", "attention_out", "attention_proj", "mlp_gate", "mlp_up")),
-    ("custom", ("attention_qkv", "attention_out", "mlp_gate", "mlp_up")),
-    ("custom", ("attention_qkv", "attention_out", "mlp_up")),
-    ("custom", ("attention_out", "mlp_up")),
-    ("custom", ("attention_qkv", "attention_out")),
-    ("custom", ("attention_out",)),
-    ("full", ()),
+REMATS = (
+    "none",
+    "matmuls",
+    "attention_qkv+attention_out+attention_proj+mlp_gate+mlp_up",
+    "attention_qkv+attention_out+mlp_gate+mlp_up",
+    "attention_qkv+attention_out+mlp_up",
+    "attention_out+mlp_up",
+    "attention_qkv+attention_out",
+    "attention_out",
+    "full",
 )
-"""Policies, the one that keeps most first."""
+"""Policies (`train.remat`), the one that keeps most first."""
 
 LARGEST = {"tensor": 16, "context": 32, "pipeline": 32}
 """Beyond these an axis costs more than any other use of its devices."""
@@ -104,14 +104,11 @@ def _shared_out(config: Config, topology: Topology) -> Iterator[tuple[dict[str, 
             yield mesh, counts
 
 
-def _settled(
-    config: Config, mesh: dict[str, int], accumulation: int, remats: tuple[tuple[str, tuple[str, ...]], ...]
-) -> Iterator[Config]:
+def _settled(config: Config, mesh: dict[str, int], accumulation: int, remats: tuple[str, ...]) -> Iterator[Config]:
     """The config with this mesh and so many microbatches, in every way that suits them, with each of the policies."""
     for parallel in _ways(config, mesh, accumulation):
-        for remat, names in remats:
-            train = {"accumulation": accumulation, "remat": remat, "remat_names": names}
-            yield changed(config, parallel=parallel, train=train)
+        for remat in remats:
+            yield changed(config, parallel=parallel, train={"accumulation": accumulation, "remat": remat})
 
 
 def microbatches(rows: int, stages: int) -> list[int]:

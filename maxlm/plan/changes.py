@@ -87,22 +87,17 @@ def _slower(after: Estimate, before: Estimate) -> float:
 def _changes(config: Config) -> Iterator[tuple[str, Config]]:
     """Single changes, as (what it does, the config)."""
     train, optim = config.train, config.optim
-    order = [remat for remat, _ in REMATS]
-    now = (train.remat, train.remat_names)
-    begin = REMATS.index(now) if now in REMATS else order.index("custom") if train.remat == "custom" else 0
-    for remat, names in REMATS[begin + 1 :]:
-        kept = "+".join(names) if names else remat
-        yield f"keep less for the backward pass: {kept}", changed(config, train={"remat": remat, "remat_names": names})
+    # Of names that are none of the policies it is not known which policies keep less: those that the model finds so.
+    begin = REMATS.index(train.remat) if train.remat in REMATS else REMATS.index("matmuls")
+    for remat in REMATS[begin + 1 :]:
+        yield f"keep less for the backward pass: {remat}", changed(config, train={"remat": remat})
     for factor in (2, 4, 8):
         words = f"smaller microbatches: {train.accumulation * factor} a step"
         yield words, changed(config, train={"accumulation": train.accumulation * factor})
-        for remat, names in REMATS[begin + 1 :]:
-            more = {"accumulation": train.accumulation * factor, "remat": remat, "remat_names": names}
-            kept = "+".join(names) if names else remat
-            yield (
-                f"smaller microbatches and less kept: {more['accumulation']} a step, {kept}",
-                changed(config, train=more),
-            )
+        for remat in REMATS[begin + 1 :]:
+            more = {"accumulation": train.accumulation * factor, "remat": remat}
+            words = f"smaller microbatches and less kept: {more['accumulation']} a step, {remat}"
+            yield words, changed(config, train=more)
     if train.loss_chunk > 256:
         for factor in (2, 4, 8):
             chunk = max(train.loss_chunk // factor, 256)

@@ -115,7 +115,6 @@ def _activations(config: Config, sizes: Mapping[str, int]) -> list[Placed]:
         dtype=jnp.dtype(config.train.precision),
         constrain=record,
         remat=config.train.remat,
-        remat_names=config.train.remat_names,
     )
     optimizer = make_optimizer(config.optim, parts.specs)
     shape = heaviest(config).shape

@@ -305,7 +305,8 @@ def _tells_little(ranked: Ranked, compiled: list[Ranked], topology: Topology) ->
     same = [
         done for done in _twins(ranked, compiled) if not done.own and (done.verdict is None or _fits(done, topology))
     ]
-    return len(same) >= 2 or _policy(ranked) in map(_policy, same) or _too_large(ranked, compiled, topology)
+    alike = any(done.config.train.remat == ranked.config.train.remat for done in same)
+    return len(same) >= 2 or alike or _too_large(ranked, compiled, topology)
 
 
 def _too_large(ranked: Ranked, compiled: list[Ranked], topology: Topology) -> bool:
@@ -320,10 +321,6 @@ def _too_large(ranked: Ranked, compiled: list[Ranked], topology: Topology) -> bo
 
 def _twins(ranked: Ranked, compiled: list[Ranked]) -> list[Ranked]:
     return [done for done in compiled if done.config.parallel.sizes == ranked.config.parallel.sizes]
-
-
-def _policy(ranked: Ranked) -> tuple:
-    return ranked.config.train.remat, ranked.config.train.remat_names
 
 
 def _none_left(config: Config, topology: Topology, compiled: list[Ranked], *, least: float, log: Log) -> str:
@@ -430,8 +427,7 @@ def describe(ranked: Ranked, topology: Topology) -> str:
     """A candidate in a line: how it runs, what it takes."""
     parallel, train, gib = ranked.config.parallel, ranked.config.train, 2**30
     mesh = " x ".join(f"{axis} {size}" for axis, size in parallel.sizes.items() if size > 1) or "one device"
-    policy = "+".join(train.remat_names) if train.remat == "custom" else train.remat
-    how = f"{mesh}, remat {policy}, {train.accumulation} microbatch{'es' if train.accumulation > 1 else ''}"
+    how = f"{mesh}, remat {train.remat}, {train.accumulation} microbatch{'es' if train.accumulation > 1 else ''}"
     if parallel.pipeline > 1:
         how += f", {parallel.pipeline_schedule}" + (
             f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""

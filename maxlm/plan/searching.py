@@ -171,7 +171,7 @@ def _cells(ranked: Ranked, topology: Topology) -> list[str]:
     judged = at_heaviest(ranked.config).data
     return [
         mesh,
-        "+".join(train.remat_names) if train.remat == "custom" else train.remat,
+        train.remat,
         str(train.accumulation),
         schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""),
         f"{mark}{ranked.seconds:.3f}",

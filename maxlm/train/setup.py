@@ -148,7 +148,6 @@ def make_runtime(config: Config, mesh: Mesh, *, segments: bool, experts_limited:
         spread_loss=sharded_loss(mesh),
         experts_limited=experts_limited,
         remat=config.train.remat,
-        remat_names=config.train.remat_names,
     )
     return runtime, name
 

@@ -230,7 +230,7 @@ def _gradients(tiny, built, runtime):
     [
         pytest.param(Runtime(remat="full"), marks=pytest.mark.slow),  # as many cases of tests/test_equivalence.py do
         pytest.param(Runtime(remat="matmuls"), marks=pytest.mark.slow),
-        Runtime(remat="custom", remat_names=("attention_qkv", "mlp_up")),
+        Runtime(remat="attention_qkv+mlp_up"),
     ],
     ids=lambda runtime: runtime.remat,
 )
@@ -365,10 +365,11 @@ def test_a_normed_head_has_a_gradient_where_a_column_is_zero(tiny):
 
 
 def test_errors_say_what_to_type(tiny):
-    with pytest.raises(ValueError, match="remat is 'some'.*none, full, matmuls or custom"):
+    with pytest.raises(
+        ValueError, match=r"remat has \['some'\]; it is one of none, full, matmuls, or of att"
+    ):
         tiny.hidden(tiny.build(tiny.config()).model, tiny.tokens(1, 4), runtime=Runtime(remat="some"))
-    with pytest.raises(ValueError, match="mlp_upp.*choose from.*mlp_up"):
-        runtime = Runtime(remat="custom", remat_names=("mlp_upp",))
-        tiny.hidden(tiny.build(tiny.config()).model, tiny.tokens(1, 4), runtime=runtime)
+    with pytest.raises(ValueError, match=r"remat has \['mlp_upp'\].* mlp_up, "):
+        tiny.hidden(tiny.build(tiny.config()).model, tiny.tokens(1, 4), runtime=Runtime(remat="mlp_up+mlp_upp"))
     with pytest.raises(ValueError, match="'kv_heads': 0.*resolve"):
         split_model(tiny.config(attention={"kv_heads": 0}))

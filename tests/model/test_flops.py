@@ -95,10 +95,10 @@ def test_remat_policies_recompute_what_they_say(tiny):
     assert recomputed(remat="matmuls") == scores / 2  # query times key: kernels keep no scores for the policy
     everything = counts.forward["attention"] + counts.forward["mlp"] + scores - down
     assert recomputed(remat="full") == everything
-    assert recomputed(remat="custom", remat_names=("mlp_gate", "mlp_up")) == everything - counts.forward["mlp"] + down
-    assert recomputed(remat="custom", remat_names=("attention_out",)) == everything - scores / 2
+    assert recomputed(remat="mlp_gate+mlp_up") == everything - counts.forward["mlp"] + down
+    assert recomputed(remat="attention_out") == everything - scores / 2
     last = 2 * 3 * (4 * 8) * 24  # the product behind attention, whose input is needed all the same
-    assert recomputed(remat="custom", remat_names=("attention_proj",)) == everything - last
+    assert recomputed(remat="attention_proj") == everything - last
 
 
 def test_counts_by_hand(tiny):

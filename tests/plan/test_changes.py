@@ -73,7 +73,7 @@ def two_policies():
     """Each policy is traced, which takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (maxlm.plan.candidates, maxlm.plan.changes):
-            patch.setattr(module, "REMATS", (("none", ()), ("full", ())))
+            patch.setattr(module, "REMATS", ("none", "full"))
         yield
 
 
@@ -103,9 +103,9 @@ def test_the_winner_fits_keeps_the_batch_and_is_had_by_its_overrides(large, foun
     assert why(found, TOPOLOGY)
 
 
-@pytest.mark.parametrize("names", [("attention_qkv", "attention_out"), ("attention_out",)])
-def test_the_winners_file_and_line_go_through_a_shell(large, found, names, tmp_path, monkeypatch):
-    train = dataclasses.replace(large.train, remat="custom", remat_names=names)
+@pytest.mark.parametrize("remat", ["attention_qkv+attention_out", "attention_out"])
+def test_the_winners_file_and_line_go_through_a_shell(large, found, remat, tmp_path, monkeypatch):
+    train = dataclasses.replace(large.train, remat=remat)
     other = dataclasses.replace(large, train=train, parallel=dataclasses.replace(large.parallel, fsdp=4, tensor=2))
     won = dataclasses.replace(found, best=(dataclasses.replace(found.winner, config=other), *found.best))
     monkeypatch.setattr(searching, "search", lambda *_, **__: won)
@@ -255,10 +255,8 @@ def test_a_run_that_ran_out_is_told_of_nothing_that_takes_more(large, monkeypatc
 
 
 def test_every_policy_is_one_that_resolve_takes():
-    for remat, names in ALL_REMATS:
-        resolve(
-            dataclasses.replace(config(), train=dataclasses.replace(config().train, remat=remat, remat_names=names))
-        )
+    for remat in ALL_REMATS:
+        resolve(dataclasses.replace(config(), train=dataclasses.replace(config().train, remat=remat)))
 
 
 def test_every_candidate_has_the_devices_and_the_tokens(large):

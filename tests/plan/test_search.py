@@ -77,7 +77,7 @@ def test_a_mesh_that_the_nodes_cannot_share_out_is_no_candidate():
 
 def test_the_config_itself_is_a_candidate_once():
     topology, config = parse_topology("v5e-8"), tiny(data=4, tensor=2)
-    train = dataclasses.replace(config.train, remat="custom", remat_names=("mlp_gate",))  # no other candidate's
+    train = dataclasses.replace(config.train, remat="mlp_gate")  # no other candidate's
     for own in (config, dataclasses.replace(config, train=train)):
         found = list(candidates(own, topology))
         assert found[0] == own and found.count(own) == 1 and len(found) > 50

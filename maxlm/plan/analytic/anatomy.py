@@ -73,7 +73,6 @@ def dissect(config: Config, *, named: bool = True) -> Anatomy:
         plain.train,
         precision=config.train.precision,
         remat=config.train.remat,
-        remat_names=config.train.remat_names,
         accumulation=1 if config.parallel.pipeline > 1 else config.train.accumulation,
     )
     traced = proxy(

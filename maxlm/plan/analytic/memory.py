@@ -69,8 +69,7 @@ def facts(config: Config, *, named: bool = True) -> Facts:
     """
     unremat = None
     if config.parallel.pipeline > 1:
-        train = dataclasses.replace(config.train, remat="none", remat_names=())
-        unremat = dissect(dataclasses.replace(config, train=train))
+        unremat = dissect(dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none")))
     return Facts(dissect(config, named=named), unremat, state_leaves(config.model, config.optim))
 
 

@@ -101,7 +101,6 @@ def step_program(traced: Proxy, *, named: bool) -> core.ClosedJaxpr:
         experts=functools.partial(local_experts, backend=_EXPERTS),
         experts_limited=bool(config.model.moe.capacity_factor),
         remat=config.train.remat,
-        remat_names=config.train.remat_names,
     )
     step = make_train_step(config, parts, optimizer, runtime)
     shape = (config.data.batch_size, config.data.sequence_length)
