@@ -344,6 +344,11 @@ class TrainConfig:
     precision: str = leaf(
         "bfloat16", "dtype of the compute; parameters stay float32", choices=("float32", "bfloat16", "float16")
     )
+    reduce_dtype: str = leaf(
+        "float32",
+        "dtype in which gradients are added up over the mesh; bfloat16 sends half the bytes and rounds what is added",
+        choices=("float32", "bfloat16"),
+    )
     remat: str = leaf(
         "none",
         "what the backward pass computes again: none, full (it keeps block inputs only), matmuls (it keeps matrix "

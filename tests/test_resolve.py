@@ -29,6 +29,7 @@ from maxlm.resolve import ConfigError, as_config_dict, differences, leaves, reso
 
 ROOT = Path(__file__).parent.parent
 STORES = {"stdlib": StoreConfig()}
+NARROW = dataclasses.asdict(schema.TrainConfig(precision="float16", reduce_dtype="bfloat16"))
 
 
 def config(**sections) -> Config:
@@ -112,6 +113,7 @@ def test_config_dict_is_locked_and_typed():
         ("optim__decay_rules", (("(", 1.0),), "is not a regular expression"),
         ("train__remat", "custom", "train.remat has 'custom'; it is one of none, full, matmuls, or names joined by +"),
         ("train__remat", "mlp_up+mlp_gat", "did you mean 'mlp_gate'?"),
+        ("train", NARROW, "type train.reduce_dtype=float32"),
         ("eval__overlap", 512, "use at most 511"),
         ("checkpoint__keep_best", 1, "set eval.every_steps"),
         ("train__watchdog", (0.0, 60.0), "type (10.0, 60.0), or (0.0, 0.0) for none"),

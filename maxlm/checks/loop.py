@@ -21,6 +21,11 @@ def check_loop(config: Config) -> Iterator[str]:
             f"train.profile is {train.profile}, but the last step is {train.steps - 1}, counted from 0 (train.steps "
             f"{train.steps}): no window would open; begin it there or before"
         )
+    if train.reduce_dtype == "bfloat16" != train.precision:
+        yield (
+            f"train.reduce_dtype is bfloat16, but train.precision is {train.precision}, which it would round off; type "
+            "train.reduce_dtype=float32"
+        )
     for name in [] if train.remat in REMAT_WORDS else train.remat.split("+"):
         if name not in ACTIVATION_NAMES:
             close = difflib.get_close_matches(name, REMAT_WORDS + ACTIVATION_NAMES, n=1)

@@ -34,6 +34,15 @@ class Experts(NamedTuple):
     down: Linear
 
 
+def in_dtype(experts: Experts, dtype: Any) -> Experts:
+    """The experts with kernels in `dtype`, in which their gradients are then added up over the mesh."""
+
+    def cast(linear: Linear | None) -> Any:
+        return None if linear is None else linear._replace(kernel=linear.kernel.astype(dtype))
+
+    return Experts(*map(cast, experts))
+
+
 class Routes(NamedTuple):
     """Where tokens go: experts (..., k) int32, E for nowhere, and the weights (..., k) float32 of what comes back."""
 

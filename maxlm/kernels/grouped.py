@@ -61,7 +61,7 @@ def grouped_product(
 
     Args:
       cut: of `w`, whose other parts are gathered in `dtype`, for the forward pass and again for the backward pass:
-        what is kept in between is the device's part. Its gradient is summed over the axis in float32.
+        what is kept in between is the device's part. Its gradient is added up over the axis in the dtype of `w`.
     """
     return _product(backend, jnp.dtype(dtype), cut, x.astype(dtype), w, sizes)
 
@@ -81,8 +81,8 @@ def _backward(
     x, w, sizes = kept
     g = g.astype(dtype)
     dx = grouped_rows(g, _whole(w.astype(dtype), cut), sizes, backend=backend, transposed=True)
-    dw = _own(grouped_outer(x, g, sizes, backend=backend), cut)
-    return dx, dw.astype(w.dtype), None
+    dw = _own(grouped_outer(x, g, sizes, backend=backend).astype(w.dtype), cut)
+    return dx, dw, None
 
 
 _product.defvjp(_forward, _backward)

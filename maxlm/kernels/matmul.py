@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,23 @@ SAVED_NAME = "matmul"  # what a remat policy calls the products' results, in the
 ATTENTION_NAME = "attention_out"  # and attention's, its normalisers with them where a kernel's gradient needs those
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any) -> jax.Array:
+def einsum(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, reduce_dtype: Any = jnp.float32) -> jax.Array:
     """Multiplies activations `x` by a weight `w`, e.g. `"bsd,dhk->bshk"`: a `product` that remat can save by name."""
-    return checkpoint_name(product(spec, x, w, dtype=dtype), SAVED_NAME)
+    return checkpoint_name(product(spec, x, w, dtype=dtype, reduce_dtype=reduce_dtype), SAVED_NAME)
 
 
-def product(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, out_dtype: Any = None) -> jax.Array:
+def product(
+    spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, out_dtype: Any = None, reduce_dtype: Any = jnp.float32
+) -> jax.Array:
     """Multiplies two arrays as `spec` says.
 
     Both operands are cast to `dtype`, sums are float32, and the result is cast to `out_dtype` (by default `dtype`).
     The gradient of `x` and of `w` are products of operands in `dtype` as well, summed in float32 and returned in the
-    dtype in which `x` and `w` came: a float32 master weight gets a float32 gradient that was never rounded.
+    dtype in which `x` and `w` came: a float32 master weight gets a float32 gradient that was never rounded, unless
+    `reduce_dtype` is narrower.
+
+    Args:
+      reduce_dtype: in which the gradient of `w` leaves the product, and devices that share the sum add up their parts.
 
     Raises:
       ValueError: a label stands twice in one term, or is summed over in one operand alone (the gradient of such a
@@ -40,7 +46,14 @@ def product(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, out_dtype: Any
     """
     _check(spec)
     # The cast of the input is outside the custom gradient, so the input's own dtype is given back by `astype`.
-    return _multiply(spec, jnp.dtype(dtype), jnp.dtype(out_dtype or dtype), x.astype(dtype), w)
+    dtypes = _Dtypes(jnp.dtype(dtype), jnp.dtype(out_dtype or dtype), jnp.dtype(reduce_dtype))
+    return _multiply(spec, dtypes, x.astype(dtype), w)
+
+
+class _Dtypes(NamedTuple):
+    operands: Any
+    out: Any
+    reduced: Any
 
 
 def _check(spec: str) -> None:
@@ -63,9 +76,9 @@ def precision_of(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def dot(spec: str, x: jax.Array, y: jax.Array, *, out_dtype: Any = jnp.float32) -> jax.Array:
     """An einsum of operands of one dtype, summed in float32 and left so: for kernels with a gradient of their own."""
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32, precision=precision_of(x.dtype))
+    return jnp.einsum(spec, x, y, preferred_element_type=out_dtype, precision=precision_of(x.dtype))
 
 
 def exactly(dtype: Any) -> contextlib.AbstractContextManager[Any]:
@@ -97,22 +110,23 @@ def _dot(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, out_dtype: Any) -
     return dot(spec, x.astype(dtype), w.astype(dtype)).astype(out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _multiply(spec: str, dtype: Any, out_dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _dot(spec, x, w, dtype=dtype, out_dtype=out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(spec: str, dtypes: _Dtypes, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _dot(spec, x, w, dtype=dtypes.operands, out_dtype=dtypes.out)
 
 
-def _forward(spec: str, dtype: Any, out_dtype: Any, x: jax.Array, w: jax.Array) -> Any:
+def _forward(spec: str, dtypes: _Dtypes, x: jax.Array, w: jax.Array) -> Any:
     # The weight is kept as it came: a copy in the compute dtype would be a second copy of the parameters.
-    return _dot(spec, x, w, dtype=dtype, out_dtype=out_dtype), (x, w)
+    return _multiply(spec, dtypes, x, w), (x, w)
 
 
-def _backward(spec: str, dtype: Any, out_dtype: Any, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(spec: str, dtypes: _Dtypes, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = kept
     left, right, out = _terms(spec)
-    dx = _dot(f"{out},{right}->{left}", g, w, dtype=dtype, out_dtype=x.dtype)
-    dw = _dot(f"{left},{out}->{right}", x, g, dtype=dtype, out_dtype=w.dtype)
-    return dx, dw
+    dx = _dot(f"{out},{right}->{left}", g, w, dtype=dtypes.operands, out_dtype=x.dtype)
+    # XLA adds the devices' parts up right behind the product, in the dtype that that writes: a cast comes too late.
+    dw = dot(f"{left},{out}->{right}", x.astype(dtypes.operands), g.astype(dtypes.operands), out_dtype=dtypes.reduced)
+    return dx, dw.astype(w.dtype)
 
 
 _multiply.defvjp(_forward, _backward)

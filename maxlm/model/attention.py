@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import AttentionConfig, ModelConfig
 from maxlm.kernels.attention import Mask
-from maxlm.kernels.matmul import einsum
 from maxlm.model.layers import RMSNorm, add_bias, residual_init
 from maxlm.model.param import constant, fan_in_normal, parameter
 from maxlm.model.rotary import rotary
@@ -95,7 +94,7 @@ class GroupedQueryAttention(nnx.Module):
         """
 
         def heads(kernel: nnx.Param, bias: nnx.Param | None, norm: RMSNorm | None, axis: str) -> jax.Array:
-            y = einsum("bsd,dnh->bsnh", x, kernel[...], dtype=runtime.dtype)
+            y = runtime.multiply("bsd,dnh->bsnh", x, kernel[...])
             if bias is not None:
                 y = add_bias(y, bias[...])
             if norm is not None:
@@ -115,7 +114,7 @@ class GroupedQueryAttention(nnx.Module):
         sinks = self.sink_bias[...] if self.sink_bias is not None else None
         found = runtime.attend(query, key, value, attention_mask(self.config, sight, window=window, sinks=sinks))
         found = runtime.constrain(found, ("batch", "seq", "q_heads", None))
-        out = einsum("bsnh,nhd->bsd", found, self.output[...], dtype=runtime.dtype)
+        out = runtime.multiply("bsnh,nhd->bsd", found, self.output[...])
         out = runtime.constrain(out, ("batch", "residual", None))
         if self.output_bias is not None:
             out = add_bias(out, self.output_bias[...])

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
-from maxlm.kernels.matmul import einsum
 from maxlm.model.attention import AttentionOut, KeyValues, Sight, attention_mask, remembered
 from maxlm.model.layers import RMSNorm, residual_init
 from maxlm.model.param import fan_in_normal, parameter
@@ -62,21 +61,21 @@ class LatentAttention(nnx.Module):
         def down(spec: str, w: nnx.Param) -> jax.Array:
             # Left to itself, XLA may work on parts of the gradient of such a matrix along `tensor` and permute them,
             # which would hang in a stage's branch (`parallel.sharding.settled`).
-            return einsum(spec, x, runtime.constrain(w[...], ("staged", "latent_out")), dtype=runtime.dtype)
+            return runtime.multiply(spec, x, runtime.constrain(w[...], ("staged", "latent_out")))
 
         source = x
         if self.query_down is not None and self.query_latent_norm is not None:
             source = self.query_latent_norm(down("bsd,dq->bsq", self.query_down))
-        query = on_heads(einsum("bsq,qnh->bsnh", source, self.query[...], dtype=runtime.dtype))
+        query = on_heads(runtime.multiply("bsq,qnh->bsnh", source, self.query[...]))
         plain, rotated = jnp.split(query, [self.config.head_dim - self.config.latent.rope_dim], axis=-1)
         rotated = turned(rotated)
         latent = self.latent_norm(down("bsd,dc->bsc", self.latent))
         shared = turned(down("bsd,dr->bsr", self.shared_key)[:, :, None])
         if memory is None:
             mask = attention_mask(self.config, sight, window=window)
-            key = on_heads(einsum("bsc,cnu->bsnu", latent, self.key[...], dtype=runtime.dtype))
+            key = on_heads(runtime.multiply("bsc,cnu->bsnu", latent, self.key[...]))
             key = jnp.concatenate([key, jnp.broadcast_to(shared, (*key.shape[:-1], shared.shape[-1]))], axis=-1)
-            value = on_heads(einsum("bsc,cnw->bsnw", latent, self.value[...], dtype=runtime.dtype))
+            value = on_heads(runtime.multiply("bsc,cnw->bsnw", latent, self.value[...]))
             query = jnp.concatenate([plain, rotated], axis=-1)
             query, key, value = (checkpoint_name(y, "attention_qkv") for y in (query, key, value))
             seen = on_heads(runtime.attend(query, key, value, mask))
@@ -84,9 +83,9 @@ class LatentAttention(nnx.Module):
             entries, memory, sight = remembered(memory, KeyValues(latent, shared[:, :, 0]), sight)
             kept, turned_keys = (part.astype(runtime.dtype)[:, :, None] for part in entries)
             mask = attention_mask(self.config, sight, window=window)
-            inward = on_heads(einsum("bsnu,cnu->bsnc", plain, self.key[...], dtype=runtime.dtype))
+            inward = on_heads(runtime.multiply("bsnu,cnu->bsnc", plain, self.key[...]))
             query = jnp.concatenate([inward, rotated], axis=-1)
             gathered = runtime.attend(query, jnp.concatenate([kept, turned_keys], axis=-1), kept, mask)
-            seen = on_heads(einsum("bsnc,cnw->bsnw", gathered, self.value[...], dtype=runtime.dtype))
-        out = einsum("bsnw,nwd->bsd", seen, self.output[...], dtype=runtime.dtype)
+            seen = on_heads(runtime.multiply("bsnc,cnw->bsnw", gathered, self.value[...]))
+        out = runtime.multiply("bsnw,nwd->bsd", seen, self.output[...])
         return AttentionOut(checkpoint_name(out, "attention_proj"), memory)

@@ -14,7 +14,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
-from maxlm.kernels.matmul import einsum
 from maxlm.model.attention import Sight
 from maxlm.model.layers import add_bias, residual_init
 from maxlm.model.param import constant, fan_in_normal, parameter
@@ -85,7 +84,7 @@ class Mlp(nnx.Module):
         del sight  # every position is treated alike
 
         def inward(kernel: nnx.Param, bias: nnx.Param | None, name: str) -> jax.Array:
-            y = einsum("bsd,df->bsf", x, kernel[...], dtype=runtime.dtype)
+            y = runtime.multiply("bsd,df->bsf", x, kernel[...])
             if bias is not None:
                 y = add_bias(y, bias[...])
             return checkpoint_name(runtime.constrain(y, ("batch", "seq", "mlp")), name)
@@ -95,7 +94,7 @@ class Mlp(nnx.Module):
             hidden = cheap(UNGATED[self.kind])(up)
         else:
             hidden = cheap(GATED[self.kind])(inward(self.gate, self.gate_bias, "mlp_gate"), up)
-        y = einsum("bsf,fd->bsd", hidden, self.down[...], dtype=runtime.dtype)
+        y = runtime.multiply("bsf,fd->bsd", hidden, self.down[...])
         y = runtime.constrain(y, ("batch", "residual", None))
         if self.down_bias is not None:
             y = add_bias(y, self.down_bias[...])

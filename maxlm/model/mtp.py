@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config import ModelConfig
-from maxlm.kernels.matmul import einsum
 from maxlm.model.attention import Sight
 from maxlm.model.layers import make_norm
 from maxlm.model.param import fan_in_normal, parameter
@@ -51,7 +50,7 @@ class MtpLayer(nnx.Module):
         """(B, S, D) of position i and (B, S, D) of token i + k -> (B, S, D), normed for the head."""
         joined = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], axis=-1)
         joined = runtime.constrain(joined, ("batch", "seq", "mlp"))
-        x = einsum("bsm,md->bsd", joined, self.projection[...], dtype=runtime.dtype)
+        x = runtime.multiply("bsm,md->bsd", joined, self.projection[...])
         x = runtime.constrain(x, ("batch", "residual", None))
         out = self.block(x, sight=sight, window=window, runtime=runtime)
         return out._replace(out=runtime.constrain(self.out_norm(out.out), ("batch", "seq", None)))

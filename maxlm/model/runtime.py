@@ -13,7 +13,7 @@ from maxlm.config import ACTIVATION_NAMES, REMAT_WORDS
 from maxlm.kernels import attention
 from maxlm.kernels.cross_entropy import SpreadFn, alone
 from maxlm.kernels.experts import local_experts
-from maxlm.kernels.matmul import ATTENTION_NAME, SAVED_NAME
+from maxlm.kernels.matmul import ATTENTION_NAME, SAVED_NAME, einsum
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, attention.Mask], jax.Array]
 LookupFn = Callable[..., jax.Array]
@@ -44,6 +44,7 @@ class Runtime:
     """Precision, placement, kernels and memory policy of a forward pass.
 
     dtype: of activations and of the operands of products; parameters, norms, softmax and loss are float32 regardless.
+    reduce_dtype: in which the gradients of weights are added up over the mesh.
     constrain: pins an activation with these logical axes, e.g. ('batch', 'seq', None), to its devices.
     lookup: as `take`, which it is on one device.
     arrange: brings a tree of (B, S) arrays into the order of positions that `attend` expects. Whoever calls the model
@@ -58,6 +59,7 @@ class Runtime:
     """
 
     dtype: Any = jnp.float32
+    reduce_dtype: Any = jnp.float32
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = _unconstrained
     lookup: LookupFn = take
     arrange: Callable[[Any], Any] = _as_it_is
@@ -66,6 +68,10 @@ class Runtime:
     spread_loss: SpreadFn = alone
     experts_limited: bool = False
     remat: str = "none"
+
+    def multiply(self, spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        """Activations by a weight, as of `kernels.matmul.einsum`."""
+        return einsum(spec, x, w, dtype=self.dtype, reduce_dtype=self.reduce_dtype)
 
 
 def rematerialised(block: BlockFn, runtime: Runtime, *, prevent_cse: bool = False) -> BlockFn:

@@ -26,6 +26,7 @@ from maxlm.kernels.experts import (
     Linear,
     Routes,
     from_rows,
+    in_dtype,
     local_experts,
     order,
     through_experts,
@@ -58,7 +59,9 @@ class _Settings:
         return {"hidden": self.hidden, "dtype": self.dtype, "backend": self.backend}
 
 
-def sharded_experts(backend: Backend, mesh: Mesh, *, rows: str | None = "batch") -> Callable[..., jax.Array]:
+def sharded_experts(
+    backend: Backend, mesh: Mesh, *, rows: str | None = "batch", reduce_dtype: Any = jnp.float32
+) -> Callable[..., jax.Array]:
     """`kernels.experts.local_experts` over a mesh, with the same arguments and result.
 
     Each pair of devices exchanges up to C rows, which is enough for whatever is asked of it: T min(k, E / p), or with
@@ -67,6 +70,7 @@ def sharded_experts(backend: Backend, mesh: Mesh, *, rows: str | None = "batch")
 
     Args:
       rows: the logical axis of the batch; None: every device has all rows, whole, and is given the whole result.
+      reduce_dtype: float32, or the compute dtype: in which the kernels' gradients are added up over the mesh.
     """
     tokens = partition((rows, "seq" if rows else None, None))
     ragged = mesh.devices.flat[0].platform in RAGGED_PLATFORMS
@@ -85,7 +89,8 @@ def sharded_experts(backend: Backend, mesh: Mesh, *, rows: str | None = "batch")
         )
         out = partition((rows, "residual", None)) if scattered else tokens
         function = functools.partial(_on_device, settings)
-        return island(function, mesh, in_specs=specs, out_specs=out)(x.astype(dtype), routes, experts)
+        given = in_dtype(experts, reduce_dtype)
+        return island(function, mesh, in_specs=specs, out_specs=out)(x.astype(dtype), routes, given)
 
     return run
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from maxlm.kernels.attention import Mask
-from maxlm.parallel.sharding import partition, shards
+from maxlm.parallel.sharding import RULES, partition, shards
 
 LookupFn = Callable[..., jax.Array]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
@@ -58,56 +58,78 @@ def sharded_attention(kernel: AttentionFn, mesh: Mesh) -> AttentionFn:
     return attend
 
 
-def sharded_lookup(mesh: Mesh) -> LookupFn:
+def sharded_lookup(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> LookupFn:
     """`model.runtime.take` of a table that is spread over `vocab` and `embed`, without gathering the vocabulary.
 
     The table comes together along `embed` in the dtype of the result. Every device of a tensor group looks up what its
     part of the vocabulary has, and the parts are summed. Left to itself XLA may move the operands between devices by a
     permute, which deadlocks where stages of a pipeline do different things.
-    """
 
-    def lookup(table: jax.Array, tokens: jax.Array, *, scale: float, dtype: Any) -> jax.Array:
-        # The sum over `tensor` leaves each of its devices a part of the positions, as the stream has them.
-        scattered = tokens.shape[1] % shards(mesh, "residual") == 0
+    Args:
+      reduce_dtype: in which the table's gradient is added up over the mesh; a device adds up its own in float32, as a
+        frequent row has many summands.
+    """
+    (embed,), (vocab,) = RULES["embed"], RULES["vocab"]
+    others = tuple(axis for axis in RULES["batch"] + RULES["seq"] if axis != embed)
+    whole, of_tokens = partition(("vocab", "embed")), partition(("batch", "seq"))
+
+    def placed(tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+        """Which rows of this device's part the tokens have, and whether they have one."""
+        own = tokens - jax.lax.axis_index(vocab) * rows
+        held = (own >= 0) & (own < rows)
+        return jnp.where(held, own, 0), held[..., None]
+
+    def scattered(positions: int) -> bool:
+        """Whether the sum over `tensor` leaves each of its devices a part of the positions, as the stream has them."""
+        return positions % shards(mesh, "residual") == 0
+
+    def of_rows(positions: int) -> PartitionSpec:
+        return partition(("batch", "residual" if scattered(positions) else "seq", None))
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+    def find(scale: float, dtype: Any, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        split = scattered(tokens.shape[1])
 
         def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
-            own = tokens - jax.lax.axis_index("tensor") * table.shape[0]
-            held = (own >= 0) & (own < table.shape[0])
-            rows = _wide_rows(scale, jnp.dtype(dtype), table, jnp.where(held, own, 0))
-            rows = jnp.where(held[..., None], rows, 0.0)
-            known = (tokens >= 0) & (tokens < table.shape[0] * mesh.shape["tensor"])
+            wide = jax.lax.all_gather((table * scale).astype(dtype), embed, axis=1, tiled=True)
+            own, held = placed(tokens, table.shape[0])
+            known = (tokens >= 0) & (tokens < table.shape[0] * mesh.shape[vocab])
+            rows = jnp.where(held, jnp.take(wide, own, axis=0), 0.0)
             rows = jnp.where(known[..., None], rows, jnp.nan)
-            if scattered:
-                return jax.lax.psum_scatter(rows, "tensor", scatter_dimension=1, tiled=True)
-            return jax.lax.psum(rows, "tensor")
+            return (
+                jax.lax.psum_scatter(rows, vocab, scatter_dimension=1, tiled=True)
+                if split
+                else jax.lax.psum(rows, vocab)
+            )
 
-        specs = (partition(("vocab", "embed")), partition(("batch", "seq")))
-        out = partition(("batch", "residual" if scattered else "seq", None))
-        return island(local, mesh, in_specs=specs, out_specs=out)(table, tokens)
+        specs = (whole, of_tokens)
+        return island(local, mesh, in_specs=specs, out_specs=of_rows(tokens.shape[1]))(table, tokens)
+
+    def forward(scale: float, dtype: Any, table: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any]:
+        return find(scale, dtype, table, tokens), (table.shape[0], tokens)
+
+    def backward(scale: float, dtype: Any, kept: Any, g: jax.Array) -> tuple[jax.Array, None]:
+        del dtype
+        count, tokens = kept
+        split = scattered(tokens.shape[1])
+
+        def local(tokens: jax.Array, g: jax.Array) -> jax.Array:
+            g = jax.lax.all_gather(g, vocab, axis=1, tiled=True) if split else g
+            rows = count // mesh.shape[vocab]
+            own, held = placed(tokens, rows)
+            wide = jnp.zeros((rows, g.shape[-1]), jnp.float32).at[own].add(jnp.where(held, g.astype(jnp.float32), 0.0))
+            part = jax.lax.psum_scatter(wide.astype(reduce_dtype), embed, scatter_dimension=1, tiled=True)
+            return jax.lax.psum(part, others).astype(jnp.float32) * scale
+
+        specs = (of_tokens, of_rows(tokens.shape[1]))
+        return island(local, mesh, in_specs=specs, out_specs=whole)(tokens, g), None
+
+    find.defvjp(forward, backward)
+
+    def lookup(table: jax.Array, tokens: jax.Array, *, scale: float, dtype: Any) -> jax.Array:
+        return find(scale, jnp.dtype(dtype), table, tokens)
 
     return lookup
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _wide_rows(scale: float, dtype: Any, table: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Rows of what the devices along `fsdp` hold, side by side: (V, D / fsdp), (B, S) -> (B, S, D) in `dtype`."""
-    wide = jax.lax.all_gather((table * scale).astype(dtype), "fsdp", axis=1, tiled=True)
-    return jnp.take(wide, numbers, axis=0)
-
-
-def _wide_rows_forward(scale: float, dtype: Any, table: jax.Array, numbers: jax.Array) -> Any:
-    return _wide_rows(scale, dtype, table, numbers), (table.shape[0], numbers)
-
-
-def _wide_rows_backward(scale: float, dtype: Any, kept: Any, g: jax.Array) -> Any:
-    del dtype
-    count, numbers = kept
-    # In float32 from here on: a frequent row's gradient has many summands.
-    wide = jnp.zeros((count, g.shape[-1]), jnp.float32).at[numbers].add(g.astype(jnp.float32))
-    return jax.lax.psum_scatter(wide, "fsdp", scatter_dimension=1, tiled=True) * scale, None
-
-
-_wide_rows.defvjp(_wide_rows_forward, _wide_rows_backward)
 
 
 def mask_specs(mask: Mask, *, seq: str | None = None) -> Mask:

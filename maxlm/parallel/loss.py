@@ -7,6 +7,7 @@ an 8B model with 128,256 pieces, once for each chunk of positions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,13 @@ PIECE = 2**28  # bytes of the head's gradient that are added up over `fsdp` at a
 _POSITIONS = RULES["batch"] + RULES["seq"]
 
 
-def sharded_loss(mesh: Mesh) -> SpreadFn:
-    """`kernels.cross_entropy.alone` over a mesh, with the same arguments and results."""
+def sharded_loss(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> SpreadFn:
+    """`kernels.cross_entropy.alone` over a mesh, with the same arguments and results.
+
+    Args:
+      reduce_dtype: in which the head's gradient is added up over the mesh.
+    """
+    together = _TOGETHER | {"head": functools.partial(_head_gradient, dtype=reduce_dtype)}
 
     def spread(
         local: LocalFn, hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, kinds: Any
@@ -39,7 +45,7 @@ def sharded_loss(mesh: Mesh) -> SpreadFn:
             (vocab,), (embed,) = RULES["vocab"], RULES["embed"]
             wide = lax.all_gather(head.astype(hidden.dtype), embed, axis=0, tiled=True)
             out = local(hidden, wide, targets, weights, (vocab,) if mesh.shape[vocab] > 1 else ())
-            return jax.tree.map(lambda kind, x: _TOGETHER[kind](x).astype(_dtype(kind, x, hidden)), kinds, out)
+            return jax.tree.map(lambda kind, x: together[kind](x).astype(_dtype(kind, x, hidden)), kinds, out)
 
         inner = [partition(_LOGICAL[kind]) for kind in ("hidden", "head", "token", "token")]
         outer = jax.tree.map(lambda kind: partition(_LOGICAL[kind]), kinds)
@@ -52,19 +58,24 @@ def _dtype(kind: str, x: jax.Array, hidden: jax.Array) -> Any:
     return hidden.dtype if kind == "hidden" else x.dtype
 
 
-def _head_gradient(x: jax.Array) -> jax.Array:
-    """(D, V) of a device's positions -> its part of the sum. In pieces, of which one at a time is there twice."""
+def _head_gradient(x: jax.Array, *, dtype: Any) -> jax.Array:
+    """(D, V) of a device's positions -> its part of the sum, added up in `dtype`.
+
+    In pieces, of which one at a time is there twice.
+    """
     (embed,) = RULES["embed"]
     count = -(-x.size * x.dtype.itemsize // PIECE)
     cuts = [i * x.shape[1] // count for i in range(1, count)]
-    own = [lax.psum_scatter(part, embed, scatter_dimension=0, tiled=True) for part in jnp.split(x, cuts, axis=1)]
-    return lax.psum(jnp.concatenate(own, axis=1), tuple(axis for axis in _POSITIONS if axis != embed))
+    own = [
+        lax.psum_scatter(part.astype(dtype), embed, scatter_dimension=0, tiled=True)
+        for part in jnp.split(x, cuts, axis=1)
+    ]
+    return lax.psum(jnp.concatenate(own, axis=1), tuple(axis for axis in _POSITIONS if axis != embed)).astype(x.dtype)
 
 
 _TOGETHER: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sum": lambda x: lax.psum(x, _POSITIONS),
     "token": lambda x: x,
     "hidden": lambda x: lax.psum(x, RULES["vocab"]),
-    "head": _head_gradient,
 }
-"""How the results of the devices make the whole, by kind."""
+"""How the results of the devices make the whole, by kind; of `head` it is `_head_gradient`."""

@@ -113,6 +113,7 @@ def _activations(config: Config, sizes: Mapping[str, int]) -> list[Placed]:
     parts = split_model(config.model)
     runtime = Runtime(
         dtype=jnp.dtype(config.train.precision),
+        reduce_dtype=jnp.dtype(config.train.reduce_dtype),
         constrain=record,
         remat=config.train.remat,
     )

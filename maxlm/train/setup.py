@@ -137,15 +137,17 @@ def make_runtime(config: Config, mesh: Mesh, *, segments: bool, experts_limited:
       experts_limited: as of `Runtime`.
     """
     attend, name = _make_attention(config, mesh, segments=segments)
-    devices = mesh.shape["context"]
+    devices, reduced = mesh.shape["context"], jnp.dtype(config.train.reduce_dtype)
+    backend = grouped.choose(mesh.devices.flat[0].platform, config.train.precision)
     runtime = Runtime(
         dtype=jnp.dtype(config.train.precision),
+        reduce_dtype=reduced,
         constrain=constrainer(mesh),
-        lookup=sharded_lookup(mesh),
+        lookup=sharded_lookup(mesh, reduce_dtype=reduced),
         attend=attend,
         arrange=functools.partial(arrange, devices=devices),
-        experts=sharded_experts(grouped.choose(mesh.devices.flat[0].platform, config.train.precision), mesh),
-        spread_loss=sharded_loss(mesh),
+        experts=sharded_experts(backend, mesh, reduce_dtype=reduced),
+        spread_loss=sharded_loss(mesh, reduce_dtype=reduced),
         experts_limited=experts_limited,
         remat=config.train.remat,
     )

@@ -365,9 +365,7 @@ def test_a_normed_head_has_a_gradient_where_a_column_is_zero(tiny):
 
 
 def test_errors_say_what_to_type(tiny):
-    with pytest.raises(
-        ValueError, match=r"remat has \['some'\]; it is one of none, full, matmuls, or of att"
-    ):
+    with pytest.raises(ValueError, match=r"remat has \['some'\]; it is one of none, full, matmuls, or of att"):
         tiny.hidden(tiny.build(tiny.config()).model, tiny.tokens(1, 4), runtime=Runtime(remat="some"))
     with pytest.raises(ValueError, match=r"remat has \['mlp_upp'\].* mlp_up, "):
         tiny.hidden(tiny.build(tiny.config()).model, tiny.tokens(1, 4), runtime=Runtime(remat="mlp_up+mlp_upp"))

@@ -69,7 +69,7 @@ class Estimator:
         if config.model is not base.model and config.model != base.model:
             raise ValueError("an Estimator is for one model; make another for another")
         key = (
-            *(train.remat, train.precision, train.accumulation > 1),
+            *(train.remat, train.precision, train.reduce_dtype, train.accumulation > 1),
             *(parallel.pipeline > 1, parallel.context > 1, config.optim.moments_dtype),
         )
         if key not in self._known:

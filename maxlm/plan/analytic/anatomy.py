@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config import Config, DataConfig
@@ -72,6 +73,7 @@ def dissect(config: Config, *, named: bool = True) -> Anatomy:
     train = dataclasses.replace(
         plain.train,
         precision=config.train.precision,
+        reduce_dtype=config.train.reduce_dtype,
         remat=config.train.remat,
         accumulation=1 if config.parallel.pipeline > 1 else config.train.accumulation,
     )
@@ -95,7 +97,8 @@ _DISSECTED: dict[tuple, Anatomy] = {}
 
 def _dissect(traced: Proxy, named: bool) -> Anatomy:
     program = flatten(step_program(traced, named=named).jaxpr)
-    walker = Walker(traced.primes, accumulation=traced.config.train.accumulation)
+    train = traced.config.train
+    walker = Walker(traced.primes, accumulation=train.accumulation, reduced=jnp.dtype(train.reduce_dtype).itemsize)
     moments = walker.walk(program, ONE, outer=True)
     kinds = sorted({held for _, counts in moments for held in counts})
     place = {held: i for i, held in enumerate(kinds)}

@@ -164,9 +164,9 @@ def _network(
 
 
 def _summed(config: Config, state: tuple[StateBytes, ...], axis: str) -> float:
-    """Bytes on a device of the parameters that an axis of the batch does not cut: it sums a microbatch's gradients."""
+    """Bytes on a device of the gradients that an axis of the batch adds up: of parameters that it does not cut."""
     whole = tuple(leaf for leaf in state if leaf.part == "parameters" and axis not in leaf.cut_by)
-    return state_bytes(config, whole)["parameters"]
+    return state_bytes(config, whole)["parameters"] * (0.5 if config.train.reduce_dtype == "bfloat16" else 1.0)
 
 
 def _stream_bytes(config: Config) -> float:

@@ -97,6 +97,7 @@ def step_program(traced: Proxy, *, named: bool) -> core.ClosedJaxpr:
     optimizer = make_optimizer(config.optim, parts.specs)
     runtime = Runtime(
         dtype=jnp.dtype(config.train.precision),
+        reduce_dtype=jnp.dtype(config.train.reduce_dtype),
         attend=lambda q, k, v, mask: _attend(named, q, k, v, mask.sinks),
         experts=functools.partial(local_experts, backend=_EXPERTS),
         experts_limited=bool(config.model.moe.capacity_factor),

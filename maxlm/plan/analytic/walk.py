@@ -89,9 +89,13 @@ class _Value:
 class Walker:
     """Walks programs, nested ones included; `work` collects what is done."""
 
-    def __init__(self, primes: Mapping[str, int], *, accumulation: int, micros: bool = False):
-        """Of a step with so many microbatches; `micros`: of the body of the loop over them."""
-        self.primes, self.accumulation, self.micros = primes, accumulation, micros
+    def __init__(self, primes: Mapping[str, int], *, accumulation: int, reduced: int, micros: bool = False):
+        """Of a step with so many microbatches, whose gradients are added up over the mesh in so many bytes each.
+
+        Args:
+          micros: of the body of the loop over microbatches.
+        """
+        self.primes, self.accumulation, self.reduced, self.micros = primes, accumulation, reduced, micros
         self.row = primes["chunks"] * primes["chunk"]
         self.outer = False
         self.sums: set[int] = set()  # which of a body's results are sums of weights' gradients
@@ -270,14 +274,18 @@ class Walker:
             self.gathered(at, node, value, values, trips)
             self.note("operands", value.whole or value.size, trips)
         self.made(at, node, values)
-        for out in node.outs:
+        for out, (_, itemsize) in zip(node.outs, node.shapes, strict=True):
             value = values[out]
             self.note("operands", value.whole or value.size, trips)
             if value.partial:
                 self.note("reduce_stream", value.whole or value.size, trips)
             if value.role == "gradients" and value.whole is not None:
-                self.note("reduce_weights", value.whole, trips)
+                self.note("reduce_weights", self.crossing(value.whole, itemsize), trips)
         self.done(node, values, trips)
+
+    def crossing(self, whole: Size, itemsize: int) -> Size:
+        """Of a gradient, what crosses the mesh when it is added up."""
+        return whole.times(self.reduced / itemsize)
 
     def gathered(self, at: int, node: Node, value: _Value, values: dict[int, _Value], trips: Size) -> None:
         """What an operand is whole, for the operation's sake."""
@@ -301,7 +309,7 @@ class Walker:
 
     def added_up(self, node: Node, values: dict[int, _Value], program: Program, handed: set[int]) -> None:
         """A weight's gradient that a loop adds to its sum is made in the sum, which is whole until the loop ends."""
-        for out in node.outs:
+        for out, (_, itemsize) in zip(node.outs, node.shapes, strict=True):
             users = [user for user in program.nodes if out in user.ins]
             if values[out].role == "gradients" and [user.name for user in users] == ["add"]:
                 total = users[0].outs[0]
@@ -310,9 +318,9 @@ class Walker:
                     self.sums.add(program.outs.index(total))
                     if self.micros:  # over microbatches the sum is spread, and each one's gradient before it is added
                         continue
-                    self.work = [
-                        done for done in self.work if done.kind != "reduce_weights" or done.size != values[out].whole
-                    ]
+                    whole = values[out].whole
+                    taken = self.crossing(whole, itemsize) if whole is not None else None
+                    self.work = [done for done in self.work if done.kind != "reduce_weights" or done.size != taken]
 
     def done(self, node: Node, values: dict[int, _Value], trips: Size) -> None:
         """The operation's own work."""
@@ -346,7 +354,7 @@ class Walker:
         micros = self.outer and self.accumulation == count.number and any(n.name in LOOPS for n in node.body.nodes)
         if micros:
             count = ONE.times(micros=1)
-        inner = Walker(self.primes, accumulation=self.accumulation, micros=micros)
+        inner = Walker(self.primes, accumulation=self.accumulation, reduced=self.reduced, micros=micros)
         inner_moments = inner.walk(node.body, trips.by(count), outer=False, node=node)
         self.work += inner.work
         self.made(at, node, values)
@@ -361,7 +369,7 @@ class Walker:
                 if i in inner.sums and value.whole is not None:
                     extra[Held(value.whole, "gradients")] += 1
                     if not micros:
-                        self.note("reduce_weights", value.whole, trips)
+                        self.note("reduce_weights", self.crossing(value.whole, node.shapes[i][1]), trips)
             elif value.role == "temporaries" and value.size.has("layers") and self.of_tokens(value.size):
                 value.role = "activations"
         for size in self.hoisted(node.body, given + carried):
