@@ -53,8 +53,12 @@ def start(kind: str, packed: bool, layers: int) -> Any:
     With experts, those of the first seed whose router decides clearly for every token: the last expert that it chooses
     has a logit more than 1e-4 above that of the best one left out, far above what another order of sums changes, so
     that every mesh has to choose the same; so it is of groups, and of scores where these and not logits are compared.
-    Routers are drawn larger, which spreads the logits out, sigmoids less so, which would all be ones.
+    Routers are drawn larger, which spreads the logits out, sigmoids less so, which would all be ones. What layers add
+    to the stream is drawn as small as in a run (`depth_scaled`): over 32 layers with such routers, half a unit in the
+    last place of each parameter would otherwise move gradients by 2e-4.
     """
+    import numpy as np
+
     from maxlm import tree
     from maxlm.model.decoder import split_model
     from maxlm.resolve import resolve
@@ -65,9 +69,10 @@ def start(kind: str, packed: bool, layers: int) -> Any:
     if not model.moe.experts:
         return drawn_params(specs, seed=2)
     least, larger = make_margin(kind, packed, layers), 8 if model.moe.router == "softmax" else 3
+    factors = {"router": larger, "output": (2 * layers) ** -0.5, "down": (2 * layers) ** -0.5}
     for seed in range(2, 100):
         drawn = drawn_params(specs, seed=seed)
-        params = tree.map_paths(lambda path, x: larger * x if path.endswith("router") else x, drawn)
+        params = tree.map_paths(lambda path, x: np.float32(factors.get(path.split("/")[-1], 1)) * x, drawn)
         found = least(params)
         if found > 1e-4:
             rows = "packed" if packed else "unpacked"

@@ -55,7 +55,7 @@ class Work:
 GIB = 2**30
 # What is kept for the backward pass, by the memory that was found: of 8B on v5p all that a layer's products make
 # (without the first products of the feed-forward half, save_dot_except_mlpwi, it is 24.6 GiB), which of 70B would not
-# fit; on v6e 28 GiB lie on the host. Gradients are summed in bfloat16, ours in float32.
+# fit; on v6e 28 GiB lie on the host.
 KEPT = ("remat_policy=minimal_with_context",)
 PROJECTIONS = ("remat_policy=save_qkv_proj",)
 OFFLOADED = (
@@ -105,6 +105,7 @@ def ours(work: Work) -> dict[str, Any]:
     given = module.get_config(work.topology)
     given.data.sequence_length = work.positions
     given.data.batch_size = given.eval.batch_size = work.rows * topology.devices
+    given.train.reduce_dtype = "bfloat16"  # as MaxText adds gradients up; the recipes keep float32
     config = resolve(given, devices=topology.devices)
     step = compile_step(config, topology, cache=None, options=VMEM, log=print)
     if step.refused:

@@ -96,11 +96,9 @@ def sharded_lookup(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> LookupFn:
             known = (tokens >= 0) & (tokens < table.shape[0] * mesh.shape[vocab])
             rows = jnp.where(held, jnp.take(wide, own, axis=0), 0.0)
             rows = jnp.where(known[..., None], rows, jnp.nan)
-            return (
-                jax.lax.psum_scatter(rows, vocab, scatter_dimension=1, tiled=True)
-                if split
-                else jax.lax.psum(rows, vocab)
-            )
+            if split:
+                return jax.lax.psum_scatter(rows, vocab, scatter_dimension=1, tiled=True)
+            return jax.lax.psum(rows, vocab)
 
         specs = (whole, of_tokens)
         return island(local, mesh, in_specs=specs, out_specs=of_rows(tokens.shape[1]))(table, tokens)
