@@ -64,6 +64,8 @@ class Known(NamedTuple):
 
 def known(recorded: Mapping[str, Any], section: type = Config, prefix: str = "") -> Known:
     """What `resolve` can take of a config.json that was written when the schema was another."""
+    if not prefix and (before := recorded.get("train", {})).get("remat") == "custom":  # with the names beside it
+        recorded = {**recorded, "train": {**before, "remat": "+".join(before["remat_names"])}}
     hints, fields = typing.get_type_hints(section), {field.name: field for field in dataclasses.fields(section)}
     given: dict[str, Any] = {}
     dropped: list[str] = []

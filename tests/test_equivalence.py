@@ -15,11 +15,11 @@ from maxlm.config import MESH_AXES
 from maxlm.resolve import resolve
 from tools import equivalence, equivalence_cases
 
-ROOT = Path(__file__).parent.parent
+ROOT, KEPT = Path(__file__).parent.parent, equivalence_cases.KEPT
 SLICE = (
     "data 2 x pipeline 2 x context 2, dense, packed, remat none, accumulation 4, zero_bubble",
     "fsdp 2 x pipeline 2 x expert 2, moe, packed, remat none, accumulation 2, gpipe",
-    "fsdp 2 x pipeline 2 x tensor 2, learned positions, packed, remat custom, accumulation 4, zero_bubble",
+    f"fsdp 2 x pipeline 2 x tensor 2, learned positions, packed, remat {KEPT}, accumulation 4, zero_bubble",
     "context 2 x expert 2 x tensor 2, moe, packed, remat full, accumulation 1",
 )
 

@@ -378,6 +378,8 @@ def test_a_record_of_an_older_schema_is_compared_by_its_values_and_loses_nothing
     assert resolve(found.given) == first
     with pytest.raises(ConfigError, match="optim.gone is not a setting"):
         resolve(older)
+    older["train"] |= {"remat": "custom", "remat_names": ["attention_out", "mlp_up"]}
+    assert resolve(known(older).given).train.remat == "attention_out+mlp_up"
 
 
 def test_schema_imports_nothing_of_ours_nor_jax():

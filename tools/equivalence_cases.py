@@ -30,6 +30,7 @@ LARGE: dict[int, tuple[dict[str, int], ...]] = {
 }
 
 
+KEPT = "attention_qkv+mlp_up"
 EXPERTS = c.MoeConfig(experts=8, active=2, dim=16, shared_dim=16, balance_loss=0.02, router_z_loss=0.001)
 HEADS = c.AttentionConfig(q_heads=16, kv_heads=8, head_dim=8)
 
@@ -90,9 +91,9 @@ MODELS: dict[str, Model] = {
             "tie_embeddings": True,
         },
         (
-            (HYBRID, chosen(remat="custom")),
+            (HYBRID, chosen(remat=KEPT)),
             (LONG, chosen(packed=False)),
-            (STAGED, chosen(schedule="zero_bubble", remat="custom", accumulation=4)),
+            (STAGED, chosen(schedule="zero_bubble", remat=KEPT, accumulation=4)),
             (LONG_STAGED, chosen(schedule="1f1b")),
         ),
     ),
@@ -102,7 +103,7 @@ MODELS: dict[str, Model] = {
         (
             (HYBRID, chosen(packed=False)),
             (LONG, chosen(remat="full")),
-            (SPREAD, chosen(remat="custom")),
+            (SPREAD, chosen(remat=KEPT)),
             ({"context": 2, "expert": 2, "tensor": 2}, chosen(accumulation=1)),
         ),
     ),
@@ -111,7 +112,7 @@ MODELS: dict[str, Model] = {
         LATENT,
         (
             (STAGED, chosen(schedule="zero_bubble")),
-            (SPREAD_STAGED, chosen(schedule="1f1b", remat="custom", accumulation=4)),
+            (SPREAD_STAGED, chosen(schedule="1f1b", remat=KEPT, accumulation=4)),
             ({"pipeline": 2, "expert": 2, "tensor": 2}, chosen(schedule="zero_bubble", remat="full")),
         ),
     ),
@@ -127,7 +128,7 @@ MODELS: dict[str, Model] = {
             (HYBRID, chosen()),
             (LONG, chosen(remat="full", method="ring")),
             (STAGED, chosen(schedule="zero_bubble", packed=False)),
-            (LONG_STAGED, chosen(schedule="1f1b", remat="custom")),
+            (LONG_STAGED, chosen(schedule="1f1b", remat=KEPT)),
         ),
     ),
     "sinks and longrope": Model(
@@ -152,7 +153,7 @@ MODELS: dict[str, Model] = {
         (
             (HYBRID, chosen(accumulation=4)),
             (LONG, chosen(accumulation=1, method="ring")),
-            (SPREAD, chosen(packed=False, remat="custom")),
+            (SPREAD, chosen(packed=False, remat=KEPT)),
             (STAGED, chosen(schedule="zero_bubble", accumulation=4)),
             (LONG_STAGED, chosen(schedule="1f1b", remat="full", accumulation=4)),
         ),
@@ -299,8 +300,7 @@ def config_of(case: Case | None, *, kind: str, packed: bool, layers: int) -> c.C
         if case.schedule:
             parallel["pipeline_schedule"] = case.schedule
             parallel["virtual_stages"] = 2 if case.schedule == "interleaved" else 1
-        remat = "attention_qkv+mlp_up" if case.remat == "custom" else case.remat
-        train = {"remat": remat, "accumulation": case.accumulation}
+        train = {"remat": case.remat, "accumulation": case.accumulation}
     attention = dataclasses.replace(HEADS, qk_norm="head", softcap=20.0, windows=(12, 0))
     usual = {"attention": attention, "moe": EXPERTS if kind == "moe" else c.MoeConfig(), "mlp": c.MlpConfig(dim=64)}
     settings = usual if kind in ("dense", "moe") else {"mlp": c.MlpConfig(dim=64), **MODELS[kind].settings}

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from maxlm import tree
 from maxlm.compilation import settle_cpu_devices, use_compilation_cache
 from maxlm.config import Config, ModelConfig, ParallelConfig
+from maxlm.configfile import known
 from maxlm.convert.errors import ConversionError
 from maxlm.convert.stored import carried_files, model_config
 from maxlm.convert.weights import open_weights
@@ -151,4 +152,12 @@ def _run_config(path: Path) -> Config | None:
                 "has saved a checkpoint"
             )
         return None
-    return resolve(json.loads((path / _RUN).read_text())) if (path / _RUN).exists() else None
+    if not (path / _RUN).exists():
+        return None
+    given, dropped = known(json.loads((path / _RUN).read_text()))
+    if lost := [setting for setting in dropped if setting.startswith(("model.", "data.tokenizer."))]:
+        raise ConversionError(
+            f"{path / _RUN} records {', '.join(lost)}, which this version has no more, so that it would be another "
+            "model; use the version of MaxLM that trained it"
+        )
+    return resolve(given)

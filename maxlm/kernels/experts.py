@@ -34,15 +34,6 @@ class Experts(NamedTuple):
     down: Linear
 
 
-def in_dtype(experts: Experts, dtype: Any) -> Experts:
-    """The experts with kernels in `dtype`, in which their gradients are then added up over the mesh."""
-
-    def cast(linear: Linear | None) -> Any:
-        return None if linear is None else linear._replace(kernel=linear.kernel.astype(dtype))
-
-    return Experts(*map(cast, experts))
-
-
 class Routes(NamedTuple):
     """Where tokens go: experts (..., k) int32, E for nowhere, and the weights (..., k) float32 of what comes back."""
 
@@ -142,13 +133,16 @@ def through_experts(
     dtype: Any,
     backend: Backend,
     gathered: str = "",
+    reduce_dtype: Any = jnp.float32,
 ) -> jax.Array:
     """Rows (N, D), sorted by expert, through their experts: (N, D) in `dtype`; undefined for rows of none.
 
     Args:
       gathered: the mesh axis that D of the kernels, not of the biases, is cut along; empty: they are whole.
+      reduce_dtype: in which the gradients of kernels are added up over that axis.
     """
-    inward, outward = (Cut(gathered, 1), Cut(gathered, 2)) if gathered else (None, None)
+    narrow = jnp.dtype(reduce_dtype)
+    inward, outward = (Cut(gathered, 1, narrow), Cut(gathered, 2, narrow)) if gathered else (None, None)
 
     def project(x: jax.Array, linear: Linear, name: str, cut: Cut | None) -> jax.Array:
         y = grouped_product(x, linear.kernel, sizes, backend=backend, dtype=dtype, cut=cut)
@@ -172,18 +166,18 @@ def local_experts(
     capacity: int = 0,
     dtype: Any,
     backend: Backend = PLAIN,
-    gathered: str = "",
+    **cut: Any,
 ) -> jax.Array:
     """Tokens (B, S, D) through the experts that they are sent to, all on one device: (B, S, D) float32.
 
     Args:
       capacity: entries of one expert in a row of the batch at most; nothing depends on it here.
-      gathered: as of `through_experts`.
+      cut: `gathered` and `reduce_dtype` as of `through_experts`.
     """
     del capacity
     tokens = x.astype(dtype).reshape(-1, x.shape[-1])
     place = order(routes.experts.reshape(-1), experts.up.kernel.shape[0])
     rows = to_rows(tokens, place)
-    y = through_experts(rows, place.sizes, experts, hidden=hidden, dtype=dtype, backend=backend, gathered=gathered)
+    y = through_experts(rows, place.sizes, experts, hidden=hidden, dtype=dtype, backend=backend, **cut)
     y = from_rows(y, place)
     return weighted(y, routes.weights.reshape(tokens.shape[0], -1)).reshape(x.shape)

@@ -45,10 +45,14 @@ class Backend:
 
 
 class Cut(NamedTuple):
-    """How matrices (E, D, F) are cut of which a device holds a part: dim `dim` of each along the mesh axis `axis`."""
+    """How matrices (E, D, F) are cut of which a device holds a part: dim `dim` of each along the mesh axis `axis`.
+
+    reduce_dtype: in which their gradients are added up over that axis.
+    """
 
     axis: str
     dim: int
+    reduce_dtype: Any = jnp.dtype(jnp.float32)
 
 
 def grouped_product(
@@ -61,7 +65,7 @@ def grouped_product(
 
     Args:
       cut: of `w`, whose other parts are gathered in `dtype`, for the forward pass and again for the backward pass:
-        what is kept in between is the device's part. Its gradient is added up over the axis in the dtype of `w`.
+        what is kept in between is the device's part.
     """
     return _product(backend, jnp.dtype(dtype), cut, x.astype(dtype), w, sizes)
 
@@ -81,8 +85,8 @@ def _backward(
     x, w, sizes = kept
     g = g.astype(dtype)
     dx = grouped_rows(g, _whole(w.astype(dtype), cut), sizes, backend=backend, transposed=True)
-    dw = _own(grouped_outer(x, g, sizes, backend=backend).astype(w.dtype), cut)
-    return dx, dw, None
+    dw = _own(grouped_outer(x, g, sizes, backend=backend), cut)
+    return dx, dw.astype(w.dtype), None
 
 
 _product.defvjp(_forward, _backward)
@@ -93,7 +97,9 @@ def _whole(w: jax.Array, cut: Cut | None) -> jax.Array:
 
 
 def _own(dw: jax.Array, cut: Cut | None) -> jax.Array:
-    return lax.psum_scatter(dw, cut.axis, scatter_dimension=cut.dim, tiled=True) if cut else dw
+    if cut is None:
+        return dw
+    return lax.psum_scatter(dw.astype(cut.reduce_dtype), cut.axis, scatter_dimension=cut.dim, tiled=True)
 
 
 def row_groups(sizes: jax.Array, rows: int) -> jax.Array:

@@ -26,7 +26,6 @@ from maxlm.kernels.experts import (
     Linear,
     Routes,
     from_rows,
-    in_dtype,
     local_experts,
     order,
     through_experts,
@@ -52,11 +51,13 @@ class _Settings:
     capacity: int
     dtype: Any
     backend: Backend
+    reduce_dtype: Any
 
     @property
     def products(self) -> dict[str, Any]:
         """What the products are told."""
-        return {"hidden": self.hidden, "dtype": self.dtype, "backend": self.backend}
+        cut = {"gathered": FSDP, "reduce_dtype": self.reduce_dtype}
+        return {"hidden": self.hidden, "dtype": self.dtype, "backend": self.backend, **cut}
 
 
 def sharded_experts(
@@ -70,7 +71,8 @@ def sharded_experts(
 
     Args:
       rows: the logical axis of the batch; None: every device has all rows, whole, and is given the whole result.
-      reduce_dtype: float32, or the compute dtype: in which the kernels' gradients are added up over the mesh.
+      reduce_dtype: in which the kernels' gradients are added up over `fsdp`. The sum of a device's own part over `data`
+        and `context` is in float32.
     """
     tokens = partition((rows, "seq" if rows else None, None))
     ragged = mesh.devices.flat[0].platform in RAGGED_PLATFORMS
@@ -80,7 +82,7 @@ def sharded_experts(
     ) -> jax.Array:
         # The sum over `tensor` leaves each of its devices a part of the positions, as the stream has them.
         scattered = rows is not None and x.shape[1] % shards(mesh, "residual") == 0
-        settings = _Settings(mesh.shape["expert"], ragged, scattered, hidden, capacity, dtype, backend)
+        settings = _Settings(mesh.shape["expert"], ragged, scattered, hidden, capacity, dtype, backend, reduce_dtype)
         place: Any = Routes
         specs = (
             tokens,
@@ -89,8 +91,7 @@ def sharded_experts(
         )
         out = partition((rows, "residual", None)) if scattered else tokens
         function = functools.partial(_on_device, settings)
-        given = in_dtype(experts, reduce_dtype)
-        return island(function, mesh, in_specs=specs, out_specs=out)(x.astype(dtype), routes, given)
+        return island(function, mesh, in_specs=specs, out_specs=out)(x.astype(dtype), routes, experts)
 
     return run
 
@@ -118,7 +119,7 @@ def _on_device(settings: _Settings, x: jax.Array, routes: Routes, experts: Exper
         bias = jnp.where(lax.axis_index("tensor") == 0, bias, 0.0)
         experts = experts._replace(down=experts.down._replace(bias=bias))
     if settings.devices == 1:
-        y = local_experts(x, routes, experts, gathered=FSDP, **settings.products)
+        y = local_experts(x, routes, experts, **settings.products)
     else:
         y = _travelling(settings, x, routes, experts)
     if settings.scattered:
@@ -142,7 +143,7 @@ def _travelling(settings: _Settings, x: jax.Array, routes: Routes, experts: Expe
 
     place = order(wanted, held)
     sorted_rows = to_rows(rows, place)
-    y = through_experts(sorted_rows, place.sizes, experts, gathered=FSDP, **settings.products)
+    y = through_experts(sorted_rows, place.sizes, experts, **settings.products)
     y = _exchanged(settings, from_rows(y, place), arrived, outbound.sizes)
     return weighted(from_rows(y, outbound), routes.weights.reshape(-1, choices)).reshape(x.shape)
 

@@ -109,7 +109,7 @@ def small_setup(config: Config, *, constrain: ConstrainFn | None = None) -> Setu
     limited = bool(config.model.moe.capacity_factor)
     runtime, _ = make_runtime(config, mesh, segments=segments, experts_limited=limited)
     ragged = next(backend for backend in grouped.BACKENDS if backend.name == "ragged")
-    experts = sharded_experts(ragged, mesh)
+    experts = sharded_experts(ragged, mesh, reduce_dtype=runtime.reduce_dtype)
     chosen = runtime.constrain if constrain is None else functools.partial(constrain, runtime.constrain)
     return make_setup(config, mesh, runtime=dataclasses.replace(runtime, experts=experts, constrain=chosen))
 

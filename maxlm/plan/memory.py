@@ -195,7 +195,8 @@ def _describe(slot: _Slot, made: Mapping[str, Instruction], *, weights: set[tupl
     elif any("all-gather" in maker.opcode for maker in own) or "all_gather" in path:
         component = "gathered weights"
     elif shape in weights or shape[1:] in weights:
-        component = "gradients" if slot.shape.startswith("f32") else "weights in the compute dtype"
+        summed = slot.shape.startswith("f32") or path.endswith(("dot_general", "reduce_scatter", "psum"))
+        component = "gradients" if summed else "weights in the compute dtype"
     elif "jvp(" in path and "transpose(" not in path and slot.start < backward <= slot.end:
         component = "kept activations"
     return Buffer(slot.names[0], slot.size, slot.shape.split("{")[0], component, readable(path))

@@ -104,7 +104,13 @@ def _config(base: Config, rules: Rules, shape: Shape, *, steps: int, rate: float
     data = dataclasses.replace(base.data, sequence_length=min(base.data.sequence_length, 32), batch_size=8)
     optim = dataclasses.replace(base.optim, peak_lr=rate, schedule="constant", warmup_steps=0, decay_steps=0)
     train = dataclasses.replace(
-        base.train, steps=steps, precision="float32", norms_every=0, budget_seconds=0.0, accumulation=1
+        base.train,
+        steps=steps,
+        precision="float32",
+        reduce_dtype="float32",
+        norms_every=0,
+        budget_seconds=0.0,
+        accumulation=1,
     )
     parallel = dataclasses.replace(
         base.parallel, data=1, fsdp=1, pipeline=1, context=1, expert=1, tensor=1, virtual_stages=1

@@ -30,7 +30,7 @@ from maxlm.parallel.experts import sharded_experts
 from maxlm.parallel.islands import sharded_attention, sharded_lookup
 from maxlm.parallel.loss import sharded_loss
 from maxlm.parallel.pipeline.branches import refuse_permutes_in_branches
-from maxlm.parallel.sharding import constrainer, named_sharding
+from maxlm.parallel.sharding import constrainer, named_sharding, shards
 from maxlm.train.pipeline import make_pipeline
 from maxlm.train.state import TrainState, abstract_state, state_shardings
 from maxlm.train.step import (
@@ -137,7 +137,10 @@ def make_runtime(config: Config, mesh: Mesh, *, segments: bool, experts_limited:
       experts_limited: as of `Runtime`.
     """
     attend, name = _make_attention(config, mesh, segments=segments)
-    devices, reduced = mesh.shape["context"], jnp.dtype(config.train.reduce_dtype)
+    devices = mesh.shape["context"]
+    # Where no devices share the batch's positions nothing is added up, and nothing is to be rounded for it.
+    together = shards(mesh, "batch") * shards(mesh, "seq") > 1
+    reduced = jnp.dtype(config.train.reduce_dtype if together else "float32")
     backend = grouped.choose(mesh.devices.flat[0].platform, config.train.precision)
     runtime = Runtime(
         dtype=jnp.dtype(config.train.precision),

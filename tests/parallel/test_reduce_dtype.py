@@ -1,17 +1,31 @@
 """Gradients that cross the mesh in bfloat16: on every mesh those of float32 sums, but for that rounding."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.config import Config, DataConfig, MoeConfig, ParallelConfig, StoreConfig, TokenizerConfig, TrainConfig
+from maxlm.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    MoeConfig,
+    ParallelConfig,
+    StoreConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from maxlm.kernels.experts import Experts, Linear, Routes
 from maxlm.kernels.matmul import einsum
 from maxlm.model.decoder import split_model
+from maxlm.model.loss import chunked_cross_entropy
+from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
 from maxlm.train.compare import drawn_params, example_batch, loss_and_gradients
+from maxlm.train.setup import make_runtime
 from tests.tiny import MODEL
 
 ROWS, LENGTH = 16, 16
@@ -23,12 +37,12 @@ MESHES = {
 }
 
 
-def config_of(reduce_dtype, mesh, *, experts):
+def config_of(reduce_dtype, mesh, *, experts, model=MODEL):
     moe = MoeConfig(experts=4, active=2, dim=16) if experts else MoeConfig()
     return resolve(
         Config(
             name="reduced",
-            model=dataclasses.replace(MODEL, moe=moe),
+            model=dataclasses.replace(model, moe=moe),
             data=DataConfig(
                 stores={"none": StoreConfig(source="text:none")},
                 tokenizer=TokenizerConfig(kind="bytes"),
@@ -56,6 +70,46 @@ def test_gradients_are_those_of_wide_sums_but_for_one_rounding(name):
         distance = np.linalg.norm(narrow.gradients[path] - expected) / np.linalg.norm(expected)
         weight = expected.ndim > 1 and not path.endswith(("scale", "router"))
         assert distance < 2**-7 and (distance > 2**-12) == weight, (path, distance)
+
+
+def sums(function, *args):
+    """Shapes and dtypes of what is scattered, as XLA is asked for it (CPUs widen it after)."""
+    text = jax.jit(function).lower(*args).as_text()
+    scattered = r'stablehlo\.reduce_scatter".*?\}\) : \(tensor<([\dx]+)x(\w+)>\)'
+    return {(*map(int, dims.split("x")), dtype) for dims, dtype in re.findall(scattered, text, re.DOTALL)}
+
+
+@pytest.mark.parametrize("dtype, written", [("float32", "f32"), ("bfloat16", "bf16")])
+def test_table_head_and_experts_send_what_they_say(dtype, written):
+    config = config_of(dtype, {"data": 1, "fsdp": 8}, experts=True)
+    runtime, _ = make_runtime(config, make_mesh(config.parallel), segments=False)
+    hidden, table = jnp.ones((8, 4, 16), jnp.bfloat16), jnp.ones((24, 16))
+    tokens, weights = jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 4))
+
+    def looked_up(table):
+        return jnp.sum(runtime.lookup(table, tokens, scale=1.0, dtype=jnp.float32))
+
+    def nll(head):
+        how = {"chunk": 8, "softcap": 0.0, "z_loss": 0.0, "spread": runtime.spread_loss}
+        return chunked_cross_entropy(hidden, head, tokens, weights, **how).nll_sum
+
+    def through(kernel):
+        linear = Linear(kernel), Linear(kernel.swapaxes(1, 2))
+        routes = Routes(tokens[..., None], weights[..., None])
+        how = {"hidden": lambda _, up: up, "dtype": jnp.bfloat16}
+        return jnp.sum(runtime.experts(hidden, routes, Experts(None, *linear), **how))
+
+    assert (24, 16, written) in sums(jax.grad(looked_up), table)
+    assert (16, 24, written) in sums(jax.grad(nll), table.T)
+    assert {(4, 16, 8, written), (4, 8, 16, written)} <= sums(jax.grad(through), jnp.ones((4, 16, 8)))
+
+
+def test_nothing_is_rounded_where_nothing_is_added_up():
+    for mesh, expected in (({"data": 1, "tensor": 8}, "float32"), ({"data": 4, "tensor": 2}, "bfloat16")):
+        model = dataclasses.replace(MODEL, attention=AttentionConfig(q_heads=8, kv_heads=8, head_dim=8))
+        config = config_of("bfloat16", mesh, experts=False, model=model)
+        runtime, _ = make_runtime(config, make_mesh(config.parallel), segments=False)
+        assert runtime.reduce_dtype == expected
 
 
 @pytest.mark.parametrize("dtype, written", [("float32", "f32"), ("bfloat16", "bf16")])

@@ -218,6 +218,11 @@ def test_work_is_shared_out_and_done_again_as_the_mesh_and_the_policy_say():
     layers = sum(spec_size for spec_size in _matrices(model))
     tables = 2 * model.vocab_size * model.embed_dim
     assert plain["gather_weights"] == pytest.approx(4 * (2 * layers + tables), rel=0.03)
+    for experts in (0, 8):
+        of = {"experts": experts, "precision": "bfloat16"}
+        wide, narrow = (done(config(reduce_dtype=dtype, **of)) for dtype in ("float32", "bfloat16"))
+        assert narrow["reduce_weights"] == pytest.approx(wide["reduce_weights"] / 2)
+        assert narrow["gather_weights"] == wide["gather_weights"]
     assert done(config(remat="none", mesh={"fsdp": 1, "data": 8}))["gather_weights"] == 0
     assert done(config(remat="none", mesh={"fsdp": 4, "tensor": 2}))["gather_stream"] > 0
     assert plain["gather_stream"] == 0

@@ -166,7 +166,10 @@ def _network(
 def _summed(config: Config, state: tuple[StateBytes, ...], axis: str) -> float:
     """Bytes on a device of the gradients that an axis of the batch adds up: of parameters that it does not cut."""
     whole = tuple(leaf for leaf in state if leaf.part == "parameters" and axis not in leaf.cut_by)
-    return state_bytes(config, whole)["parameters"] * (0.5 if config.train.reduce_dtype == "bfloat16" else 1.0)
+    experts = tuple(leaf for leaf in whole if "expert" in leaf.cut_by)  # are added up in float32 here
+    narrow = 0.5 if config.train.reduce_dtype == "bfloat16" else 1.0
+    wide = state_bytes(config, experts)["parameters"]
+    return narrow * (state_bytes(config, whole)["parameters"] - wide) + wide
 
 
 def _stream_bytes(config: Config) -> float:
