@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from maxlm.chips import GPU_SHARE
 from maxlm.config import Config
+from maxlm.configflag import define_config, read_flags
 from maxlm.errors import UserError
 from maxlm.files import asked_file, check_asked, write_asked
-from maxlm.resolve import ConfigError, differences, resolve
+from maxlm.resolve import differences, resolve
 
 _ON_DEVICES = ("train", "generate", "replay")  # commands that compute on accelerators, where there are some
 
@@ -63,33 +63,22 @@ def _flags(args: list[str], *, config: bool) -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "show this text", short_name="h", flag_values=values)
     if config:
-        config_flags.DEFINE_config_file("config", None, "config file", flag_values=values, sys_argv=args)
+        define_config(values, args)
     return values
 
 
 def _parse(
     values: flags.FlagValues, args: list[str], *, required: tuple[str, ...] = (), words: tuple[str, ...] = ()
 ) -> list[str]:
-    """Parses, turning ml_collections' errors about overrides into a ConfigError of one sentence.
+    """Parses; with --help, prints how the command is typed and ends the process.
 
     Args:
       required: flags that have to be given.
       words: names of the arguments that are no flags, all of which have to be given; they are returned.
     """
     values.set_gnu_getopt(True)
-    try:
-        rest = values(args)
-        missing = [name for name in required if not values.help and not values[name].value]
-        if "config" in values and values.config is not None:
-            values.config.to_dict()  # a file that could not be loaded says so only when it is looked at
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError([str(error).strip("'\"").split("\n")[0]]) from error
-    except OSError as error:  # ml_collections wraps what the config file raised, over many lines
-        found = [line.split("=", 1)[1] for line in args if line.startswith("--config=")]
-        why = str(error).strip().splitlines()[-1].strip()
-        raise UserError(
-            f"the config file {' '.join(found)} cannot be loaded ({why}); give the path of a Python file"
-        ) from error
+    rest = read_flags(values, args)
+    missing = [name for name in required if not values.help and not values[name].value]
     if values.help:
         print(_help(values, args[0].split()[-1]))
         raise SystemExit(0)

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -110,6 +110,34 @@ def resolve_model(given: Mapping[str, Any]) -> ModelConfig:
     return _filled_model(model)
 
 
+def misnamed(path: Sequence[str], given: Mapping[str, Any], section: type = Config, prefix: str = "") -> Iterator[str]:
+    """The problem of a path of names that an override of a config cannot follow; none where it can.
+
+    Args:
+      path: what stands between the dots of `--config.data.batch_size`.
+      given: the config, or the section of it that is reached at `prefix`.
+    """
+    name, *rest = path
+    hints, fields = typing.get_type_hints(section), {field.name: field for field in dataclasses.fields(section)}
+    if name not in fields:
+        yield _no_setting(name, prefix, fields)
+    elif name not in given:
+        yield f"{prefix}{name} is not in what get_config() returns; end it with `return as_config_dict(Config(...))`"
+    elif rest and "of" in fields[name].metadata:
+        (entry, *rest), of = rest, fields[name].metadata["of"]
+        if entry not in given[name]:
+            yield (
+                f"{prefix}{name}.{entry} is not in the config file, which has {', '.join(given[name]) or 'none'}: an "
+                f"override changes entries that are there; add {name}={{{entry!r}: {of.__name__}(...)}} to the file"
+            )
+        elif rest:
+            yield from misnamed(rest, given[name][entry], of, f"{prefix}{name}.{entry}.")
+    elif rest and dataclasses.is_dataclass(hints[name]):
+        yield from misnamed(rest, given[name], typing.cast(type, hints[name]), f"{prefix}{name}.")
+    elif rest:
+        yield f"{prefix}{name}.{'.'.join(rest)} is not a setting; {prefix}{name} is one, and has no parts"
+
+
 def _to_dict(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return given.to_dict() if isinstance(given, ConfigDict) else dict(given)
 
@@ -125,9 +153,7 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
     for key in raw:
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            known = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(sorted(fields))}"
-            problems.append(f"{prefix}{key} is not a setting; {known}")
+            problems.append(_no_setting(key, prefix, fields))
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name not in raw:
@@ -149,6 +175,12 @@ def _build(cls: type, raw: Any, prefix: str, problems: list[str]) -> Any:
                 problems.extend(_out_of_range(path, value, field))
                 values[name] = value
     return cls(**values)
+
+
+def _no_setting(name: str, prefix: str, fields: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    known = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(sorted(fields))}"
+    return f"{prefix}{name} is not a setting; {known}"
 
 
 def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:

@@ -19,6 +19,7 @@ from tests.tiny import tiny_config, write_corpus
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+LADDER = str(ROOT / "configs" / "scaling" / "stdlib_ladder.py")
 
 
 def test_check_prints_what_differs_and_what_follows(capsys, tmp_path):
@@ -73,8 +74,12 @@ def test_check_touches_no_device():
         (["trian"], "'trian' is not a command"),
         (["check"], "--config is missing"),
         (["check", "--config=nowhere.py"], "nowhere.py"),
-        (["check", f"--config={QUICKSTART}", "--config.optim.peak_lrr=1"], "peak_lr"),
-        (["check", f"--config={QUICKSTART}", "--config.train.steps=many"], "steps"),
+        (["check", f"--config={QUICKSTART}:v5p-128"], "takes no word after a colon"),
+        (
+            ["check", f"--config={ROOT}/configs/llama3_8b.py:v4-8"],
+            "configs/llama3_8b.py: this recipe was not tuned for",
+        ),
+        (["check", f"--config={LADDER}"], f"has no get_config(); a study is planned by `maxlm study plan {LADDER}`"),
         (["check", f"--config={QUICKSTART}", "--config.model.attention.kv_heads=3"], "does not divide"),
         (["check", f"--config={QUICKSTART}", "--devices=7", "--config.parallel.tensor=3"], "does not divide 7 devices"),
         (["check", f"--config={QUICKSTART}", "stray"], "'stray' was not understood"),
@@ -95,6 +100,70 @@ def test_mistakes_get_one_sentence(command, expected, capsys):
     error = capsys.readouterr().err
     assert expected in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.saved=x", "train.saved is not a setting; known here: accumulation, "),
+        ("train.remta=full", "train.remta is not a setting; did you mean train.remat?"),
+        ("train.remat_names=mlp_up", "train.remat_names is not a setting; did you mean train.remat?"),
+        ("train.steps.first=1", "train.steps.first is not a setting; train.steps is one"),
+        ("train[3]=1", "train.3 is not a setting"),
+        ("data.stores.web.source=text:x", "data.stores.web is not in the config file, which has stdlib"),
+        ("data.stores.web.source=text:x", "add stores={'web': StoreConfig(...)} to the file"),
+        ("data.stores.stdlib.sorce=text:x", "did you mean data.stores.stdlib.source?"),
+        ("data.stores.c4-en.source=text:x", "--config.data.stores['c4-en'].source="),
+        ("data.phases.long.from_step=9000", "data.phases.long is not in the config file, which has none"),
+        ("train.steps=1e4", "--config.train.steps=1e4: a whole number was expected, as in 10000"),
+        ("optim.peak_lr=fast", "--config.optim.peak_lr=fast: a number was expected, as in 3e-4"),
+        ("data.mask_documents=no", "--config.data.mask_documents=no: true or false was expected"),
+    ],
+)
+def test_an_override_that_cannot_be_followed_is_told_by_its_path(override, expected, capsys):
+    assert main(["check", f"--config={QUICKSTART}", f"--config.{override}"]) == 1
+    error = capsys.readouterr().err
+    assert expected in error and "\\" not in error
+
+
+def test_all_overrides_that_name_no_setting_are_told_at_once(capsys, tmp_path):
+    wrong = ["--noconfig.data.mask_document", "--config.train.stepz", "7"]
+    flagfile = tmp_path / "flags"
+    flagfile.write_text("--config.optim.peak_lrr=1\n")
+    assert main(["check", f"--config={QUICKSTART}", *wrong, f"--flagfile={flagfile}"]) == 1
+    error = capsys.readouterr().err
+    for setting in ("data.mask_documents", "train.steps", "optim.peak_lr"):
+        assert f"did you mean {setting}?" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def get_config(:\n    pass\n", "own.py cannot be loaded (line 1: SyntaxError: "),
+        (
+            "from maxlm.config import ModelConfig\n\ndef get_config():\n    return ModelConfig(embed_dims=5)\n",
+            "own.py cannot be loaded (line 4: TypeError: ModelConfig.__init__() got an unexpected keyword argument "
+            "'embed_dims')",
+        ),
+        (
+            "from maxlm.config import Config\n\ndef get_config():\n    return Config()\n",
+            "get_config() of own.py returns a Config; end it with `return as_config_dict(Config(...))`",
+        ),
+        ("def get_config():\n    return {}\n", "get_config() of own.py returns a dict; end it with"),
+        ("def get_config(place):\n    return {}\n", "get_config() of own.py needs a word; type --config=own.py:WORD"),
+        (
+            "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({})\n",
+            "train is not in what get_config() returns",
+        ),
+    ],
+)
+def test_a_file_that_gives_no_config_is_told_in_one_sentence(text, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(text)
+    assert main(["check", "--config=own.py", "--config.train.steps=7"]) == 1
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error
+    assert len(error.splitlines()) == 1 + ("problems:" in error)
 
 
 def test_the_commands_of_a_run(tmp_path, capsys):

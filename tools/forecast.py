@@ -58,8 +58,8 @@ def compare(args: list[str], devices: int, steps: int) -> dict:
     """The figures: forecast, measurement (None: there is none), unit."""
     import jax
     from absl import flags
-    from ml_collections import config_flags
 
+    from maxlm.configflag import define_config, read_flags
     from maxlm.parallel.mesh import make_mesh
     from maxlm.plan.forecast import calibrate, compiled_bytes, forecast
     from maxlm.resolve import resolve
@@ -69,8 +69,8 @@ def compare(args: list[str], devices: int, steps: int) -> dict:
     from maxlm.train.watermark import Watermark
 
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "config file", flag_values=values, sys_argv=args)
-    values(["forecast", *args])
+    define_config(values, args)
+    read_flags(values, ["forecast", *args])
     config = resolve(values.config, devices=devices)
     setup = make_setup(config, make_mesh(config.parallel))
     shape = config.data.batch_size, config.data.sequence_length

@@ -6,15 +6,13 @@ A study file is Python with one function, `get_study()`, which returns a `Study`
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from maxlm.config import Config
 from maxlm.errors import UserError
+from maxlm.pythonfile import load, told
 from maxlm.study.ladder import Rules, Shape
 
 
@@ -112,25 +110,12 @@ def load_study(path: str | Path) -> Study:
     """The study of a file.
 
     Raises:
-      StudyError: the file cannot be loaded, or has no `get_study()` that returns a Study.
+      UserError: the file cannot be loaded, or has no `get_study()` that returns a Study.
     """
     path = Path(path)
-    if not path.is_file():
-        raise StudyError(f"there is no study file {path}; give the path of a Python file with a get_study()")
-    spec = importlib.util.spec_from_file_location(f"maxlm_study_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up what their annotations name
-    try:
-        spec.loader.exec_module(module)
-        maker = getattr(module, "get_study", None)
+    maker = getattr(load(path), "get_study", None)
+    with told(path):
         study = maker() if callable(maker) else None
-    except Exception as error:  # the file is the user's own Python and may raise anything
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise StudyError(
-            f"the study file {path} cannot be loaded ({type(error).__name__}: {error}; {where.filename}, line "
-            f"{where.lineno})"
-        ) from error
     if not isinstance(study, Study):
         raise StudyError(f"{path} has no function get_study() that returns a maxlm.study.spec.Study")
     return study

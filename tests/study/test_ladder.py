@@ -74,7 +74,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_when_the_study_is_plann
 def test_a_slip_in_a_study_file_is_said_in_a_sentence(tmp_path):
     file = tmp_path / "study.py"
     file.write_text("def get_study():\n    return undefined\n")
-    with pytest.raises(StudyError, match=r"cannot be loaded \(NameError: name 'undefined' .*study.py, line 2\)"):
+    with pytest.raises(UserError, match=r"study.py cannot be loaded \(line 2: NameError: name 'undefined' "):
         load_study(file)
     folder = Path(__file__).parent.parent.parent / "configs" / "scaling"
     file.write_text(
