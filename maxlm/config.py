@@ -114,6 +114,11 @@ class MlpConfig:
     )
     bias: bool = leaf(False, "add biases to the feed-forward projections")
 
+    @property
+    def gated(self) -> bool:
+        """Whether a gate multiplies the hidden dims."""
+        return self.kind.endswith("glu")
+
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:

@@ -222,7 +222,7 @@ def _filled_model(model: ModelConfig) -> ModelConfig:
     attention, mlp, moe = model.attention, model.mlp, model.moe
     mlp_dim = mlp.dim
     if not mlp_dim:
-        mlp_dim = -(-8 * model.embed_dim // 3 // 64) * 64 if mlp.kind.endswith("glu") else 4 * model.embed_dim
+        mlp_dim = -(-8 * model.embed_dim // 3 // 64) * 64 if mlp.gated else 4 * model.embed_dim
     return dataclasses.replace(
         model,
         attention=dataclasses.replace(

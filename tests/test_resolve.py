@@ -112,7 +112,11 @@ def test_config_dict_is_locked_and_typed():
         ("data__stores", {}, "data.stores is empty"),
         ("optim__decay_rules", (("(", 1.0),), "is not a regular expression"),
         ("train__remat", "custom", "train.remat has 'custom'; it is one of none, full, matmuls, or names joined by +"),
+        ("train__remat", "ful", "train.remat has 'ful'; did you mean 'full'?"),
         ("train__remat", "mlp_up+mlp_gat", "did you mean 'mlp_gate'?"),
+        ("train__remat", "mlp_up+ful", "train.remat has 'ful'; it is one of none, full, matmuls, or names joined by +"),
+        ("train__remat", "none+mlp_up", "is 'none+mlp_up', but none, full, matmuls stand alone; type train.remat=none"),
+        ("train__remat", "mlp_up, mlp_gate", "names are joined by +; type train.remat=mlp_up+mlp_gate"),
         ("train", NARROW, "type train.reduce_dtype=float32"),
         ("eval__overlap", 512, "use at most 511"),
         ("checkpoint__keep_best", 1, "set eval.every_steps"),
@@ -138,6 +142,16 @@ def test_each_problem_is_one_clear_sentence(path, value, expected):
     found = problems(changed(**{path: value}), devices=8)
     assert any(expected in problem for problem in found), found
     assert all("\n" not in problem for problem in found)
+
+
+@pytest.mark.parametrize(("remat", "instead"), [("mlp_gate", "full"), ("mlp_gate+mlp_up", "mlp_up")])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_gate_that_the_model_does_not_have_is_not_kept(remat, instead, experts):
+    given = {"train__remat": remat, "model__moe__experts": experts}
+    (found,) = problems(changed(model__mlp__kind="relu2", **given))
+    assert "model.mlp.kind 'relu2' has no gate" in found and found.endswith(f"type train.remat={instead}")
+    assert resolve(changed(model__mlp__kind="geglu", **given)).train.remat == remat
+    assert resolve(changed(model__mlp__kind="relu2", **given | {"train__remat": instead})).train.remat == instead
 
 
 def test_learned_positions_hold_the_rows_of_evaluations_and_phases():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 
 from maxlm.config import ACTIVATION_NAMES, REMAT_WORDS, Config
@@ -26,13 +27,7 @@ def check_loop(config: Config) -> Iterator[str]:
             f"train.reduce_dtype is bfloat16, but train.precision is {train.precision}, which it would round off; type "
             "train.reduce_dtype=float32"
         )
-    for name in [] if train.remat in REMAT_WORDS else train.remat.split("+"):
-        if name not in ACTIVATION_NAMES:
-            close = difflib.get_close_matches(name, REMAT_WORDS + ACTIVATION_NAMES, n=1)
-            yield (
-                f"train.remat has {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
-                f"it is one of {', '.join(REMAT_WORDS)}, or names joined by +, out of {', '.join(ACTIVATION_NAMES)}"
-            )
+    yield from _check_remat(config)
     times, least = train.watchdog
     if bool(times) != bool(least):
         yield (
@@ -42,6 +37,33 @@ def check_loop(config: Config) -> Iterator[str]:
     for name in config.eval.stores:
         if name not in config.data.stores:
             yield f"eval.stores names {name!r}, which is not in data.stores ({', '.join(config.data.stores)})"
+
+
+def _check_remat(config: Config) -> Iterator[str]:
+    remat, words = config.train.remat, ", ".join(REMAT_WORDS)
+    if remat in REMAT_WORDS:
+        return
+    if re.search(r"[\s,]", remat):
+        joined = "+".join(re.findall(r"\w+", remat))
+        yield f"train.remat is {remat!r}, but names are joined by +; type train.remat={joined}"
+        return
+    names = remat.split("+")
+    for name in names:
+        if name in REMAT_WORDS:
+            yield f"train.remat is {remat!r}, but {words} stand alone; type train.remat={name}, or leave {name} out"
+        elif name not in ACTIVATION_NAMES:
+            known = ACTIVATION_NAMES if len(names) > 1 else REMAT_WORDS + ACTIVATION_NAMES
+            close = difflib.get_close_matches(name, known, n=1)
+            yield (
+                f"train.remat has {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
+                f"it is one of {words}, or names joined by +, out of {', '.join(ACTIVATION_NAMES)}"
+            )
+    if "mlp_gate" in names and not config.model.mlp.gated:
+        others = "+".join(name for name in names if name != "mlp_gate")
+        yield (
+            f"train.remat has 'mlp_gate', but a feed-forward half of model.mlp.kind {config.model.mlp.kind!r} has no "
+            f"gate; type train.remat={others or 'full'}"
+        )
 
 
 def _check_best(config: Config) -> Iterator[str]:

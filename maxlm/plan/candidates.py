@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from maxlm.config import MESH_AXES, Config
+from maxlm.config import MESH_AXES, Config, ModelConfig
 from maxlm.parallel.mesh import spreads
 from maxlm.plan.topology import Topology
 from maxlm.resolve import leaves
@@ -27,7 +27,7 @@ REMATS = (
     "attention_out",
     "full",
 )
-"""Policies (`train.remat`), the one that keeps most first."""
+"""Policies (`train.remat`) of models whose feed-forward half has a gate, the one that keeps most first."""
 
 LARGEST = {"tensor": 16, "context": 32, "pipeline": 32}
 """Beyond these an axis costs more than any other use of its devices."""
@@ -35,6 +35,14 @@ LARGEST = {"tensor": 16, "context": 32, "pipeline": 32}
 MICROBATCHES = 64
 """At most; of a pipeline, four a stage where that is more: a bubble of a fifth is left."""
 VIRTUAL = (2, 4)
+
+
+def policies(model: ModelConfig) -> tuple[str, ...]:
+    """The policies of a model: where there is no gate none keeps it, and those that then are equal are one."""
+    if model.mlp.gated:
+        return REMATS
+    kept = ([name for name in remat.split("+") if name != "mlp_gate"] for remat in REMATS)
+    return tuple(dict.fromkeys(map("+".join, kept)))
 
 
 def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
@@ -78,7 +86,7 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
         yield config
     for mesh, counts in _shared_out(config, topology):
         for accumulation in counts:
-            yield from (one for one in _settled(config, mesh, accumulation, REMATS) if one != config)
+            yield from (one for one in _settled(config, mesh, accumulation, policies(config.model)) if one != config)
 
 
 def leanest(config: Config, topology: Topology) -> Iterator[Config]:
@@ -89,7 +97,7 @@ def leanest(config: Config, topology: Topology) -> Iterator[Config]:
     """
     for mesh, counts in _shared_out(config, topology):
         for accumulation in sorted({counts[0], counts[-1]}):
-            yield from _settled(config, mesh, accumulation, REMATS[-1:])
+            yield from _settled(config, mesh, accumulation, policies(config.model)[-1:])
 
 
 def _shared_out(config: Config, topology: Topology) -> Iterator[tuple[dict[str, int], list[int]]]:

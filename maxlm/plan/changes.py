@@ -15,7 +15,7 @@ from maxlm.chips import CHIPS, Chip
 from maxlm.config import Config
 from maxlm.parallel.mesh import spreads
 from maxlm.plan.analytic import Estimate, Estimator
-from maxlm.plan.candidates import REMATS, changed, overrides
+from maxlm.plan.candidates import changed, overrides, policies
 from maxlm.plan.topology import Topology
 from maxlm.resolve import relations
 
@@ -88,13 +88,14 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
     """Single changes, as (what it does, the config)."""
     train, optim = config.train, config.optim
     # Of names that are none of the policies it is not known which policies keep less: those that the model finds so.
-    begin = REMATS.index(train.remat) if train.remat in REMATS else REMATS.index("matmuls")
-    for remat in REMATS[begin + 1 :]:
+    remats = policies(config.model)
+    lesser = remats[remats.index(train.remat if train.remat in remats else "matmuls") + 1 :]
+    for remat in lesser:
         yield f"keep less for the backward pass: {remat}", changed(config, train={"remat": remat})
     for factor in (2, 4, 8):
         words = f"smaller microbatches: {train.accumulation * factor} a step"
         yield words, changed(config, train={"accumulation": train.accumulation * factor})
-        for remat in REMATS[begin + 1 :]:
+        for remat in lesser:
             more = {"accumulation": train.accumulation * factor, "remat": remat}
             words = f"smaller microbatches and less kept: {more['accumulation']} a step, {remat}"
             yield words, changed(config, train=more)

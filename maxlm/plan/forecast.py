@@ -122,7 +122,7 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
         )
         return sums.nll_sum
 
-    gated = model.mlp.kind.endswith("glu")
+    gated = model.mlp.gated
     elementwise = GATED[model.mlp.kind] if gated else lambda a, b: UNGATED[model.mlp.kind](a) + b
     numbers = [jnp.ones((2**20,), jnp.float32)] * 4
 

@@ -17,7 +17,7 @@ from maxlm.plan import search as search_module
 from maxlm.plan.analytic import Estimate
 from maxlm.plan.analytic.memory import Memory
 from maxlm.plan.analytic.timing import Time, axis_spans
-from maxlm.plan.candidates import candidates, microbatches
+from maxlm.plan.candidates import REMATS, candidates, microbatches, policies
 from maxlm.plan.compile import CompileError
 from maxlm.plan.search import (
     Found,
@@ -82,6 +82,14 @@ def test_the_config_itself_is_a_candidate_once():
         found = list(candidates(own, topology))
         assert found[0] == own and found.count(own) == 1 and len(found) > 50
     assert config not in candidates(config, parse_topology("v5e-16"))  # it is for eight devices
+
+
+def test_a_model_without_a_gate_is_searched_with_no_policy_twice():
+    model = tiny().model
+    assert policies(model) == REMATS
+    ungated = policies(dataclasses.replace(model, mlp=dataclasses.replace(model.mlp, kind="relu2")))
+    assert "mlp_gate" not in "+".join(ungated) and len(set(ungated)) == len(ungated) == len(REMATS) - 1
+    assert ungated[0] == "none" and ungated[-1] == "full"
 
 
 def test_microbatches_are_what_the_rows_divide_into():

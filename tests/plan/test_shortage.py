@@ -12,7 +12,7 @@ import pytest
 
 from maxlm.config import ACTIVATION_NAMES, REMAT_WORDS, MlpConfig
 from maxlm.configfile import source
-from maxlm.plan import changes
+from maxlm.plan import candidates
 from maxlm.plan import shortage as plan_shortage
 from maxlm.plan.candidates import REMATS
 from maxlm.plan.shortage import explained, is_shortage, topology_of
@@ -43,7 +43,7 @@ def test_only_a_shortage_is_taken_for_one(shortage):
 
 
 def test_it_names_changes_and_what_to_type(shortage, tmp_path, monkeypatch):
-    monkeypatch.setattr(changes, "REMATS", ("none", "full"))  # each policy is traced, which takes seconds
+    monkeypatch.setattr(candidates, "REMATS", ("none", "full"))  # each policy is traced, which takes seconds
     config = resolve(tiny_config(tmp_path, **TOO_MUCH), devices=8)
     text = str(explained(shortage, config))
     assert text.startswith("out of memory: RESOURCE_EXHAUSTED")
@@ -59,7 +59,7 @@ def gpus(monkeypatch, **stats):
 
 
 def test_a_chip_that_the_table_does_not_name_is_told_changes_too(shortage, monkeypatch):
-    monkeypatch.setattr(changes, "REMATS", ("none", "full"))
+    monkeypatch.setattr(candidates, "REMATS", ("none", "full"))
     config = gpus(monkeypatch, bytes_limit=24 * 2**30)
     text = str(explained(shortage, config))
     assert text.startswith("out of memory: RESOURCE_EXHAUSTED") and "a device has 24.0 GiB" in text
