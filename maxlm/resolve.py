@@ -187,8 +187,11 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     """The value as the declared type; only an int for a float and a list for a tuple are converted."""
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
-        if not isinstance(value, (tuple, list)):
-            problems.append(f"{path} is {value!r}, but a tuple was expected; type {path}=({value!r},)")
+        items = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        nested = typing.get_origin(inner[0]) is tuple
+        if not isinstance(value, (tuple, list)) or (nested and not all(isinstance(i, (tuple, list)) for i in items)):
+            wanted = "a tuple of tuples" if nested else "a tuple"
+            problems.append(f'{path} is {value!r}, but {wanted} was expected; type {path}="{_filled(items, inner)}"')
             return value
         if len(inner) == 2 and inner[1] is Ellipsis:
             return tuple(_convert(item, inner[0], path, problems) for item in value)
@@ -204,6 +207,16 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         problems.append(f"{path} is {value!r} ({type(value).__name__}), but {hint.__name__} was expected")
     return value
+
+
+def _filled(items: tuple[Any, ...], inner: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A tuple of the declared shape out of what was given, for an example."""
+    if inner[-1] is not Ellipsis:
+        return (*items, *(kind(1) for kind in inner[len(items) :]))
+    if kinds := typing.get_args(inner[0]):
+        entries = (item for item in items if isinstance(item, (tuple, kinds[0])))
+        return tuple(_filled(item if isinstance(item, tuple) else (item,), kinds) for item in entries)
+    return items
 
 
 def _out_of_range(path: str, value: Any, field: dataclasses.Field) -> Iterator[str]:

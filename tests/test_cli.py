@@ -117,6 +117,7 @@ def test_mistakes_get_one_sentence(command, expected, capsys):
         ("data.phases.long.from_step=9000", "data.phases.long is not in the config file, which has none"),
         ("train.steps=1e4", "--config.train.steps=1e4: a whole number was expected, as in 10000"),
         ("optim.peak_lr=fast", "--config.optim.peak_lr=fast: a number was expected, as in 3e-4"),
+        ("data.mixture=stdlib", "type data.mixture=\"(('stdlib', 1.0),)\""),
         ("data.mask_documents=no", "--config.data.mask_documents=no: true or false was expected"),
     ],
 )
