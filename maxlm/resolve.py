@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from maxlm.checks.data import check_data
 from maxlm.checks.loop import check_loop
 from maxlm.checks.model import check_model
 from maxlm.checks.moe import check_moe
@@ -339,41 +340,6 @@ def _check_batches(config: Config) -> Iterator[str]:
         )
 
 
-def _check_data(config: Config) -> Iterator[str]:
-    data = config.data
-    if not data.stores:
-        yield "data.stores is empty; name at least one, as in stores={'stdlib': StoreConfig(source='stdlib')}"
-    for name, store in data.stores.items():
-        if not store.source and not store.path:
-            yield f"data.stores.{name} has neither a source nor a path; give one of them"
-        if store.heldout_permille > 1000:
-            yield f"data.stores.{name}.heldout_permille is {store.heldout_permille}, but it has to be at most 1000"
-    mixtures = [("data.mixture", data.mixture)]
-    mixtures += [(f"data.phases.{name}.mixture", phase.mixture) for name, phase in data.phases.items()]
-    for path, mixture in mixtures:
-        for name, weight in mixture:
-            if name not in data.stores:
-                yield f"{path} names {name!r}, which is not in data.stores ({', '.join(data.stores) or 'empty'})"
-            if [other for other, _ in mixture].count(name) > 1:
-                yield f"{path} names {name!r} twice; give each store one weight"
-            if weight < 0:
-                yield f"{path} gives {name!r} the weight {weight}, but it has to be at least 0"
-        if mixture and sum(weight for _, weight in mixture) <= 0:
-            yield f"{path} has no weight above 0; give one store a positive weight"
-    starts = [phase.from_step for phase in data.phases.values()]
-    if len(set(starts)) < len(starts):
-        yield f"data.phases begin at the steps {sorted(starts)}; no two may begin at the same"
-    for name, phase in data.phases.items():
-        if phase.from_step >= config.train.steps:
-            yield f"data.phases.{name}.from_step is {phase.from_step}, but train.steps is {config.train.steps}"
-    smallest = {"bytes": 257, "sentencepiece": 300}.get(data.tokenizer.kind, 2)
-    if config.model.vocab_size < smallest:
-        yield (
-            f"model.vocab_size is {config.model.vocab_size}, but a {data.tokenizer.kind} tokenizer has at least "
-            f"{smallest} pieces; use that or more"
-        )
-
-
 def _check_devices(config: Config, devices: int | None) -> Iterator[str]:
     """A mesh of exactly the devices there are."""
     sizes = config.parallel.sizes
@@ -400,6 +366,6 @@ _CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_context,
     _check_batches,
     check_optim,
-    _check_data,
+    check_data,
     check_loop,
 )

@@ -115,6 +115,12 @@ def test_config_dict_is_locked_and_typed():
         ("eval__stores", "stdlib", "but a tuple was expected; type eval.stores=\"('stdlib',)\""),
         ("train__watchdog", 5.0, 'type train.watchdog="(5.0, 1.0)"'),
         ("data__stores", {}, "data.stores is empty"),
+        (
+            "data__stores",
+            {"a": {"source": "foo:bar"}},
+            "data.stores.a: there is no source 'foo' (in 'foo:bar'), only stdlib, ",
+        ),
+        ("data__stores", {"a": {"source": "text"}}, "data.stores.a: the source 'text' should read text:GLOB"),
         ("optim__decay_rules", (("(", 1.0),), "is not a regular expression"),
         ("train__remat", "custom", "train.remat has 'custom'; it is one of none, full, matmuls, or names joined by +"),
         ("train__remat", "ful", "train.remat has 'ful'; did you mean 'full'?"),

@@ -6,7 +6,6 @@ sizes and times only; a unit says all that a process needs in order to read its 
 
 from __future__ import annotations
 
-import difflib
 import glob
 import gzip
 import hashlib
@@ -19,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from maxlm.checks.data import source_problem
 from maxlm.errors import UserError
 
-WORDS = ("stdlib", "text", "jsonl", "parquet", "tfds")
 # Files that a folder stands for; text takes all that are not hidden.
 ENDINGS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",), "text": ("",)}
 # A source is cut into about this many units, so that progress moves and a kill loses little …
@@ -71,14 +70,9 @@ def list_source(spec: str, field: str) -> Listing:
     Raises:
       SourceError: The word is not known, nothing matches, or a package is missing.
     """
-    word, colon, rest = spec.partition(":")
-    if word not in WORDS:
-        near = difflib.get_close_matches(word, WORDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise SourceError(f"there is no source {word!r} (in {spec!r}), only {', '.join(WORDS)}{hint}")
-    if (word == "stdlib") == bool(colon and rest):
-        example = {"stdlib": "stdlib", "tfds": "tfds:NAME/SPLIT"}.get(word, f"{word}:GLOB")
-        raise SourceError(f"the source {spec!r} should read {example}")
+    if problem := source_problem(spec):
+        raise SourceError(problem)
+    word, _, rest = spec.partition(":")
     if word == "tfds":
         return _list_tfds(spec, rest, field)
     paths = _stdlib_files() if word == "stdlib" else _matches(word, rest)
