@@ -11,6 +11,7 @@ module's slow tests are run by `pytest -m slow -n 0 tests/...`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -50,8 +51,12 @@ def quickstart() -> int:
     return int(reached > BITS_PER_BYTE)
 
 
-def main() -> int:
-    """Runs every check, also after one has failed."""
+def main(argv: list[str] | None = None) -> int:
+    """Runs every check, also after one has failed; with --quickstart that one alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quickstart", action="store_true", help="only the quickstart, with this Python")
+    if parser.parse_args(argv).quickstart:
+        return quickstart()
     failed = []
     for name, command in CHECKS:
         began = time.monotonic()
@@ -66,4 +71,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(quickstart() if sys.argv[1:] == ["--quickstart"] else main())
+    sys.exit(main())
