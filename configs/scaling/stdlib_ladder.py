@@ -53,7 +53,7 @@ def get_study():
                 weight_decay=0.05,
             ),
             train=TrainConfig(precision="float32", norms_every=0),
-            checkpoint=CheckpointConfig(every_steps=1000, keep_latest=1),
+            checkpoint=CheckpointConfig(every_steps=1000),
             eval=EvalConfig(batch_size=16),
         ),
         rules=Rules(aspect=128, head_dim=16, tokens_per_param=32, base_rate=6e-3, batch_tokens=512),

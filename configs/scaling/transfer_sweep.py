@@ -36,7 +36,7 @@ def get_study():
             ),
             optim=OptimConfig(schedule="linear", final_lr_ratio=0.0),
             train=TrainConfig(precision="float32", norms_every=0),
-            checkpoint=CheckpointConfig(every_steps=1000, keep_latest=1),
+            checkpoint=CheckpointConfig(every_steps=1000),
             eval=EvalConfig(batch_size=16),
         ),
         rules=Rules(head_dim=16, base_head_dim=16, base_width=64),

@@ -249,6 +249,12 @@ def test_the_shipped_studies_runs_keep_their_names():
         assert {item.label: run_name(item.config, "d9f21647e60a53c9beea40d7ffa0f18e") for item in plan(study)} == names
 
 
+@pytest.mark.parametrize("name", ["stdlib_ladder", "transfer_sweep"])
+def test_the_shipped_studies_have_a_checkpoint_to_fall_back_to(name):
+    folder = Path(__file__).parent.parent.parent / "configs" / "scaling"
+    assert load_study(folder / f"{name}.py").base.checkpoint.keep_latest >= 2
+
+
 def test_the_coordinate_check_tells_the_rules_apart():
     found = {
         rules.rule: check_coordinates(BASE, rules, widths=(32, 128), layers=1, seeds=(0,))
