@@ -249,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise LaunchError(f"give one task a GPU: --tasks_per_node={values.gpus_per_node}, or leave it out")
     shape = Topology(hosts=values.nodes, processes=tasks, accelerator="gpu" if values.gpus_per_node else "")
     job = job_of(values, overrides, shape, platform="cuda" if values.gpus_per_node else "")
+    if values.wait and values.array is not None:
+        raise LaunchError("--wait is for one job, --array makes several; leave one of them out")
     check_shared(job)
     check_words(job, values)
     code = Path(values.folder) / "code" / job.commit
@@ -260,8 +262,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     there("sbatch")
     secret_values(job)
-    if values.wait and values.array is not None:
-        raise LaunchError("--wait is for one job, --array makes several; leave one of them out")
     if values.wait and (number := queued(job)):
         print(f"job {number} of this name is there already: waiting for it")
         return wait_for(number, poll=values.poll)

@@ -264,10 +264,13 @@ def test_transformers_loads_what_we_write(name, tmp_path):
         tmp_path, output_loading_info=True, attn_implementation="eager", experts_implementation="eager", dtype="float32"
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    loaded, weights = model.state_dict(), ours.peer.state_dict()
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[key], weights[key]) for key in weights)
     for prompt in PROMPTS:
         with torch.no_grad():
             got, expected = (m(torch.tensor([prompt])).logits.numpy() for m in (model, ours.peer))
-        np.testing.assert_allclose(got, expected, atol=1e-6, rtol=0)
+        # Equal weights at other addresses: on some processors PyTorch then adds up in another order.
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
