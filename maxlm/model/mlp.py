@@ -67,17 +67,13 @@ class Mlp(nnx.Module):
         self.kind = config.mlp.kind
         embed, mlp = {"embed": config.embed_dim}, {"mlp": dim or config.mlp.dim}
         inner, zero = fan_in_normal(1.0), constant(0.0)
-        self.gate = parameter(rngs, embed | mlp, contract=("embed",), init=inner) if self.gated else None
+        gated = config.mlp.gated
+        self.gate = parameter(rngs, embed | mlp, contract=("embed",), init=inner) if gated else None
         self.up = parameter(rngs, embed | mlp, contract=("embed",), init=inner)
         self.down = parameter(rngs, mlp | embed, contract=("mlp",), init=residual_init(config))
-        self.gate_bias = parameter(rngs, mlp, init=zero) if self.gated and config.mlp.bias else None
+        self.gate_bias = parameter(rngs, mlp, init=zero) if gated and config.mlp.bias else None
         self.up_bias = parameter(rngs, mlp, init=zero) if config.mlp.bias else None
         self.down_bias = parameter(rngs, embed, init=zero) if config.mlp.bias else None
-
-    @property
-    def gated(self) -> bool:
-        """Whether a gate multiplies the hidden dims."""
-        return self.kind.endswith("glu")
 
     def __call__(self, x: jax.Array, *, sight: Sight, runtime: Runtime) -> FeedForwardOut:
         """(B, S, D) -> (B, S, D)."""

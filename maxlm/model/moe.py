@@ -109,7 +109,7 @@ class MoeMlp(nnx.Module):
         self.config, self.kind = config.moe, config.mlp.kind
         embed, experts = {"embed": config.embed_dim}, {"expert": config.moe.experts}
         mlp, outputs = {"mlp": config.moe.dim}, {"router": config.moe.experts}
-        inner, zero, gated, bias = fan_in_normal(1.0), constant(0.0), self.kind.endswith("glu"), config.mlp.bias
+        inner, zero, gated, bias = fan_in_normal(1.0), constant(0.0), config.mlp.gated, config.mlp.bias
         self.router = parameter(rngs, embed | outputs, contract=("embed",), init=inner)
         self.router_bias = parameter(rngs, outputs, init=zero) if bias else None
         balanced = config.moe.selection_bias
