@@ -38,6 +38,7 @@ from maxlm.checkpoint.reader import (
 )
 from maxlm.cluster import decided
 from maxlm.config import CheckpointConfig
+from maxlm.errors import UserError
 from maxlm.files import write_atomically
 from maxlm.storage import StorageError
 from maxlm.tree import from_paths
@@ -143,11 +144,16 @@ class Checkpointer(CheckpointReader):
         sealed = record_to_json(record)
         pending = list(digest_each(leaves).values())  # runs on the devices while the next line waits
         self.wait()
-        if self._exists(step):
-            self.failures = 0  # whatever failed, failed after its commit
+        self._writing, self._began = step, time.perf_counter()
+        try:
+            exists = self._exists(step)
+        except (OSError, UserError) as error:  # the folder cannot be listed: a save that fails like any other
+            self._fail(describe(error))
+            return SaveResult(False, time.perf_counter() - start)
+        if exists:
+            self._writing, self.failures = None, 0  # whatever failed, failed after its commit
             self._log(f"checkpoint {step} is there already and stays: nothing was saved")
             return SaveResult(False, time.perf_counter() - start)
-        self._writing, self._began = step, time.perf_counter()
         self._retention.add(record)
         problem = None
         try:
@@ -166,12 +172,15 @@ class Checkpointer(CheckpointReader):
         that step nothing is noted; a failure to write is logged.
         """
         self.wait()
-        if not self._exists(step):
-            return
-        self._retention.note(step, bits_per_byte)
+
+        def note() -> None:
+            self._retention.note(step, bits_per_byte)
+            self._write_score(step, repr(bits_per_byte))
+
         try:
-            all_do((lambda: self._write_score(step, repr(bits_per_byte))) if jax.process_index() == 0 else None)
-        except OSError as error:
+            if self._exists(step):
+                all_do(note if jax.process_index() == 0 else None)  # which alone says what need not be kept
+        except (OSError, UserError) as error:
             self._log(f"how good checkpoint {step} is was not noted: {describe(error)}")
 
     def restore(self, abstract_state: Any, *, step: int | None = None) -> Restored | None:
@@ -314,7 +323,10 @@ class Checkpointer(CheckpointReader):
         return self._manager is not None and self._manager.is_saving_in_progress()
 
     def _exists(self, step: int) -> bool:
-        """Whether there is a checkpoint of `step`; the same on all processes, whose views of a disk may differ."""
+        """Whether there is a checkpoint of `step`; the same on all processes, whose views of a disk may differ.
+
+        Raises OSError, or on the processes that did not look UserError: the folder cannot be listed.
+        """
         return decided(lambda: step in self.steps())
 
     def _open(self) -> Any:

@@ -1,6 +1,7 @@
 """Saving and coming back: other meshes, damage of every kind, donation, interrupted and failed saves."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -353,6 +354,21 @@ def test_a_failed_save_is_told_and_the_next_one_works(tmp_path):
             assert checkpointer.save(step, state, metadata={}).started
         checkpointer.wait()
         assert checkpointer.pending_error() is None and checkpointer.steps() == [1, 2, 3]
+
+
+def test_a_folder_that_cannot_be_listed_for_a_moment_costs_one_save_and_not_the_run(copy, monkeypatch):
+    log: list[str] = []
+    with Checkpointer(copy, KEEP_ALL, log=log.append) as checkpointer:
+        with monkeypatch.context() as broken:
+            broken.setattr(Checkpointer, "steps", lambda _: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale")))
+            assert not checkpointer.save(3, make_state(3, mesh(4, 2)), metadata={}).started
+            checkpointer.score(2, 1.0)
+        error = checkpointer.pending_error()
+        assert "checkpoint 3 was not saved: [Errno 116] Stale" in str(error) and checkpointer.failures == 1
+        assert "how good checkpoint 2 is was not noted: [Errno 116] Stale" in log
+        assert checkpointer.save(3, make_state(3, mesh(4, 2)), metadata={}).started
+        checkpointer.wait()
+        assert checkpointer.pending_error() is None and checkpointer.failures == 0 and checkpointer.steps() == [1, 2, 3]
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
