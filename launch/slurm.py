@@ -111,9 +111,12 @@ if [ "$state" != RUNNING ]; then
 fi
 if [ $((SECONDS - began)) -ge {HEALTHY_SECONDS:.0f} ]; then rm -f "$failures"; fi
 if [ "$code" -ne {EXIT_PREEMPTED} ]; then
-  echo >> "$failures"
-  if [ "$(wc -l < "$failures")" -gt {job.retries} ]; then
-    echo "the run ended with exit code $code; given up after $(wc -l < "$failures") failures"
+  if ! echo >> "$failures" || ! count=$(wc -l < "$failures"); then  # it would go back for ever
+    echo "the run ended with exit code $code; given up, as its failures cannot be counted in $failures"
+    exit "$code"
+  fi
+  if [ "$count" -gt {job.retries} ]; then
+    echo "the run ended with exit code $code; given up after $count failures"
     exit "$code"
   fi
 fi

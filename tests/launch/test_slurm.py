@@ -75,6 +75,22 @@ def test_leaving_goes_back_into_the_queue_and_failing_only_so_often(folder, caps
     assert (folder / "requeued").read_text() == "requeue 7\n" * 5
 
 
+@pytest.mark.parametrize("trouble", ["full", "unwritable"])
+def test_failures_that_cannot_be_counted_do_not_go_back_into_the_queue(folder, capsys, trouble):
+    text, _ = written(capsys, *flags_of(folder), "--retries=3")
+    failures = folder / HOSTILE / ".failures-7"
+    failures.parent.mkdir()
+    if trouble == "full":
+        failures.symlink_to("/dev/full")
+    else:
+        failures.mkdir()
+    done = run(folder, text, code=1)
+    assert done.returncode == 1 and "given up, as its failures cannot be counted in" in done.stdout
+    assert not (folder / "requeued").exists()
+    assert run(folder, text, code=75).returncode == 75  # which is not counted
+    assert (folder / "requeued").read_text() == "requeue 7\n"
+
+
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", ""])
 def test_what_was_cancelled_does_not_go_back_into_the_queue(folder, capsys, state):
     """A plain scancel ends the tasks, which save and leave with 75; SLURM would requeue the job all the same."""
