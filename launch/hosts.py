@@ -180,7 +180,7 @@ def run_local(
     After a failure there is a pause, each time twice as long; a run that went well for a while begins to count anew.
 
     Process 0 prints; the others write into `logs`. SIGTERM and SIGINT to this program are passed on to all of them,
-    and end it with EXIT_PREEMPTED once they have saved.
+    and end it with EXIT_PREEMPTED once they have saved; in the pause after a failure with that failure's code.
     """
     logs.mkdir(parents=True, exist_ok=True)
     asked: list[int] = []
@@ -198,7 +198,7 @@ def run_local(
         tell()
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    failures = 0
+    failures, code = 0, EXIT_PREEMPTED
     try:
         while not asked:
             began = time.monotonic()
@@ -222,7 +222,7 @@ def run_local(
             until = time.monotonic() + wait
             while not asked and time.monotonic() < until:
                 time.sleep(poll)
-        return EXIT_PREEMPTED
+        return code  # of the last start, if there was one
     finally:
         for process in together:
             process.kill()
