@@ -111,11 +111,12 @@ class Home:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        if kind is None:
+        try:
             self._push(_always)
-        else:
-            with contextlib.suppress(OSError):  # the error that ends the run is the one to tell
-                self._push(_always)
+        except OSError as trouble:
+            if error is None:
+                raise
+            self._log(f"metrics and reports could not be copied: {trouble}")  # what ends the run is the one to tell
 
     def pull(self) -> None:
         """Copies the run's small files here. One that only goes on where the bucket's ends stays as it is.

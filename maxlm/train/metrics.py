@@ -18,7 +18,7 @@ import sys
 import time
 import types
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -50,9 +50,11 @@ class MetricsWriter:
     always finds its records.
     """
 
-    def __init__(self, workdir: Path, config: Config, *, process_index: int) -> None:
+    def __init__(
+        self, workdir: Path, config: Config, *, process_index: int, log: Callable[[str], None] = print
+    ) -> None:
         """Raises UserError when a W&B project is named and the package is missing."""
-        self._workdir, self._config = Path(workdir), config
+        self._workdir, self._config, self._log = Path(workdir), config, log
         self._active = process_index == 0
         self._lines: _Lines | None = None
         self._events: _Events | None = None
@@ -63,8 +65,15 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except OSError as lost:
+            if error is None:
+                raise
+            self._log(f"the last records of {FILE_NAME} are lost: {lost}")  # what ends the run is the one to tell
 
     def truncate(self, step: int) -> Truncation:
         """Drops all records of steps after `step` and goes on from there; tells TensorBoard to drop them too."""

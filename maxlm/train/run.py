@@ -64,13 +64,13 @@ def train(config: Config, workdir: str | Path, *, log: Log, heartbeat: Heartbeat
     settle_cpu_devices()
     run = decided(lambda: first_start(workdir))
     place = Home(workdir, log=log, writes=jax.process_index() == 0, run=run)
-    with alone(place.folder, log=log), place as home:
-        log = _silent if jax.process_index() else log
-        try:
-            train_at(config, home, log=log, heartbeat=heartbeat or Heartbeat())
-        except Leaving as leaving:
-            log(str(leaving))
-            return EXIT_PREEMPTED
+    said = _silent if jax.process_index() else log
+    try:
+        with alone(place.folder, log=log), place as home:
+            train_at(config, home, log=said, heartbeat=heartbeat or Heartbeat())
+    except Leaving as leaving:  # out here: the state is saved, whatever becomes of the last metrics
+        said(str(leaving))
+        return EXIT_PREEMPTED
     return 0
 
 
@@ -126,7 +126,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> N
                 configfile.record(given, workdir, log=log)
 
             # --- steps, then the report
-            with MetricsWriter(workdir, config, process_index=jax.process_index()) as writer:
+            with MetricsWriter(workdir, config, process_index=jax.process_index(), log=log) as writer:
                 tell_cut(writer.truncate(start), start, log=log)
                 sentries = Sentries.post(setup, watchdog, proof, state=state, metadata=metadata, log=log)
                 run = Run(

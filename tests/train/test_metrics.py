@@ -282,6 +282,28 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path, "step")] == list(range(1, 200))
 
 
+def test_on_a_full_disk_the_sentence_that_ends_the_run_is_the_one_to_tell(tmp_path):
+    limits, said = resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def ended(error):
+        with MetricsWriter(tmp_path, Config(), process_index=0, log=said.append) as writer:
+            writer.truncate(0)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+            writer.write("step", 1, {"loss": 1.0})
+            if error:
+                raise error
+
+    try:
+        with pytest.raises(UserError, match="the last 3 checkpoints could not be saved"):
+            ended(UserError("the last 3 checkpoints could not be saved"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(OSError, match="too large"):
+            ended(None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(said) == 1 and said[0].startswith("the last records of metrics.jsonl are lost: ")
+
+
 @pytest.mark.parametrize("room", [20, 0])
 def test_a_full_disk_has_room_for_going_back(tmp_path, room):
     """Also where records wait for room: those of the way that is given up go, the others come when there is some."""

@@ -18,7 +18,7 @@ from maxlm.train import finish, loop
 from maxlm.train.goodput import FILE_NAME as LEDGER
 from maxlm.train.goodput import summarise
 from maxlm.train.home import SAVED, Home
-from maxlm.train.metrics import Truncation, read_metrics
+from maxlm.train.metrics import MetricsWriter, Truncation, read_metrics
 from maxlm.train.outlook import outlook
 from maxlm.train.run import tell_cut, train
 from maxlm.train.signals import EXIT_PREEMPTED
@@ -79,6 +79,10 @@ def fail(*_args, **_kwargs):
     raise MemoryError("as where an evaluation takes more than there is")
 
 
+def no_room(*_args, **_kwargs):
+    raise OSError("no room")
+
+
 def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_signals(config, tmp_path, monkeypatch):
     """One run, ended in an evaluation at a step without a save, at one with a save, at the end, and after it."""
     workdir, whole, said = tmp_path / "run", tmp_path / "whole", []
@@ -97,7 +101,11 @@ def test_a_state_is_saved_before_anything_that_can_fail_and_evaluations_heed_sig
     assert not reader.steps() and SAVED not in Home(workdir, log=said.append).facts()
     with pytest.MonkeyPatch.context() as first:
         at_evaluation(first, 1, terminate)
+        first.setattr(Home, "_push", no_room)
+        first.setattr(MetricsWriter, "_close_files", no_room)
         assert go() == EXIT_PREEMPTED
+    assert "metrics and reports could not be copied: no room" in said
+    assert "the last records of metrics.jsonl are lost: no room" in said
     assert reader.steps() == [1] and "SIGTERM: saved at step 1; the same command continues" in said
     assert not list(read_metrics(workdir, "evaluation"))
     with pytest.MonkeyPatch.context() as second:
