@@ -255,9 +255,9 @@ def _prepare(args: list[str]) -> int:
     _parse(values, args, required=("config", "workdir"))
     config = resolve(values.config)
     from maxlm.data.prepare import prepare_data
-    from maxlm.train.home import Home
+    from maxlm.train.home import beside
 
-    with Home(values.workdir, log=_log) as home:
+    with beside(values.workdir, log=_log, writes=True) as home:
         prepared = prepare_data(config, home.folder, home=home.place)
     for name, store in prepared.stores.items():
         print(f"{name}: {store.place} ({store.fingerprint[:16]})")

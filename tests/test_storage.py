@@ -16,7 +16,7 @@ from maxlm import storage
 from maxlm.errors import UserError
 from maxlm.storage import Folder, StorageError
 from maxlm.train import home as home_module
-from maxlm.train.home import EVENTS, PROFILE, Home, began, copied, first_start, run_id
+from maxlm.train.home import EVENTS, PROFILE, Home, began, beside, copied, first_start, run_id
 from tests.buckets import SECRET
 
 
@@ -154,6 +154,28 @@ def test_small_files_follow_a_run_and_the_buckets_count_unless_those_here_go_on(
     assert local.place == local.folder == tmp_path / "run" and local.checkpoints == tmp_path / "run" / "checkpoints"
     with pytest.raises(UserError, match="holds nothing"):
         copied(f"{bucket}/none", log=print)
+
+
+def test_who_looks_at_a_run_or_prepares_it_leaves_the_files_of_its_training_alone(bucket):
+    """After a rollback the bucket's metrics go further than those here, to which the training appends."""
+    url = f"{bucket}/run"
+    with Home(url, log=print) as home, (home.folder / "metrics.jsonl").open("a") as live:
+        live.write("1\n2\n")
+        live.flush()
+        home.push()
+        live.truncate(2)
+        with beside(url, log=print) as other:
+            assert (other.folder / "metrics.jsonl").read_text() == "1\n2\n" and other.place == home.place
+            (other.folder / "report.md").write_text("mine")
+        with beside(url, log=print, writes=True) as preparing:
+            (preparing.folder / "data").mkdir()
+            (preparing.folder / "data" / "prepared.json").write_text("{}")
+        assert not other.folder.exists() and not preparing.folder.exists()
+        assert Folder(url).names() == ["data/prepared.json", "metrics.jsonl"]
+        assert copied(url, log=print) != home.folder
+        live.write("3\n")
+        live.flush()
+        assert (home.folder / "metrics.jsonl").read_text() == "1\n3\n"
 
 
 def test_a_file_that_is_too_large_for_an_object_is_told_and_the_rest_goes_on(bucket, server, monkeypatch):

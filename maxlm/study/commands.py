@@ -165,15 +165,14 @@ def _predict(path: str, study: Study, folder: Path, values: flags.FlagValues, lo
 
 def _judge(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
     from maxlm.study.predict import judge, predictions
-    from maxlm.train.home import Home
+    from maxlm.train.home import beside
 
     names: Sequence[str] = [item["name"] for item in predictions(folder)]
     if not values.prediction and len(names) != 1:
         raise UserError(f"--prediction is missing; there are {', '.join(names) or 'none: type maxlm study predict'}")
     place = folder / "predictions" / (values.prediction or names[0])
-    home = Home(values.workdir or place / "run", log=log, writes=False)
-    home.pull()  # of a bucket, without its checkpoints
-    log(judge(folder, place, home.folder))
+    with beside(values.workdir or place / "run", log=log) as home:
+        log(judge(folder, place, home.folder, home=home.place))
     return 0
 
 

@@ -90,25 +90,29 @@ def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides
     return place
 
 
-def judge(folder: Path, place: Path, workdir: Path) -> str:
+def judge(folder: Path, place: Path, workdir: Path, *, home: str | Path = "") -> str:
     """Compares a prediction with the run in `workdir`; returns the verdict in a sentence, and writes it down.
+
+    Args:
+      home: where the run lives if that is a bucket; `workdir` then is a copy on this machine.
 
     Raises:
       StudyError: the prediction or the run is not there or not finished, the run began before the prediction was
         written, it is another run than was predicted or on other data, or its held-out loss is not finite.
     """
+    run = str(home or workdir)
     said, report = place / "prediction.json", workdir / "report.json"
     if not said.exists():
         raise StudyError(f"{place} holds no prediction; those of this study are in {folder / 'predictions'}")
     if not report.exists():
-        raise StudyError(f"{workdir} has no report.json: give the folder of a run that has ended")
+        raise StudyError(f"{run} has no report.json: give the folder of a run that has ended")
     prediction, figures = json.loads(said.read_text()), json.loads(report.read_text())
     note = _check_later(prediction, workdir)
     _check_same(prediction, place, figures, workdir)
     found = heldout_loss(figures)
     if found is None:
         raise StudyError(
-            f"{workdir} has no held-out loss that is finite: it diverged, or nothing was held out, and says nothing of "
+            f"{run} has no held-out loss that is finite: it diverged, or nothing was held out, and says nothing of "
             f"the prediction; see its report.md, and run {place / 'config.py'} again in another folder"
         )
     low, high = prediction["interval"]
@@ -118,9 +122,9 @@ def judge(folder: Path, place: Path, workdir: Path) -> str:
         f"the prediction {'held' if held else 'did not hold'}: {prediction['loss']:.4f} [{low:.4f}, {high:.4f}] was "
         f"written on {prediction['date']}, and the run came to {found:.4f}, {miss:+.2%} from it{note}"
     )
-    verdict = {"date": _now(), "workdir": str(workdir), "found": found, "held": held, "miss": miss, "verdict": sentence}
+    verdict = {"date": _now(), "workdir": run, "found": found, "held": held, "miss": miss, "verdict": sentence}
     before = _judgements(place)
-    if not any(each["workdir"] == str(workdir) and each["found"] == found for each in before):
+    if not any(each["workdir"] == run and each["found"] == found for each in before):
         name = f"judgement.{len(before) + 1}.json" if before else "judgement.json"
         write_atomically(place / name, json.dumps(verdict, indent=1) + "\n")
     return sentence

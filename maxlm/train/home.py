@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -238,6 +238,30 @@ def _content(place: str | Path, name: str) -> bytes | None:
     return None
 
 
+@contextlib.contextmanager
+def beside(place: str | Path, *, log: Log, writes: bool = False) -> Iterator[Home]:
+    """The run in `place` for who looks at it, or prepares its data, beside a training that may be going on there.
+
+    A bucket's small files are copied into a folder of their own, which goes at the end: into the run's own folder on
+    this machine the training writes, and a file that were replaced there would lose what it writes next.
+
+    Args:
+      writes: whether what is changed in that folder goes into the bucket.
+
+    Raises:
+      UserError: the place cannot be one.
+      StorageError: the bucket cannot be read or written.
+    """
+    with contextlib.ExitStack() as held:
+        own = None
+        if is_bucket(place):
+            copies = _copies()
+            copies.mkdir(parents=True, exist_ok=True)  # what a kill leaves there goes with what nobody uses
+            prefix = f"{local_name(str(place))}-beside-"
+            own = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=copies)))
+        yield held.enter_context(Home(place, log=log, writes=writes, folder=own))
+
+
 def copied(place: str | Path, *, log: Log, step: int | None = None) -> Path:
     """The folder of a run or model on this machine; one of a bucket is copied, with one checkpoint.
 
@@ -251,10 +275,10 @@ def copied(place: str | Path, *, log: Log, step: int | None = None) -> Path:
       UserError: there is none, or none of that step, or the place cannot be one.
       StorageError: the bucket cannot be read.
     """
-    home = Home(place, log=log)
     if not is_bucket(place):
-        return home.folder
-    copies, name = cache_folder() / "copies", local_name(str(place))
+        return Home(place, log=log).folder
+    copies, name = _copies(), local_name(str(place))
+    home = Home(place, log=log, folder=copies / name)  # without a checkpoint
     with locked(copies / f".{name}.lock"):
         _forget_unused(copies, log=log)
         for left in copies.glob(f"{name}-*.partial-*"):  # by whoever held the lock before, and was killed
@@ -273,6 +297,11 @@ def copied(place: str | Path, *, log: Log, step: int | None = None) -> Path:
         if not any(home.folder.iterdir()):
             raise UserError(f"{place} holds nothing: give the place of a run or of a converted model")
     return home.folder
+
+
+def _copies() -> Path:
+    """Where this machine keeps copies of runs and models for those who read them."""
+    return cache_folder() / "copies"
 
 
 def _forget_unused(copies: Path, *, log: Log) -> None:

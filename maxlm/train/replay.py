@@ -38,7 +38,7 @@ from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import ConfigError, resolve
 from maxlm.train import rollback
 from maxlm.train.first import other_weights
-from maxlm.train.home import Home, copied
+from maxlm.train.home import Home, beside, copied
 from maxlm.train.metrics import read_metrics
 from maxlm.train.peak import describe_place
 from maxlm.train.setup import Setup, make_setup, place_batch
@@ -95,13 +95,17 @@ def replay(place: str | Path, step: int, *, log: Log) -> Replay:
       UserError: the run has not made such a step, or its data or checkpoints cannot be read.
     """
     settle_cpu_devices()
-    home = Home(place, log=log, writes=False)
-    home.pull()
+    with beside(place, log=log) as home:
+        return _replay(home, step, log=log)
+
+
+def _replay(home: Home, step: int, *, log: Log) -> Replay:
+    """`replay`, where the run's files are on this machine."""
     workdir = home.folder
     records = {record["step"]: record for record in read_metrics(workdir, "step")}
     if step not in records:
         made = f"has steps {min(records)} to {max(records)}" if records else "has made no step"
-        raise UserError(f"--step is {step}, but the run in {place} {made}")
+        raise UserError(f"--step is {step}, but the run in {home.place} {made}")
     config = _config(workdir, log=log)
     data = prepare_data(config, workdir, build=False, home=home.place)
     skips = rollback.skips(rollback.recorded(workdir))

@@ -202,14 +202,17 @@ def test_a_study_in_a_bucket_is_refused_and_a_run_in_one_can_be_judged(done, buc
     judge = {"prediction": place.name, "workdir": f"{bucket}/run"}
     with pytest.raises(StudyError, match="has no report.json"):
         verb("judge", study, folder, monkeypatch, **judge)
-    seen = []
-    monkeypatch.setattr(
-        prediction, "judge", lambda folder, place, workdir: seen.append(workdir) or "the prediction held"
-    )
+    seen = {}
+
+    def judged(folder, place, workdir, *, home):
+        seen[home] = sorted(path.name for path in workdir.rglob("*"))
+        return "the prediction held"
+
+    monkeypatch.setattr(prediction, "judge", judged)
     Folder(f"{bucket}/run").write("report.json", "{}")
     Folder(f"{bucket}/run").write("checkpoints/4-a-0/state", "large")
     assert verb("judge", study, folder, monkeypatch, **judge) == ("the prediction held", 0)
-    assert sorted(path.name for path in seen[0].rglob("*")) == ["config.json", "report.json"]
+    assert seen == {f"{bucket}/run": ["config.json", "report.json"]}
 
 
 @pytest.mark.parametrize(
