@@ -187,8 +187,12 @@ def _some(items: list[str], separator: str = ", ") -> str:
 
 async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
     """Process 0's side: hears all, judges and answers."""
-    cards, complete = [mine], asyncio.Event()
-    writers: list[tuple[dict[str, Any], asyncio.StreamWriter]] = []
+    complete = asyncio.Event()
+    here: list[tuple[dict[str, Any], asyncio.StreamWriter]] = []
+
+    def cards() -> list[dict[str, Any]]:
+        return sorted([mine, *(card for card, _ in here)], key=lambda card: card["process"])
+
     if place.processes == 1:
         complete.set()
 
@@ -198,11 +202,16 @@ async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
         except (ValueError, OSError):  # not one of ours, or it went away: the roll goes on without it
             writer.close()
             return
-        cards.append(card)
-        writers.append((card, writer))
-        odd = any(card["processes"] != place.processes for card in cards)  # no use to wait for the rest
-        if odd or {card["process"] for card in cards} >= set(range(place.processes)):
+        _keep_alive(writer.get_extra_info("socket"))
+        here.append((card, writer))
+        odd = any(card["processes"] != place.processes for card in cards())  # no use to wait for the rest
+        if odd or {card["process"] for card in cards()} >= set(range(place.processes)):
             complete.set()
+        with contextlib.suppress(OSError):
+            await reader.read(1)  # before the verdict nothing comes but the end
+        if not complete.is_set():  # it has left, and may come again
+            here.remove((card, writer))
+            writer.close()
 
     host, port = (place.bind or f":{_port(place.coordinator)}").rsplit(":", 1)
     try:
@@ -214,11 +223,11 @@ async def _hear(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
         ) from error
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(complete.wait(), timeout)
+    complete.set()
     server.close()
-    cards.sort(key=lambda card: card["process"])
-    verdict = judge(cards, place.processes, timeout=timeout, coordinator=place.coordinator)
+    verdict = judge(cards(), place.processes, timeout=timeout, coordinator=place.coordinator)
     lines = []
-    for card, writer in writers:
+    for card, writer in here:
         with contextlib.suppress(OSError):  # it has gone; its line will say so
             answer = {"verdict": verdict.text, "absent": verdict.absent, "host": mine["host"]}
             writer.write(json.dumps(answer).encode() + b"\n")
@@ -244,22 +253,27 @@ def _card(line: bytes) -> dict[str, Any]:
 
 def _ask(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
     """The others' side: says who this is and waits for the answer."""
-    deadline, seen = time.monotonic() + timeout, "nothing listens there"
+    deadline, seen, before = time.monotonic() + timeout, "nothing listens there", ""
     host, port = place.coordinator.rsplit(":", 1)
     while (left := deadline - time.monotonic()) > 0:
         connection: socket.socket | None = None
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
+            _keep_alive(connection)
             connection.sendall(json.dumps(mine).encode() + b"\n")
             # Process 0 may have begun to count after this one.
             connection.settimeout(timeout + _MARGIN)
-            answer = json.loads(_read_line(connection))
+            line = _read_line(connection)
+            if not line:
+                before = "it was there and has left; then: "
+                raise ConnectionResetError("it hangs up")
+            answer = json.loads(line)
             lines = [Line(0, str(answer["host"]), connection)]
             return _Told(str(answer["verdict"]), lines, bool(answer["absent"]))
         except TimeoutError:
             seen = "it does not answer"
         except OSError as error:
-            seen = error.strerror or str(error)
+            seen = before + (error.strerror or str(error))
         except (ValueError, TypeError, KeyError):
             seen = "something else answers there, perhaps an earlier run"
         if connection is not None:
@@ -272,6 +286,14 @@ def _ask(place: Place, mine: dict[str, Any], timeout: float) -> _Told:
         [],
         absent=True,
     )
+
+
+def _keep_alive(connection: Any) -> None:
+    """Lets the end of a host that dies, or forgets the connection, be seen while nothing is said: in a minute."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):  # not everywhere
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _read_line(connection: socket.socket) -> bytes:

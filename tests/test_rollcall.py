@@ -1,5 +1,6 @@
 """The roll call: all have come and run the same, or every process says who did not."""
 
+import json
 import re
 import socket
 import threading
@@ -11,7 +12,7 @@ import pytest
 import maxlm
 from maxlm import rollcall
 from maxlm.errors import UserError
-from maxlm.rollcall import Place, judge, roll_call
+from maxlm.rollcall import Absent, Place, judge, roll_call
 from tests.tiny import tiny_config
 
 FACTS = {"code of maxlm": "aa", "config train.steps": "3"}
@@ -109,17 +110,54 @@ def test_one_number_twice_is_said():
     assert all("process 1 was started more than once" in message for message in told.values())
 
 
+def greet(where, greeting):
+    host, port = where.split(":")
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=5) as connection:
+                connection.sendall(greeting)
+            return
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+
+
+def card(number, processes):
+    facts = {"process": number, "host": "h", "processes": processes, "facts": FACTS}
+    return json.dumps(facts).encode() + b"\n"
+
+
+def test_one_that_leaves_before_all_are_there_may_come_again():
+    told = call([0, 1, 2], processes=3, timeout=10, before=lambda where: greet(where, card(1, 3)))
+    assert told == {0: None, 1: None, 2: None}
+
+
+def test_one_that_leaves_before_all_are_there_is_missing():
+    told = call([0, 2], processes=3, timeout=1.5, before=lambda where: greet(where, card(1, 3)))
+    assert len(told) == 2 and all("1 of 3 processes did not come" in message for message in told.values())
+
+
+def test_process_0_that_leaves_before_all_are_there_is_named():
+    where, told = address(), []
+
+    def ask():
+        with pytest.raises(Absent) as error:
+            roll_call(Place(where, 2, 1), FACTS, timeout=1.5)
+        told.append(str(error.value))
+
+    thread = threading.Thread(target=ask)
+    with socket.create_server(("localhost", int(where.split(":")[1]))) as server:
+        thread.start()
+        connection, _ = server.accept()
+        assert connection.makefile().readline()
+        connection.close()
+    thread.join()
+    assert "within 1.5 s (it was there and has left; then: Connection refused)" in told[0]
+
+
 def test_strangers_at_the_door_do_not_stop_the_roll():
     def strangers(where):
-        host, port = where.split(":")
         for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n', b"[1]\n"):
-            while True:
-                try:
-                    with socket.create_connection((host, int(port)), timeout=5) as connection:
-                        connection.sendall(greeting)
-                    break
-                except ConnectionRefusedError:
-                    time.sleep(0.01)
+            greet(where, greeting)
 
     assert call([0, 1], processes=2, timeout=10, before=strangers) == {0: None, 1: None}
 
