@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from maxlm.errors import UserError
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -33,15 +37,27 @@ def _move_written(beside: Path, path: Path, content: str | bytes) -> None:
     beside.replace(path)
 
 
+class NoLocks(OSError):
+    """The file system has no locks, as Lustre without its option flock."""
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Holds the file `path` for this process alone. The file stays: who waits for it would not see another one.
+
+    Where the file system has no locks it says so, and goes on without.
 
     Args:
       waiting: called before it waits for another process that holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = try_lock(path)
+    file: contextlib.AbstractContextManager[Any] | None
+    try:
+        file = try_lock(path)
+    except NoLocks as error:
+        said = f"{path.parent} is on a file system without locks ({error}): see that nothing else writes there"
+        print(said, file=sys.stderr, flush=True)
+        file = contextlib.nullcontext()
     if file is None:
         waiting()
         file = path.open("a", encoding="utf-8")
@@ -54,7 +70,8 @@ def try_lock(path: Path) -> IO[str] | None:
     """The file `path`, locked for as long as it is open here or in a child that inherits it; None: another has it.
 
     Raises:
-      OSError: it cannot be opened, or the file system has no locks.
+      OSError: it cannot be opened.
+      NoLocks: the file system has none.
     """
     file = path.open("a", encoding="utf-8")  # what its holder has written stays
     try:
@@ -62,8 +79,10 @@ def try_lock(path: Path) -> IO[str] | None:
     except BlockingIOError:
         file.close()
         return None
-    except BaseException:
+    except BaseException as error:
         file.close()
+        if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+            raise NoLocks(error.errno, error.strerror) from None
         raise
     return file
 

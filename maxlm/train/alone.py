@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import time
@@ -13,12 +12,11 @@ from typing import IO
 
 from maxlm.cluster import decided
 from maxlm.errors import UserError
-from maxlm.files import try_lock
+from maxlm.files import NoLocks, try_lock
 
 LOCK = ".train.lock"
 WAIT_SECONDS = 100.0  # for one that is being killed; a file server forgets the locks of a machine that died in 90
 _POLL_SECONDS = 0.5
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 Log = Callable[[str], None]
 
@@ -53,9 +51,7 @@ def _lock(folder: Path, *, log: Log) -> IO[str] | None:
     while True:
         try:
             file = try_lock(path)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        except NoLocks as error:
             log(f"{folder} is on a file system without locks ({error}): see that nothing else trains there")
             return None
         if file is not None:

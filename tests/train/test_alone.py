@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from maxlm.errors import UserError
+from maxlm.files import locked
 from maxlm.train import alone as module
 from maxlm.train.alone import LOCK, alone
 from maxlm.train.run import train
@@ -62,7 +63,7 @@ def test_one_that_is_killed_is_waited_for(tmp_path):
     assert len(said) == 1 and said[0].startswith("another process trains in")
 
 
-def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch):
+def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
     def flock(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -73,3 +74,5 @@ def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch):
             f"{tmp_path} is on a file system without locks ([Errno {errno.ENOLCK}] No locks available): see that "
             "nothing else trains there"
         ]
+    with locked(tmp_path / "data" / ".store.lock"):  # as the preparation of data
+        assert f"{tmp_path}/data is on a file system without locks" in capsys.readouterr().err
