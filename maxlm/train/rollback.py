@@ -116,16 +116,20 @@ def _newest(since: int, rollbacks: Sequence[Rollback]) -> int:
     return min(since, rollbacks[-1].to - 1) if _again(since, rollbacks) else since
 
 
-def set_others_aside(checkpointer: Checkpointer, rollbacks: Sequence[Rollback]) -> None:
+def set_others_aside(checkpointer: Checkpointer, rollbacks: Sequence[Rollback], *, damaged: bool = False) -> None:
     """Takes the checkpoints of the way that the last rollback gave up out of the way, if a kill has left any.
 
     Process 0 says which these are: it renames them, after which another that is slower would not find them any more.
+
+    Args:
+      damaged: those too that do not say which way they belong to. A start names them when it restores; where the run
+        goes on without one, they would be taken for the saves of their steps.
     """
-    if rollbacks and (others := decided(lambda: _given_up(checkpointer, rollbacks))):
+    if rollbacks and (others := decided(lambda: _given_up(checkpointer, rollbacks, damaged))):
         checkpointer.set_aside(others, _ASIDE)
 
 
-def _given_up(checkpointer: Checkpointer, rollbacks: Sequence[Rollback]) -> list[int]:
+def _given_up(checkpointer: Checkpointer, rollbacks: Sequence[Rollback], damaged: bool) -> list[int]:
     """The steps of the checkpoints that belong to the way that the last rollback gave up."""
     expected, found = [list(skip) for skip in skips(rollbacks)], []
     for step in checkpointer.steps():
@@ -136,7 +140,7 @@ def _given_up(checkpointer: Checkpointer, rollbacks: Sequence[Rollback]) -> list
         except StorageError:
             raise
         except (OSError, ValueError):
-            continue  # damaged: it is not restored from
+            known = None if damaged else expected
         if known != expected:
             found.append(step)
     return found
@@ -177,7 +181,7 @@ def roll_back(run: Run, since: int, at: int) -> tuple[TrainState, int]:
     if jax.process_index() == 0:
         _record(run.workdir / FILE_NAME, rollbacks, trouble)
         run.home.push()
-    set_others_aside(run.checkpointer, rollbacks)
+    set_others_aside(run.checkpointer, rollbacks, damaged=True)
     further = itertools.takewhile(lambda each: each.to >= restored.step, reversed(rollbacks))
     passed = sum(each.at - each.to for each in further)  # with those that earlier rollbacks to here or after passed
     run.log(

@@ -11,8 +11,8 @@ import pytest
 
 from maxlm.checkpoint.digest import digest_array
 from maxlm.checkpoint.manager import Checkpointer
-from maxlm.checkpoint.reader import CheckpointReader
-from maxlm.config import DataConfig
+from maxlm.checkpoint.reader import CheckpointReader, Restored
+from maxlm.config import CheckpointConfig, DataConfig
 from maxlm.data.batch import Batch
 from maxlm.data.loader import Loader
 from maxlm.data.prepare import prepare_data
@@ -94,6 +94,31 @@ def test_without_a_checkpoint_to_go_back_to_it_says_what_to_change(newest, advic
     )
     with pytest.raises(UserError, match=f"no whole checkpoint of step {newest} or before to go back to; {advice}"):
         rollback.roll_back(run, newest, 12)
+
+
+def test_a_damaged_checkpoint_of_the_way_given_up_is_not_taken_for_its_steps_save(tmp_path, monkeypatch):
+    data = {"config": {}, "data": {"skips": []}}
+    with Checkpointer(tmp_path / "checkpoints", CheckpointConfig(keep_latest=9), log=lambda _: None) as checkpointer:
+        for step in (5, 10):
+            checkpointer.save(step, {"x": jnp.full(3, step)}, metadata=data)
+        checkpointer.wait()
+        (checkpointer.path(10) / "record" / "metadata").write_text("torn")
+        rollback.set_others_aside(checkpointer, [Rollback(12, 5)])
+        assert checkpointer.steps() == [5, 10]  # at a start restoring names it
+        run = SimpleNamespace(
+            config=tiny_config("", optim__guard__rollback=(2, 6, 2)),
+            checkpointer=checkpointer,
+            rollbacks=[],
+            workdir=tmp_path,
+            home=SimpleNamespace(push=lambda: None),
+            log=print,
+            go_on_from=lambda *_: None,
+            writer=SimpleNamespace(write=lambda *_: None),
+        )
+        monkeypatch.setattr(rollback, "_restore", lambda run, newest: Restored(5, None, data))
+        assert rollback.roll_back(run, 8, 12) == (None, 5)
+        assert checkpointer.steps() == [5] and (tmp_path / "checkpoints" / "10.rolled_back-1").is_dir()
+        assert checkpointer.save(10, {"x": jnp.ones(3)}, metadata=data).started
 
 
 @pytest.mark.parametrize("rule", [(0, 8, 1), (4, 3, 1), (2, 8, 0)])
@@ -226,7 +251,7 @@ def test_killed_at_a_rollback_or_after_it_the_run_goes_on_alike(world, whole, mo
     with pytest.MonkeyPatch.context() as first:
         if moment == "recorded":  # rollbacks.json is written, the newer checkpoints are still there
 
-            def killed(checkpointer, rollbacks):
+            def killed(checkpointer, rollbacks, **_):
                 if rollbacks:
                     raise Killed
 
