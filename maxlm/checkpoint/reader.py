@@ -213,13 +213,19 @@ class CheckpointReader:
     def _search(self, abstract: Any, *, step: int | None, prefix: str, left: str | None = None) -> Search | None:
         """The newest whole checkpoint among those asked for; None if there is no checkpoint at all."""
         damaged: list[Damage] = []
-        for candidate in reversed(decided(lambda: self._candidates(step), error=CheckpointError)):
+        candidates = decided(lambda: self._candidates(step), error=CheckpointError)
+        while candidates:
+            candidate = candidates.pop()
             with jax.transfer_guard("allow"):  # meant, whatever the caller guards against
                 result = self._read(candidate, abstract, prefix, left)
             if isinstance(result, Restored):
                 return Search(result, damaged)
-            damaged.append(result)
-            self._log(str(result))
+            listed = decided(lambda: self._candidates(step), error=CheckpointError)
+            if candidate in listed:
+                damaged.append(result)
+                self._log(str(result))
+            else:  # a run that goes on has retired it meanwhile, and may have saved newer ones
+                candidates = [other for other in listed if all(other != damage.step for damage in damaged)]
         if damaged:
             raise self._none_whole(damaged)
         return None

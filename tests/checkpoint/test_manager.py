@@ -257,6 +257,27 @@ def test_a_reader_beside_a_run_changes_nothing(copy):
     assert sorted(str(path) for path in copy.rglob("*")) == before
 
 
+def test_what_a_run_retires_while_it_is_read_is_no_damage(copy, monkeypatch):
+    newer, really, log = copy.parent / "newer", CheckpointReader.record, []
+    (copy / "2").rename(newer)
+
+    def record(reader, step):
+        if step == 1:
+            newer.rename(copy / "2")
+            (copy / "1").rename(copy.parent / "retired")
+        return really(reader, step)
+
+    monkeypatch.setattr(CheckpointReader, "record", record)
+    state = make_state(2, mesh(4, 2))
+    reader = CheckpointReader(copy, log=log.append)
+    assert reader.restore_params(abstract(state["params"])).step == 2 and not log
+    (copy / "2").rename(newer)
+    (copy.parent / "retired").rename(copy / "1")
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint of step 1 in .*; there are \[2\]"):
+        reader.restore_state(abstract(state), step=1)
+    assert not log
+
+
 def test_an_altered_record_is_never_believed(copy):
     file = copy / "2" / "record" / "metadata"
     sealed = json.loads(file.read_text())
