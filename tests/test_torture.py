@@ -167,6 +167,54 @@ def test_what_found_nothing_to_damage_is_booked_as_what_it_was(two, tmp_path, ki
     assert [fault.kind for fault in judge.thrown] == [booked] and killed == [kind]
 
 
+@pytest.mark.parametrize(
+    ("codes", "named", "sound"),
+    [
+        ([1, 1], True, True),
+        ([1, 69], True, True),
+        ([69, 1], True, False),
+        ([1, -6], True, False),
+        ([75, 75], True, False),
+        ([1, 0], True, False),
+        ([1, 1], False, False),
+    ],
+)
+def test_a_damaged_store_has_to_be_refused_with_the_right_code(tmp_path, monkeypatch, codes, named, sound):
+    judge = torture.Torture(tmp_path, 2, random.Random(0), print)
+    shard = tmp_path / "data" / "a" / "train-00000.bin"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"whole")
+    refused = types.SimpleNamespace(wait=lambda: codes, said=lambda: f"{shard.name if named else ''} is damaged")
+    monkeypatch.setattr(judge, "start", lambda workdir, processes: refused)
+    company = types.SimpleNamespace(workdir=tmp_path, processes=[None, None], kill=lambda: None)
+    if sound:
+        assert judge.damage_store(company, lambda data, _: b"torn")
+    else:
+        with pytest.raises(Lost, match="the damaged store was not refused"):
+            judge.damage_store(company, lambda data, _: b"torn")
+    assert shard.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize(
+    ("said", "codes", "sound"),
+    [
+        ("compiled the step", [75, 75], True),
+        ("compiled the step", [75, 69], False),
+        ("", [75, 69], True),
+        ("", [75, 1], False),
+    ],
+)
+def test_a_wrong_code_after_sigterm_is_seen(tmp_path, said, codes, sound):
+    judge = torture.Torture(tmp_path, 2, random.Random(0), print)
+    victim = types.SimpleNamespace(send_signal=lambda number: None)
+    company = types.SimpleNamespace(processes=[victim] * 2, said=lambda: said, wait=lambda: codes)
+    if sound:
+        judge.terminate(company)
+    else:
+        with pytest.raises(Lost, match="after SIGTERM"):
+            judge.terminate(company)
+
+
 def test_a_second_that_no_bucket_has_is_seen(two):
     judge, run, _ = two
     path = run / LEDGER
