@@ -238,6 +238,11 @@ def _check_tensors(folder: HuggingFaceFolder, described: FamilyModel) -> None:
         for name in expected
         if name in found and found[name].dtype.kind in "iub"
     ]
+    problems += [
+        f"{name} is of dtype {found[name].dtype} and has no scale"
+        for name in expected
+        if name in found and found[name].dtype.kind not in "iub" and found[name].dtype.itemsize == 1
+    ]
     if not problems:
         problems = [
             f"{name} differs from {original}, of which it has to be a copy"

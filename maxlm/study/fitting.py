@@ -148,7 +148,7 @@ def foretell(fit: StudyFit, *, params: float, tokens: float, flops: float) -> Fo
         return Foretold(beyond.loss, beyond.interval, _rungs_words(fit.curve, beyond))
     if not fit.isoflops:
         raise TooFewRuns(no_forecast(fit))
-    found = forecast(fit.isoflops, flops, scatter=fit.isoflops.spread or 0.0)
+    found = forecast(fit.isoflops, flops, of_a_run=True)
     return Foretold(found.loss, found.interval, found.how)
 
 

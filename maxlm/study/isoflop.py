@@ -62,6 +62,7 @@ class Replicate(NamedTuple):
     params: PowerLaw
     tokens: PowerLaw
     losses: np.ndarray  # at the budgets used, (k,)
+    spread: float  # of the losses about the parabolas, which few runs leave uncertain
 
 
 class IsoflopFit(NamedTuple):
@@ -131,11 +132,12 @@ class Forecast(NamedTuple):
     how: str
 
 
-def forecast(fit: IsoflopFit, flops: float, *, scatter: float = 0.0, level: float = LEVEL) -> Forecast:
+def forecast(fit: IsoflopFit, flops: float, *, of_a_run: bool = False, level: float = LEVEL) -> Forecast:
     """The loss of a run of `flops` with the best split, beyond the budgets fitted, from the losses at the vertices.
 
     Args:
-      scatter, level: as of `curve.extrapolate`.
+      of_a_run: whether the interval is to hold the loss of one run, which scatters about the law, and not the law's.
+      level: as of `curve.extrapolate`.
 
     Raises:
       TooFewRuns: fewer than MIN_BUDGETS slices have their minimum inside, or none has a run to spare.
@@ -157,6 +159,7 @@ def forecast(fit: IsoflopFit, flops: float, *, scatter: float = 0.0, level: floa
         )
     budgets = np.array([parabola.flops for parabola in fit.used])
     losses, drawn = np.array([p.loss for p in fit.used]), np.stack([draw.losses for draw in fit.replicates])
+    scatter = np.array([draw.spread for draw in fit.replicates]) if of_a_run else 0.0
     found = extrapolate(budgets, losses, drawn, flops, scatter=scatter, level=level)
     how = (
         f"isoflop fit of {len(fit.used)} budgets; power law {found.power:.4f}, with a floor {found.floored:.4f}, "
@@ -234,5 +237,5 @@ def _draw(
         drawn = [d.parabola(d.fitted + scale * rng.normal(size=len(d.log_n))) for d in designs]
         found = [parabola for parabola in drawn if parabola is not None]
         if len(found) == len(drawn):  # a slice without a minimum says nothing of where it is
-            draws.append(Replicate(*_laws(found), np.array([parabola.loss for parabola in found])))
+            draws.append(Replicate(*_laws(found), np.array([parabola.loss for parabola in found]), scale))
     return tuple(draws) if len(draws) > replicates / 2 else ()

@@ -122,7 +122,9 @@ def fit_law(points: Points) -> Fit:
     thetas, values = problem.descend_all(starts, np.ones((len(starts), len(points.losses))), steps=STEPS)
     theta, value = problem.polish(thetas[np.argmin(values)])
     residual = problem.residuals(theta)
-    spread = 1.4826 * float(np.median(np.abs(residual - np.median(residual))))
+    # Five coefficients have been fitted to them: they are smaller than what a further run will scatter by.
+    spare = len(residual) / (len(residual) - len(theta))
+    spread = 1.4826 * math.sqrt(spare) * float(np.median(np.abs(residual - np.median(residual))))
     agreed = int((values <= value * (1 + 1e-3)).sum())
     return Fit(problem.law(theta), value * DELTA**2, spread, (agreed, len(starts)))
 

@@ -147,7 +147,8 @@ def add_up(records: Sequence[Mapping[str, Any]]) -> Totals:
 
 def _figures(facts: Facts, totals: Totals, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What report.json holds; raises ValueError when `facts.extra` repeats a name."""
-    stores = {record["store"]: record for record in evaluations}  # the last evaluation of each
+    # Of the last step that was evaluated: what another store had before, under other settings, is of another model.
+    stores = {record["store"]: record for record in evaluations if record["step"] == evaluations[-1]["step"]}
     volume = sum(record["bytes"] for record in stores.values())
     heldout = sum(r["bits_per_byte"] * r["bytes"] for r in stores.values()) / volume if volume else None
     baselines = facts.baselines._asdict() if facts.baselines is not None else dict.fromkeys(Baselines._fields)

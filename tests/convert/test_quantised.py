@@ -184,6 +184,15 @@ def test_a_quantised_model_comes_back_in_bfloat16(tmp_path, made, config):
         np.testing.assert_array_equal(back.tensors[name].read(slice(None)), value, err_msg=name)
 
 
+def test_codes_without_a_scale_are_no_weights(tmp_path):
+    tensors, _, settings = fp8_model()
+    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    write(tmp_path / "hf", tensors, settings, DEEPSEEK)
+    with pytest.raises(ConversionError, match="up_proj.weight is of dtype float8_e4m3fn and has no scale"):
+        from_hf(tmp_path / "hf", tmp_path / "ours", log=lambda _: None)
+    assert not (tmp_path / "ours").exists()
+
+
 @pytest.mark.parametrize(
     ("tensors", "settings", "message"),
     [

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from maxlm.study.isoflop import PowerLaw, Slice, TooFewRuns, fit_isoflops, fit_power, forecast
 from maxlm.study.law import Points
@@ -48,11 +49,15 @@ def test_the_intervals_of_exponent_and_forecast_hold_the_truth():
 def test_the_interval_of_a_run_is_that_of_the_best_loss_and_its_scatter():
     fit = fit_isoflops(slices(BUDGETS, noise=0.005))
     best = forecast(fit, 2 * BUDGETS[-1])
-    run = forecast(fit, 2 * BUDGETS[-1], scatter=fit.spread)
+    run = forecast(fit, 2 * BUDGETS[-1], of_a_run=True)
     assert run.loss == best.loss
     assert run.interval.low < best.interval.low and best.interval.high < run.interval.high
-    much = forecast(fit, 2 * BUDGETS[-1], scatter=100 * fit.spread).interval  # nearly all of it is scatter
-    assert (much.high - much.low) / (200 * 1.645 * fit.spread) == pytest.approx(1, abs=0.12)
+    more = fit._replace(replicates=tuple(draw._replace(spread=100 * draw.spread) for draw in fit.replicates))
+    much = forecast(more, 2 * BUDGETS[-1], of_a_run=True).interval  # nearly all of it is scatter
+    # The spread is itself known from a few runs: 90% of Student's t, not of a normal.
+    freedom = sum(item.points.losses.size - 3 for item in slices(BUDGETS))
+    wide = 200 * stats.t.ppf(0.95, freedom) * fit.spread
+    assert (much.high - much.low) / wide == pytest.approx(1, abs=0.12)
 
 
 def test_what_has_no_minimum_inside_is_named_and_takes_no_part():

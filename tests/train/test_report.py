@@ -145,6 +145,11 @@ def test_several_stores_are_pooled_by_bytes(run):
     assert figures["heldout_bits_per_byte"] == pytest.approx((1.6 * 3000 + 2.0 * 1000) / 4000)
     assert figures["heldout"]["books"]["bits_per_byte"] == 2.0
     assert "all stores | 1.7 |" in (run / "report.md").read_text()
+    with MetricsWriter(run, Config(), process_index=0) as out:
+        out.truncate(20)
+        evaluation(out, 20, bits=1.5, size=3000)  # continued with this store's evaluation alone
+    figures = write_report(run, facts())
+    assert figures["heldout_bits_per_byte"] == 1.5 and list(figures["heldout"]) == ["stdlib"]
 
 
 def test_an_unknown_or_impossible_peak_leaves_mfu_out(tmp_path):
