@@ -8,7 +8,7 @@ prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder
 openai-community/gpt2, on Hugging Face.
 
 By the analytical model alone (docs/plan.md; no run stands behind it), on h100x8: 13.4 of 75.7 GiB a GPU, 0.12 s a
-step, 548,000 tokens/s a GPU.
+step, 535,000 tokens/s a GPU.
 """
 
 from maxlm.config import (

@@ -7,8 +7,8 @@ The word after the colon is the hardware, one of `PLACES`; without it, h100x8. T
 prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
 meta-llama/Llama-2-7b-hf, on Hugging Face.
 
-By the analytical model alone (docs/plan.md; no run stands behind it), on h100x8: 35.3 of 75.7 GiB a GPU, 0.50 s a
-step, 65,400 tokens/s a GPU.
+By the analytical model alone (docs/plan.md; no run stands behind it), on h100x8: 35.3 of 75.7 GiB a GPU, 0.52 s a
+step, 63,500 tokens/s a GPU.
 """
 
 from maxlm.config import (

@@ -205,7 +205,7 @@ def check_installed(config: Config, topology: Topology) -> None:
         )
     if not gpu:
         return
-    from maxlm.plan.analytic import attention_backends
+    from maxlm.plan.analytic.backends import attention_backends
 
     if config.parallel.context > 1:  # attends in blocks of its own
         return

@@ -24,7 +24,7 @@ from maxlm.kernels.chunked import chunked
 from maxlm.kernels.matmul import einsum
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.mlp import GATED, UNGATED
-from maxlm.plan.analytic import names_results
+from maxlm.plan.analytic.backends import names_results
 from maxlm.plan.analytic.memory import facts, state_leaves
 from maxlm.plan.analytic.symbols import PLACE, values
 from maxlm.plan.analytic.walk import KINDS
@@ -188,8 +188,6 @@ def forecast(config: Config, rates: Rates, *, device_bytes: float) -> Forecast:
     devices = math.prod(parallel.sizes.values())
     anatomy = facts(config, named=names_results(config, "cpu")).anatomy
     amounts = anatomy.amounts(values(config)) * devices
-    if parallel.pipeline > 1:
-        amounts = amounts * config.train.accumulation
     of_loss = [bool(work.size.exponents[PLACE["vocab"]]) for work in anatomy.work]
     done = {kind: 0.0 for kind in KINDS}
     for work, amount, is_loss in zip(anatomy.work, amounts.tolist(), of_loss, strict=True):

@@ -42,12 +42,13 @@ _ATTENTION = (
     ("fmha", (1, 1)),
     ("dkv", (2, 2)),
     ("dq", (2, 1)),
-    ("mha_backward", (3, 2)),
+    ("mha_backward", (4, 3)),
     ("mha_forward", (1, 1)),
     ("fwd", (1, 1)),
 )
 """Products of an attention kernel with a head's dim of queries and keys, and with that of values: scores and values
-forward; backward it computes the scores again, and splash in both of its kernels."""
+forward; backward it computes the scores again; splash in both of its kernels, Triton in both of
+its loops."""
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "iota")
 
 

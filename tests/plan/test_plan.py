@@ -144,7 +144,7 @@ def test_a_small_collective_takes_the_steps_of_its_rings():
         ("splash_mha_fwd_residuals", 1, 1),
         ("splash_mha_dkv", 2, 2),
         ("splash_mha_dq", 2, 1),
-        ("mha_backward", 3, 2),
+        ("mha_backward", 4, 3),
     ],
 )
 @pytest.mark.parametrize("value_dim", [0, 48])  # 0: an attention whose values are as long as its keys

@@ -8,18 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from maxlm.config import Config
-from maxlm.kernels import attention
+from maxlm.plan.analytic.backends import names_results
 from maxlm.plan.analytic.memory import Facts, Memory, facts, memory
 from maxlm.plan.analytic.timing import Time, step_time
 from maxlm.plan.topology import Topology
 from maxlm.train.outlook import at_heaviest
-from maxlm.train.setup import attention_needs
-
-UNNAMED = ("cudnn", "plain")
-"""Attention back ends whose results a remat policy cannot save by name."""
 
 
 class Estimate(NamedTuple):
@@ -80,23 +74,3 @@ class Estimator:
 def estimate(config: Config, topology: Topology, *, usable: float = 0.0) -> Estimate:
     """The estimate of one config; arguments as of `Estimator`."""
     return Estimator(config, topology, usable=usable)(config)
-
-
-def names_results(config: Config, platform: str) -> bool:
-    """Whether the attention of a run on this platform names its results for remat."""
-    return config.parallel.context > 1 or not attention_backends(config, platform) & set(UNNAMED)
-
-
-def attention_backends(config: Config, platform: str) -> set[str]:
-    """Names of the attention back ends of a run on this platform, without context parallelism."""
-    return {
-        attention.choose(
-            platform=platform,
-            dtype=jnp.dtype(config.train.precision),
-            head_dim=config.model.attention.head_dim,
-            needs=attention_needs(config, window=window, segments=config.data.mask_documents),
-            queries=config.data.sequence_length,
-            keys=config.data.sequence_length,
-        ).name
-        for window in config.model.attention.windows
-    }

@@ -41,7 +41,9 @@ FLAGS = (
     "cut_stream",  # 1 / tensor, of the positions between the tensor-parallel regions
     "cut_experts",  # 1 / expert, of the experts' matrices
     "gathers_weights",  # 1 where fsdp is above one, else 0
-    "gathers_stream",  # 1 where tensor is above one, else 0
+    "gathers_stream",  # 1 where tensor is above one and the stream's positions are cut over it, else 0
+    "sums_stream",  # 1 where tensor is above one, else 0
+    "units",  # microbatches of a pipeline, where the trace is of one
     "micros",  # microbatches that gradients are added up over
     "regions",  # rows that a device keeps for the experts, over the entries of its own tokens
 )
@@ -185,6 +187,8 @@ def values(config: Config) -> np.ndarray:
         "cut_experts": 1 / parallel.expert,
         "gathers_weights": float(parallel.fsdp > 1),
         "gathers_stream": float(stream > 1),
+        "sums_stream": float(tensor > 1),
+        "units": accumulation if parallel.pipeline > 1 else 1,
         "micros": accumulation,
         "regions": parallel.expert * sent / moe.active if parallel.expert > 1 else 1.0,
     }

@@ -20,6 +20,7 @@ from maxlm.parallel.context import choose_method
 from maxlm.parallel.mesh import crossing, spreads
 from maxlm.parallel.pipeline.schedule import build, report
 from maxlm.plan import network
+from maxlm.plan.analytic.backends import attention_backends
 from maxlm.plan.analytic.memory import Facts, StateBytes, state_bytes
 from maxlm.plan.analytic.symbols import values
 from maxlm.plan.analytic.walk import KINDS
@@ -49,7 +50,10 @@ RATES: Mapping[str, Rates] = {
     "cpu": Rates(products=1.0, attention=1.0, memory=1.0, hidden=0.0),
 }
 
-BACKWARD = 2.5  # products of attention's backward pass over those of the forward: five for two
+BACKWARD = 2.5
+"""Products of attention's backward pass over those of the forward: five for two. The back ends of `TWICE` make the
+scores, and what comes to them, again for the gradient of the queries: seven for two."""
+TWICE = {"splash": 3.5, "triton": 3.5}
 
 
 class Time(NamedTuple):
@@ -92,11 +96,9 @@ def step_time(config: Config, topology: Topology, known: Facts) -> Time:
     parallel, chip = config.parallel, topology.chip
     rates, peak = RATES[chip.platform], chip.peak(config.train.precision)
     amounts = known.anatomy.amounts(values(config))
-    if parallel.pipeline > 1:  # the trace is of one microbatch
-        amounts = amounts * config.train.accumulation
     done = dict(zip(KINDS, np.maximum(known.anatomy.kinds @ amounts, 0.0).tolist(), strict=True))
 
-    attention = _attention_flops(config, done)
+    attention = _attention_flops(config, done, chip.platform)
     state = state_bytes(config, known.state)
     # Products run at the rate of the slower of the two; the optimizer reads and writes the state, and reads gradients.
     products = max(done["product"] / (peak * rates.products), done["operands"] / (chip.hbm_bandwidth * rates.memory))
@@ -114,14 +116,17 @@ def step_time(config: Config, topology: Topology, known: Facts) -> Time:
     return Time(parts | {"bubble": bubble} | {f"network: {axis}": exposed.get(axis, 0.0) for axis in MESH_AXES})
 
 
-def _attention_flops(config: Config, done: Mapping[str, float]) -> float:
+def _attention_flops(config: Config, done: Mapping[str, float], platform: str) -> float:
     """Of a device, recomputation included."""
+    backward = BACKWARD
+    if config.parallel.context == 1:
+        backward = max(TWICE.get(name, BACKWARD) for name in attention_backends(config, platform))
     model, parallel = config.model, config.parallel
     devices = math.prod(parallel.sizes.values())
     tokens = config.data.batch_size * config.data.sequence_length / devices
     forward = _scores(model, config.data.sequence_length) * tokens
     layers = (model.num_layers + model.mtp_layers) / parallel.pipeline * max(config.train.accumulation, 1)
-    return forward * (done["attention_forward"] + BACKWARD * done["attention_backward"]) / layers
+    return forward * (done["attention_forward"] + backward * done["attention_backward"]) / layers
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------
@@ -227,8 +232,7 @@ def axis_spans(
         spanned = tuple((share, left[place][1] and left[place][0] == share) for place, share in taken.items())
         spans[axis] = network.Span(size, across, spanned)
         for place, share in taken.items():
-            whole, closed = left[place]
-            left[place] = (whole // share, closed)
+            left[place] = (left[place][0] // share, False)  # what is left of a ring is open
     return spans
 
 

@@ -153,15 +153,17 @@ class Walker:
         handed = set(program.outs[:carried])
         nested: dict[int, Moments] = {}
         for at, current in enumerate(program.nodes):
+            # A pipeline does this for each microbatch, and the rest once a step.
+            often = trips.times(units=1) if outer and "loss_and_gradients" in current.scope else trips
             if current.name in LOOPS:
-                self.loop(at, current, values, trips, nested)
+                self.loop(at, current, values, often, nested)
             elif current.name in HEAVY:
-                self.heavy(at, current, values, trips)
+                self.heavy(at, current, values, often)
                 self.added_up(current, values, program, handed)
             elif current.name in REDUCTIONS:
-                self.reduction(at, current, values, trips)
+                self.reduction(at, current, values, often)
             else:
-                self.light(at, current, values, uses, trips)
+                self.light(at, current, values, uses, often)
         end = len(program.nodes)
         for i, out in enumerate(program.outs):
             value = values[out]
@@ -219,7 +221,7 @@ class Walker:
             if node.name in ("add_any", "add"):
                 value.partial = all(v.partial for v in operands)
                 if value.partial:
-                    self.note("reduce_stream", size.times(-1.0, gathers_stream=1), trips)
+                    self.note("reduce_stream", size.times(-1.0, sums_stream=1), trips)
             elif node.name in ("convert_element_type", *VIEWS) and first is not None:
                 value.partial = first.partial
             values[out] = value
@@ -277,11 +279,18 @@ class Walker:
         for out, (_, itemsize) in zip(node.outs, node.shapes, strict=True):
             value = values[out]
             self.note("operands", value.whole or value.size, trips)
-            if value.partial:
-                self.note("reduce_stream", value.whole or value.size, trips)
+            if value.partial and value.whole is not None:
+                self.note("reduce_stream", self.over_tensor(value.whole), trips)
             if value.role == "gradients" and value.whole is not None:
                 self.note("reduce_weights", self.crossing(value.whole, itemsize), trips)
         self.done(node, values, trips)
+
+    def over_tensor(self, whole: Size) -> Size:
+        """Of a whole stream, what crosses `tensor` before or after a product.
+
+        Where its positions are not cut, a sum over `tensor` is an all-reduce: it costs as much as both together.
+        """
+        return whole.times(gathers_stream=-1, sums_stream=1)
 
     def crossing(self, whole: Size, itemsize: int) -> Size:
         """Of a gradient, what crosses the mesh when it is added up."""
@@ -301,7 +310,7 @@ class Walker:
         if value.whole is None or not any(v.maker == f"gather {id(value)}" for v in values.values()):
             number = -2 - len(values)
             values[number] = _Value(value.shape, whole, role, array=True, made=at, last=at, maker=f"gather {id(value)}")
-            self.note(kind, whole, trips)
+            self.note(kind, self.over_tensor(whole) if kind == "gather_stream" else whole, trips)
             value.whole = whole
         else:
             copy = next(v for v in values.values() if v.maker == f"gather {id(value)}")
