@@ -64,6 +64,9 @@ def rope_from_hf(hf: HFConfig, *, theta: float, fraction: float = 1.0) -> RopeCo
     )
     if kind in _TURNS:
         slow, fast, few, many = _TURNS[kind]
+        both, scores = said.get("mscale"), said.get("mscale_all_dim")
+        if kind == "yarn" and both and scores and not rope.attention_factor:
+            rope = dataclasses.replace(rope, attention_factor=_growth(rope.factor, both) / _growth(rope.factor, scores))
         return dataclasses.replace(
             rope,
             turns=(float(said.get(slow) or few), float(said.get(fast) or many)),
@@ -343,13 +346,8 @@ def latent_from_hf(hf: HFConfig, rope: RopeConfig) -> dict[str, Any]:
 
 
 def latent_rope_from_hf(hf: HFConfig) -> RopeConfig:
-    """Rotary positions of latent attention, whose queries and keys may be multiplied by another growth than YaRN's."""
-    said = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    rope = dataclasses.replace(rope_from_hf(hf, theta=10_000.0), interleaved=True)
-    both, scores = said.get("mscale"), said.get("mscale_all_dim")
-    if rope.scaling != "yarn" or rope.attention_factor or not (both and scores):
-        return rope
-    return dataclasses.replace(rope, attention_factor=_growth(rope.factor, both) / _growth(rope.factor, scores))
+    """Rotary positions of latent attention, of which neighbours are a pair."""
+    return dataclasses.replace(rope_from_hf(hf, theta=10_000.0), interleaved=True)
 
 
 def latent_to_hf(model: ModelConfig) -> dict[str, Any]:

@@ -54,6 +54,7 @@ YARN = {
     "beta_slow": 1.0,
     "original_max_position_embeddings": 100,
 }
+WEIGHED_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 1.0}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -78,7 +79,7 @@ LATENT = {
     "n_shared_experts": 2,
     "num_experts_per_tok": 3,
     "first_k_dense_replace": 1,
-    "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 1.0},
+    "rope_parameters": WEIGHED_YARN,
 }
 ERNIE_MOE = {
     "moe_num_experts": 6,
@@ -173,7 +174,7 @@ def _renamed(tensors, names):
 SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48}
 CASES = {
     "gpt2": Case("GPT2Config", {"n_inner": 40}),
-    "llama": Case("LlamaConfig", {"rms_norm_eps": 1e-5, "rope_parameters": YARN}),
+    "llama": Case("LlamaConfig", {"rms_norm_eps": 1e-5, "rope_parameters": WEIGHED_YARN}),
     "llama-tied": Case("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "mistral": Case("MistralConfig", {"sliding_window": 7}),
     "qwen2": Case("Qwen2Config", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
