@@ -315,6 +315,8 @@ class _Queue:
 
     def _branch_off(self, run: PlannedRun) -> None:
         """Gives a branch its trunk's checkpoint and the records up to it, unless it has gone on from them before."""
+        from maxlm.train import rollback
+
         assert run.branch is not None
         trunk, workdir, step = self.workdirs[run.branch.trunk], self.workdirs[run.label], run.branch.step
         if (workdir / "checkpoints").exists():
@@ -328,6 +330,10 @@ class _Queue:
             raise StudyError(f"its trunk {run.branch.trunk} has no checkpoint of step {step}")
         shutil.copy(trunk / FILE_NAME, workdir / FILE_NAME)
         cut_metrics(workdir / FILE_NAME, step)  # the trunk went further, and the branch has not
+        try:
+            rollback.hand_on(trunk, origin.parent, step, workdir)
+        except ValueError as error:
+            raise StudyError(f"the checkpoint of step {step} of its trunk is damaged: {error}") from error
         staged = workdir / "checkpoints.partial"
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(origin, staged / str(step))

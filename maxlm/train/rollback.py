@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from maxlm.checkpoint.manager import Checkpointer
-from maxlm.checkpoint.reader import CheckpointError, Restored
+from maxlm.checkpoint.reader import CheckpointError, CheckpointReader, Restored
 from maxlm.cluster import decided
 from maxlm.data.loader import Skip
 from maxlm.errors import UserError
@@ -88,6 +88,17 @@ def recorded(workdir: Path) -> list[Rollback]:
     """The rollbacks of a run so far."""
     path = workdir / FILE_NAME
     return [Rollback(**line) for line in json.loads(path.read_text())] if path.exists() else []
+
+
+def hand_on(workdir: Path, checkpoints: Path, step: int, heir: Path) -> None:
+    """Gives another run, which goes on from this one's checkpoint of `step`, the rollbacks from before that was saved.
+
+    Raises:
+      OSError, ValueError: the checkpoint's record cannot be read, or nothing be written.
+    """
+    if rollbacks := recorded(workdir):
+        known = CheckpointReader(checkpoints).record(step).metadata["data"]["skips"]
+        _write(heir / FILE_NAME, rollbacks[: len(known)])
 
 
 def skips(rollbacks: Sequence[Rollback]) -> tuple[Skip, ...]:
@@ -193,9 +204,13 @@ def roll_back(run: Run, since: int, at: int) -> tuple[TrainState, int]:
     return restored.state, restored.step
 
 
+def _write(path: Path, rollbacks: Sequence[Rollback]) -> None:
+    write_atomically(path, json.dumps([each._asdict() for each in rollbacks], indent=1) + "\n")
+
+
 def _record(path: Path, rollbacks: Sequence[Rollback], trouble: str) -> None:
     try:
-        write_atomically(path, json.dumps([each._asdict() for each in rollbacks], indent=1) + "\n")
+        _write(path, rollbacks)
     except OSError as error:
         raise UserError(
             f"{trouble}, and the run cannot be taken back, as {path} cannot be written ({error}). Nothing has changed: "

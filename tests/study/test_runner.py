@@ -11,6 +11,7 @@ import pytest
 
 import maxlm
 from launch.job import make_job
+from maxlm.checkpoint.reader import COMMIT_MARKER, RECORD_FILE, RECORD_ITEM, Record, record_to_json
 from maxlm.chips import CHIPS
 from maxlm.errors import UserError
 from maxlm.study import runner
@@ -22,6 +23,7 @@ from maxlm.study.results import read_plan, read_result, write_result
 from maxlm.study.runner import devices_here, run_study, start_process
 from maxlm.study.spec import Isoflops, Rungs, StudyError, Sweep, Trunks
 from maxlm.train.metrics import read_metrics
+from maxlm.train.rollback import Rollback, recorded, skips
 from tests.study.fake import LAW, Fake, isoflop_study, run, verb, workdir_of
 
 
@@ -269,11 +271,16 @@ def test_runs_evaluated_over_other_windows_are_refused_and_over_the_same_are_not
         planned({"eval.stores": ((), ("tiny",))})
 
 
-def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
-    study = isoflop_study(tmp_path, design=Trunks(params=(3e4,), tokens=(5e5, 1e6)))
+def trunks_study(folder, **changes):
+    """A trunk with two branches."""
+    study = isoflop_study(folder, design=Trunks(params=(3e4,), tokens=(5e5, 1e6)))
     wsd = dataclasses.replace(study.base.optim, schedule="wsd")
-    saved = dataclasses.replace(study.base.checkpoint, mtbf_hours=1.0, every_seconds=30.0)
-    study = dataclasses.replace(study, base=dataclasses.replace(study.base, optim=wsd, checkpoint=saved))
+    return dataclasses.replace(study, base=dataclasses.replace(study.base, optim=wsd, **changes))
+
+
+def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
+    saved = dataclasses.replace(isoflop_study(tmp_path).base.checkpoint, mtbf_hours=1.0, every_seconds=30.0)
+    study = trunks_study(tmp_path, checkpoint=saved)
     trunk, *branches = plan(study)
     # Every save is at a multiple of the stride, where branches leave, and none is chosen by a clock.
     keeping = trunk.config.checkpoint
@@ -314,6 +321,32 @@ def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
         assert result.seconds == 2 * 0.25 and result.steps > 2  # the trunk's steps took the trunk's time
         assert step % trunk.config.checkpoint.keep_every_steps == 0
         assert branch.config.train.steps - branch.config.optim.decay_steps == step
+
+
+def test_a_branch_is_told_of_the_rollbacks_before_it_left(tmp_path):
+    study = trunks_study(tmp_path)
+    trunk, *branches = plan(study)
+    leaves = [branch.branch.step for branch in branches]
+    rollbacks = [Rollback(leaves[0] - 1, leaves[0] - 2), Rollback(leaves[1] - 1, leaves[0])]  # one before each leave
+    found = []
+
+    class RolledBack(Fake):
+        def __call__(self, planned, workdir, cores, lock):
+            if planned.label == trunk.label:
+                for number, step in enumerate(leaves):
+                    place = workdir / "checkpoints" / str(step)
+                    (place / RECORD_ITEM).mkdir(parents=True)
+                    known = [list(skip) for skip in skips(rollbacks[: number + 1])]
+                    record = record_to_json(Record(step, 0.0, {}, {"data": {"skips": known}}))
+                    (place / RECORD_ITEM / RECORD_FILE).write_text(json.dumps(record))
+                    (place / COMMIT_MARKER).touch()
+                (workdir / "rollbacks.json").write_text(json.dumps([each._asdict() for each in rollbacks]))
+            else:
+                found.append(recorded(workdir))
+            return super().__call__(planned, workdir, cores, lock)
+
+    outcome, _ = run(study, tmp_path / "out", RolledBack(), jobs=1)
+    assert outcome.code == 0 and found == [rollbacks[:1], rollbacks]
 
 
 @pytest.mark.parametrize(
