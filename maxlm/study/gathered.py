@@ -10,7 +10,7 @@ import numpy as np
 
 from maxlm.study.isoflop import Slice
 from maxlm.study.law import Points
-from maxlm.study.results import Planned, Result, StudyRecord, read_plan, read_result
+from maxlm.study.results import Planned, Result, StudyRecord, read_plan, read_result, weights_wanted
 from maxlm.study.spec import StudyError
 
 COUNTS = {"besides embeddings": "params_nonembedding", "total": "params_total"}
@@ -39,23 +39,30 @@ class Gathered(NamedTuple):
 
 
 def gather(folder: Path) -> Gathered:
-    """Reads all results; missing and diverged runs, and those on other data, are named and left out.
+    """Reads all results; missing and diverged runs, and those on other data or weights, are named and left out.
 
     Raises:
       StudyError: the study was never run, or no run counts.
     """
     record = read_plan(folder)
     rows, left_out = [], []
+    results = {planned.label: read_result(folder / "runs" / planned.name) for planned in record.runs}
+    ended = [(planned.facts, result) for planned in record.runs if (result := results[planned.label])]
     for planned in record.runs:
         if not planned.fitted:
             continue
-        result = read_result(folder / "runs" / planned.name)
+        result = results[planned.label]
         if result is None:
             left_out.append(f"{planned.label}: missing, it has not ended")
         elif result.fingerprint != record.fingerprint:
             left_out.append(
                 f"{planned.label}: run on other data (fingerprint {result.fingerprint[:12]}, the study's is "
                 f"{record.fingerprint[:12]})"
+            )
+        elif wanted := weights_wanted(planned.facts, result, ended):
+            left_out.append(
+                f"{planned.label}: begun with other weights (digest {result.weights}, that of the first to end is "
+                f"{wanted})"
             )
         elif result.status == "diverged" or result.loss is None:
             left_out.append(f"{planned.label}: diverged, {result.why}")

@@ -3,7 +3,8 @@
 The name is a hash of the resolved config's leaves that are not at their defaults, without those that say how a run is
 done rather than what, of the fingerprint of the data, and of NUMERICS_VERSION. A setting that is added to the schema
 with a default that changes nothing so leaves names alone. A default that is changed would go unnoticed by the name:
-`changed_leaves` compares the record that the run itself has kept.
+`changed_leaves` compares the record that the run itself has kept. Of weights to begin with (`train.init_from`) the name
+has the place alone: which they were, the result of the run says.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from maxlm.files import write_atomically
 from maxlm.study.identity import changed_leaves, fingerprint_of
 from maxlm.study.plan import PlannedRun
 from maxlm.study.spec import Study, StudyError
+from maxlm.train.home import weights_given
 from maxlm.train.metrics import read_metrics
 
 RESULT, PLAN = "result.json", "plan.json"
@@ -57,6 +58,7 @@ class Result:
     loss: nats a token on the held-out documents, all stores by their tokens; None where it is not finite.
     tokens: loss-bearing ones, a branch's of its trunk included.
     why: of a divergence.
+    weights: digest of those that it was given to begin with; "": it drew them, or did not write down which.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Result:
     commit: str
     finished_at: str
     why: str = ""
+    weights: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +208,29 @@ def outcome(workdir: Path, run: PlannedRun, *, commit: str, now: str) -> Result 
         commit=commit,
         finished_at=now,
         why=why,
+        weights=weights_given(workdir),
     )
+
+
+def weights_wanted(facts: Mapping[str, Any], result: Result, ended: Iterable[tuple[Mapping[str, Any], Result]]) -> str:
+    """The digest of the weights that a run should have begun with, if it began with others; "": with none or these.
+
+    A name tells only where they were, and what is there may change while the study runs. So the runs that took theirs
+    from one place are held to the first of them to end.
+
+    Args:
+      facts: those of the run, and in `ended`, in the order of the plan, those of all runs that have ended.
+    """
+    if not result.weights:
+        return ""
+    place = "train.init_from"  # a fact where a sweep sets it
+    alike = [
+        other
+        for its_facts, other in ended
+        if other.weights and other.fingerprint == result.fingerprint and its_facts.get(place) == facts.get(place)
+    ]
+    wanted = min(alike, key=lambda other: other.finished_at).weights
+    return "" if wanted == result.weights else wanted
 
 
 def heldout_loss(report: Mapping[str, Any]) -> float | None:

@@ -26,8 +26,17 @@ from maxlm.configfile import source
 from maxlm.files import try_lock, write_atomically
 from maxlm.study.identity import commit, fingerprint_of, run_name
 from maxlm.study.plan import PlannedRun, plan
-from maxlm.study.results import Result, check_unchanged, outcome, read_result, write_plan, write_result
+from maxlm.study.results import (
+    Result,
+    check_unchanged,
+    outcome,
+    read_result,
+    weights_wanted,
+    write_plan,
+    write_result,
+)
 from maxlm.study.spec import Machine, Study, StudyError
+from maxlm.train.home import WEIGHTS, Home, first_start, weights_given
 from maxlm.train.metrics import FILE_NAME, cut_metrics, read_metrics
 from maxlm.train.progress import format_duration
 from maxlm.train.signals import EXIT_PREEMPTED
@@ -56,7 +65,7 @@ Launch = Callable[[PlannedRun, Path, Sequence[int], IO[Any]], Process]
 
 
 class Outcome(NamedTuple):
-    """What became of a study's runs, as labels. `failed` says why by label; `strangers` have read other data."""
+    """What became of a study's runs, as labels. `failed` says why by label; `strangers` took other data or weights."""
 
     finished: list[str]
     diverged: list[str]
@@ -188,10 +197,9 @@ class _Queue:
             result = read_result(workdirs[run.label])
             if result is None:
                 self.waiting.append(run)
-                continue
-            self.done[run.label] = result
-            if not self._is_stranger(run):
-                self.outcome.reused.append(run.label)
+            else:
+                self.done[run.label] = result
+        self.outcome.reused.extend(run.label for run in self._ended() if not self._is_stranger(run))
 
     def work(self, width: int, launch: Launch, *, poll: float) -> Outcome:
         if not self.waiting:
@@ -296,16 +304,25 @@ class _Queue:
             elif not stopping:
                 self._failed(item.run, _last_words(item.workdir, code))
 
+    def _ended(self) -> list[PlannedRun]:
+        return [run for run in self.runs if run.label in self.done]
+
     def _is_stranger(self, run: PlannedRun) -> bool:
-        """Whether a run that has ended read other data than the study's, which is told."""
-        found, wanted = self.done[run.label].fingerprint, self.stamp.fingerprint
-        if found == wanted:
+        """Whether a run that has ended read other data or began with other weights than the study's, which is told."""
+        result, data = self.done[run.label], self.stamp.fingerprint
+        ended = [(each.facts, self.done[each.label]) for each in self._ended()]
+        if result.fingerprint != data:
+            did = f"read other data (fingerprint {result.fingerprint[:12]}, the study's is {data[:12]})"
+            what = "the sources"
+        elif wanted := weights_wanted(run.facts, result, ended):
+            did = f"began with other weights (digest {result.weights}, that of the first to end is {wanted})"
+            what = "the weights in train.init_from"
+        else:
             return False
         self.outcome.strangers.append(run.label)
         self.log(
-            f"{run.label} read other data (fingerprint {found[:12]}, the study's is {wanted[:12]}) and takes no part "
-            "in fits: the sources changed while the study ran. Bring them back to what they were, remove "
-            f"{self.workdirs[run.label]}, and type the same command"
+            f"{run.label} {did} and takes no part in fits: {what} changed while the study ran. Bring them back to what "
+            f"they were, remove {self.workdirs[run.label]}, and type the same command"
         )
         return True
 
@@ -324,7 +341,7 @@ class _Queue:
         if self.done[run.branch.trunk].status != "finished":
             raise StudyError(f"its trunk {run.branch.trunk} diverged")
         if run.branch.trunk in self.outcome.strangers:
-            raise StudyError(f"its trunk {run.branch.trunk} was run on other data")
+            raise StudyError(f"its trunk {run.branch.trunk} was run on other data or weights")
         origin = trunk / "checkpoints" / str(step)
         if not origin.is_dir():
             raise StudyError(f"its trunk {run.branch.trunk} has no checkpoint of step {step}")
@@ -334,6 +351,9 @@ class _Queue:
             rollback.hand_on(trunk, origin.parent, step, workdir)
         except ValueError as error:
             raise StudyError(f"the checkpoint of step {step} of its trunk is damaged: {error}") from error
+        if weights := weights_given(trunk):  # with which the branch's first steps began, too
+            first_start(workdir)
+            Home(workdir, log=self.log).note(WEIGHTS, weights)
         staged = workdir / "checkpoints.partial"
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(origin, staged / str(step))
@@ -355,7 +375,7 @@ class _Queue:
         words = [f"{len(done)} finished"]
         words += [f"{len(diverged)} diverged ({', '.join(diverged)})"] if diverged else []
         words += [f"{len(failed)} failed ({', '.join(failed)}): the same command tries them again"] if failed else []
-        words += [f"{len(strangers)} on other data ({', '.join(strangers)})"] if strangers else []
+        words += [f"{len(strangers)} on other data or weights ({', '.join(strangers)})"] if strangers else []
         self.log(f"study: {'; '.join(words)}")
 
 

@@ -209,6 +209,16 @@ def began(place: str | Path) -> datetime.datetime | None:
     return datetime.datetime.fromisoformat(said) if said else None
 
 
+def weights_given(place: str | Path) -> str:
+    """The digest of the weights that the run there began with; "": it drew them, or has not written down which.
+
+    Raises:
+      StorageError: the bucket cannot be read.
+    """
+    content = _content(place, RUN)
+    return "" if content is None else json.loads(content).get(WEIGHTS, "")
+
+
 def first_start(place: str | Path) -> str:
     """The id of the run there, made at its first start, with the date and time; for one process of them.
 

@@ -22,6 +22,7 @@ from maxlm.study.plan import plan
 from maxlm.study.results import read_plan, read_result, write_result
 from maxlm.study.runner import devices_here, run_study, start_process
 from maxlm.study.spec import Isoflops, Rungs, StudyError, Sweep, Trunks
+from maxlm.train.home import run_id, weights_given
 from maxlm.train.metrics import read_metrics
 from maxlm.train.rollback import Rollback, recorded, skips
 from tests.study.fake import LAW, Fake, isoflop_study, run, verb, workdir_of
@@ -242,6 +243,45 @@ def test_a_source_that_changes_while_the_study_runs_is_noticed_in_what_the_runs_
     assert again.started == [] and outcome.code == 1 and f"remove {workdir_of(tmp_path / 'out', labels[2])}" in said
 
 
+class Weighed(Fake):
+    """Runs that are given the weights of a digest: `weights[label]`, or else those of `others`."""
+
+    def __init__(self, weights, others="a"):
+        super().__init__()
+        self.weights, self.others = weights, others
+
+    def __call__(self, planned, workdir, cores, lock):
+        known = {"id": "0", "weights": self.weights.get(planned.label, self.others)}
+        (workdir / "run.json").write_text(json.dumps(known))
+        return super().__call__(planned, workdir, cores, lock)
+
+
+def test_weights_that_change_while_the_study_runs_are_noticed(tmp_path):
+    study, folder = isoflop_study(tmp_path, budgets=(1e13,)), tmp_path / "out"
+    labels = [planned.label for planned in plan(study)]
+    outcome, said = run(study, folder, Weighed({labels[2]: "b", labels[3]: ""}), jobs=1)
+    assert outcome.code == 1 and outcome.strangers == [labels[2]]
+    assert f"{labels[2]} began with other weights (digest b, that of the first to end is a)" in said
+    fit = fit_study(folder)
+    assert {row.planned.label for row in fit.gathered.rows} == set(labels) - {labels[2]}
+    assert [words for words in fit.gathered.left_out if labels[2] in words and "other weights (digest b" in words]
+    # A result from before runs wrote down their weights is still read, and counts.
+    place = workdir_of(folder, labels[1]) / "result.json"
+    result = json.loads(place.read_text())
+    assert result.pop("weights") == "a"
+    place.write_text(json.dumps(result))
+    outcome, _ = run(study, folder, Fake(), jobs=1)
+    assert outcome.strangers == [labels[2]] and labels[1] in outcome.reused
+
+
+def test_a_sweep_over_where_the_weights_are_compares_those_from_one_place(tmp_path):
+    settings = {"train.init_from": ("one", "two"), "seed": (0, 1)}
+    study = isoflop_study(tmp_path, design=Sweep(shapes=(Shape(2, 32),), tokens=1e5, settings=settings))
+    *first, third, fourth = [planned.label for planned in plan(study)]
+    outcome, _ = run(study, tmp_path / "out", Weighed({third: "b", fourth: "b"}), jobs=1)
+    assert outcome.code == 0 and outcome.finished == [*first, third, fourth]
+
+
 @pytest.mark.parametrize(
     ("setting", "values"),
     [
@@ -323,7 +363,7 @@ def test_branches_wait_for_their_trunk_and_begin_with_its_checkpoint(tmp_path):
         assert branch.config.train.steps - branch.config.optim.decay_steps == step
 
 
-def test_a_branch_is_told_of_the_rollbacks_before_it_left(tmp_path):
+def test_a_branch_is_told_of_the_rollbacks_before_it_left_and_of_the_first_weights(tmp_path):
     study = trunks_study(tmp_path)
     trunk, *branches = plan(study)
     leaves = [branch.branch.step for branch in branches]
@@ -341,8 +381,10 @@ def test_a_branch_is_told_of_the_rollbacks_before_it_left(tmp_path):
                     (place / RECORD_ITEM / RECORD_FILE).write_text(json.dumps(record))
                     (place / COMMIT_MARKER).touch()
                 (workdir / "rollbacks.json").write_text(json.dumps([each._asdict() for each in rollbacks]))
+                (workdir / "run.json").write_text(json.dumps({"id": "of the trunk", "weights": "a"}))
             else:
                 found.append(recorded(workdir))
+                assert weights_given(workdir) == "a" and run_id(workdir) not in ("", "of the trunk")
             return super().__call__(planned, workdir, cores, lock)
 
     outcome, _ = run(study, tmp_path / "out", RolledBack(), jobs=1)
