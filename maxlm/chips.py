@@ -53,6 +53,7 @@ class Chip:
     torus_dims: 2 or 3; a device has a link in both directions of each. 0: a switch joins all devices of a host.
     network_bandwidth: of a device between slices or nodes.
     devices_per_host, devices_per_chip: devices that one host drives; devices in a chip.
+    slice_chips: chips of the largest slice, where slices have one.
     named_per_chip: what the number in a slice's name counts in a chip: `v5p-128` has 128 TensorCores, two a chip.
     vmem_bytes: on-chip vector memory of a core, out of which kernels work.
     clock: cycles a second that the compiler's estimates are in.
@@ -73,6 +74,7 @@ class Chip:
     network_bandwidth: float
     devices_per_host: int
     devices_per_chip: int = 1
+    slice_chips: int = 0
     named_per_chip: int = 1
     vmem_bytes: float = 0.0
     clock: float = 0.0
@@ -96,6 +98,7 @@ def _tpu(name: str, kinds: tuple[str, ...], *, tflops: float, int8: float, gib: 
         "usable_bytes": _LIBTPU,
         "link_bandwidth": f"{_CLOUD}: both ways over all links, divided by twice their number",
         "network_bandwidth": f"{_CLOUD}; v4: {_BOOK}",
+        "slice_chips": f"{_CLOUD}: a pod; v5p: the largest job that can be scheduled, of a pod of 8960",
         "vmem_bytes": _PALLAS,
         "clock": "peak over the FLOPs that the matrix units do a cycle",
         "price": _GCP_PRICE,
@@ -165,6 +168,7 @@ CHIPS: Mapping[str, Chip] = {
             link_bandwidth=50 * GIGA,
             torus_dims=3,
             network_bandwidth=6.25 * GIGA,
+            slice_chips=4096,
             named_per_chip=2,
             vmem_bytes=16 * MIB,
             clock=1.049e9,
@@ -181,6 +185,7 @@ CHIPS: Mapping[str, Chip] = {
             link_bandwidth=50 * GIGA,
             torus_dims=2,
             network_bandwidth=3.125 * GIGA,
+            slice_chips=256,
             vmem_bytes=128 * MIB,
             clock=1.503e9,
             price=1.20,
@@ -196,6 +201,7 @@ CHIPS: Mapping[str, Chip] = {
             link_bandwidth=100 * GIGA,
             torus_dims=3,
             network_bandwidth=6.25 * GIGA,
+            slice_chips=6144,
             named_per_chip=2,
             vmem_bytes=64 * MIB,
             clock=1.751e9,
@@ -212,6 +218,7 @@ CHIPS: Mapping[str, Chip] = {
             link_bandwidth=100 * GIGA,
             torus_dims=2,
             network_bandwidth=12.5 * GIGA,
+            slice_chips=256,
             vmem_bytes=128 * MIB,
             clock=1.751e9,
             price=2.70,
@@ -228,6 +235,7 @@ CHIPS: Mapping[str, Chip] = {
             link_bandwidth=50 * GIGA,  # the chip's links have 100; two devices share them
             torus_dims=3,
             network_bandwidth=6.25 * GIGA,
+            slice_chips=9216,
             devices_per_host=8,
             devices_per_chip=2,
             named_per_chip=2,

@@ -18,6 +18,7 @@ def test_every_figure_of_an_accelerator_is_there_and_has_a_source():
             value = getattr(chip, name)
             assert (min(value.values()) if isinstance(value, dict) else value) > 0, (chip.name, name)
             assert name in sourced, (chip.name, name)
+        assert (chip.platform == "tpu") == (chip.slice_chips > 0) == ("slice_chips" in sourced), chip.name
         assert 0.9 < chip.usable_bytes / chip.hbm_bytes < 1, chip.name
         # Links inside a slice or node are faster than the network between them, and memory is faster than both.
         assert chip.hbm_bandwidth > chip.link_bandwidth > chip.network_bandwidth, chip.name

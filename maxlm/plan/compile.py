@@ -242,7 +242,7 @@ def content_key(request: Request) -> str:
         for path in sorted((root / room).rglob("*.py")) if (root / room).is_dir() else [root / room]:
             sources.update(path.read_bytes())
     topology = dataclasses.asdict(request.topology)
-    for figure in ("usable_bytes", "price", "sources"):  # are for judging what was compiled
+    for figure in ("usable_bytes", "slice_chips", "price", "sources"):  # are for judging what was compiled
         topology["chip"].pop(figure)
     content = json.dumps(
         [

@@ -407,7 +407,7 @@ def slices_of(topology: Topology) -> Iterator[Topology]:
     """Slices of the chip in order of size, then several of the largest; of GPUs, parts of a node, then full nodes."""
     chip = topology.chip
     if chip.torus_dims:
-        names = [f"{chip.name}-{count * chip.named_per_chip}" for count in LARGER]
+        names = [f"{chip.name}-{count * chip.named_per_chip}" for count in sorted({*LARGER, chip.slice_chips})]
     else:
         node = chip.devices_per_host or topology.shape[0]
         names = [f"{chip.name}x{count}" for count in (*(few for few in LARGER if few < node), node)]

@@ -141,7 +141,8 @@ def _split(text: str, chips: Mapping[str, Chip]) -> tuple[Chip | None, str]:
 
 
 def _torus(text: str, chip: Chip, size: str) -> tuple[int, ...]:
-    sides = re.fullmatch(r":(\d+(?:x\d+)*)", size)
+    sides, count = re.fullmatch(r":(\d+(?:x\d+)*)", size), re.fullmatch(r"-(\d+)", size)
+    shape: tuple[int, ...] = ()
     if sides:
         shape = tuple(map(int, sides[1].split("x")))
         if len(shape) != chip.torus_dims or min(shape) < 1:
@@ -149,17 +150,36 @@ def _torus(text: str, chip: Chip, size: str) -> tuple[int, ...]:
             raise TopologyError(
                 f"{text!r} has {len(shape)} sides; a {chip.name} slice has {chip.torus_dims}, as in {example}"
             )
-        return shape
-    count = re.fullmatch(r"-(\d+)", size)
-    if not count:
+        chips, odd = math.prod(shape), 0
+    elif count:
+        chips, odd = divmod(int(count[1]), chip.named_per_chip)
+    else:
         raise TopologyError(f"{text!r} is no topology; type {FORMS}")
-    chips, odd = divmod(int(count[1]), chip.named_per_chip)
+    if chip.slice_chips and chips > chip.slice_chips:
+        largest = f"{chip.name}-{chip.slice_chips * chip.named_per_chip}"
+        raise TopologyError(
+            f"{text!r} is a slice of {chips} chips, and the largest of {chip.name} has {chip.slice_chips} ({largest}); "
+            f"for several slices type 2*{largest}"
+        )
+    if sides:
+        if not _is_slice(shape):
+            known = ", ".join("x".join(map(str, flat)) for flat in FLAT.values())
+            which = known if chip.torus_dims == 2 else "with sides of 1, 2 or multiples of 4, such as 2x2x4 or 4x4x8"
+            raise TopologyError(f"there is no slice {text!r}; those of {chip.name} are {which}")
+        return shape
     shape = () if odd else _shape(chip, chips)
     if not shape:
         near = ", ".join(f"{chip.name}-{n * chip.named_per_chip}" for n in _sizes_near(chip, chips))
         counted = "chips" if chip.named_per_chip == 1 else "TensorCores, two a chip"
         raise TopologyError(f"there is no slice {text!r} (the number counts {counted}); the nearest are {near}")
     return shape
+
+
+def _is_slice(shape: tuple[int, ...]) -> bool:
+    """Whether a slice has these sides: 2D slices are listed, 3D ones are made of parts of a cube or of whole cubes."""
+    if len(shape) == 2:
+        return shape in FLAT.values()
+    return all(side in (1, 2) or side % CUBE == 0 for side in shape)
 
 
 def _shape(chip: Chip, chips: int) -> tuple[int, ...]:
@@ -179,5 +199,7 @@ def _shape(chip: Chip, chips: int) -> tuple[int, ...]:
 
 
 def _sizes_near(chip: Chip, chips: int) -> list[int]:
-    known = list(FLAT) if chip.torus_dims == 2 else [*SMALL, *(CUBE**3 * cubes for cubes in (1, 2, 4, 8, 16, 32, 64))]
+    cubes = (1, 2, 4, 8, 16, 32, 64, 96, 144)
+    known = list(FLAT) if chip.torus_dims == 2 else [*SMALL, *(CUBE**3 * count for count in cubes)]
+    known = [size for size in known if not chip.slice_chips or size <= chip.slice_chips]
     return sorted(sorted(known, key=lambda size: abs(math.log(size / max(chips, 1))))[:3])

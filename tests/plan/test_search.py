@@ -247,6 +247,8 @@ def test_what_no_hardware_holds_is_judged_by_the_leanest_of_each_mesh(monkeypatc
     assert names[-1] == "h100x8x8192"
     several = [topology.name for topology in slices_of(parse_topology("v6e-8"))][-4:]
     assert several == ["v6e-256", "2*v6e-256", "4*v6e-256", "8*v6e-256"]
+    for name, largest in (("v4-8", "8*v4-8192"), ("v5p-8", "8*v5p-12288"), ("tpu7x-8", "8*tpu7x-18432")):
+        assert [topology.name for topology in slices_of(parse_topology(name))][-1] == largest
     said = search_module.nothing_fits(config, parse_topology("v6e-8"), least=1.0, log=lambda line: None)
     assert "no slice that is known can, nor can 8 of the largest together; lower data.sequence_length, keep" in said
 
