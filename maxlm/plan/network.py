@@ -11,6 +11,7 @@ takes as long as the busiest link, the middle of the longest side. A permute han
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,21 +82,22 @@ def seconds(kind: str, payload: float, where: Span, topology: Topology) -> float
       kind: one of `collectives.KINDS`.
       payload: bytes of the whole array that is gathered or summed; of an exchange or a permute, those of a device.
     """
-    chip = topology.chip
-    if where.devices < 2 or not chip.link_bandwidth:
+    if where.devices < 2:
         return 0.0
+    chip = topology.chip
+    link, network = (rate or math.inf for rate in (chip.link_bandwidth, chip.network_bandwidth))  # 0: it is not known
     inner, hop = where.devices // where.slices, HOP_SECONDS[chip.platform]
     if kind == "collective-permute":
-        return payload / (chip.link_bandwidth if where.slices == 1 else chip.network_bandwidth) + hop
+        return payload / (link if where.slices == 1 else network) + hop
     time, across = 0.0, (where.slices - 1) / where.slices
     if "all-to-all" in kind:
         if inner > 1:
-            time += payload / where.slices * where.crowding / chip.link_bandwidth
+            time += payload / where.slices * where.crowding / link
         if where.slices > 1:
-            time += payload * across / chip.network_bandwidth
+            time += payload * across / network
         return time + hop * (where.steps if where.sides else 1)
     if inner > 1:
-        time += payload * (inner - 1) / inner / (chip.link_bandwidth * where.lanes)
+        time += payload * (inner - 1) / inner / (link * where.lanes)
     if where.slices > 1:
-        time += payload * across / (chip.network_bandwidth * inner)
+        time += payload * across / (network * inner)
     return (time + where.steps * hop) * (2.0 if kind == "all-reduce" else 1.0)

@@ -262,6 +262,10 @@ def _check_known(topology: Topology, precision: str) -> None:
         "bandwidth of memory (hbm_bandwidth)": chip.hbm_bandwidth,
         "memory (usable_bytes)": chip.usable_bytes,
     }
+    if topology.devices_per_slice > 1:
+        figures["bandwidth of links (link_bandwidth)"] = chip.link_bandwidth
+    if topology.slices > 1:
+        figures["bandwidth of the network (network_bandwidth)"] = chip.network_bandwidth
     if missing := [name for name, value in figures.items() if not value]:
         raise SearchError(
             f"--search compares ways of running by the chip's figures, and the table has no {', '.join(missing)} of "

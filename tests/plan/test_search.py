@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from maxlm import cli
+from maxlm.chips import CHIPS
 from maxlm.config import MESH_AXES, ParallelConfig
 from maxlm.configfile import source
 from maxlm.errors import UserError
@@ -14,7 +15,7 @@ from maxlm.parallel.mesh import MeshError, arrange
 from maxlm.plan import child, searching
 from maxlm.plan import compile as compiling
 from maxlm.plan import search as search_module
-from maxlm.plan.analytic import Estimate
+from maxlm.plan.analytic import Estimate, estimate
 from maxlm.plan.analytic.memory import Memory
 from maxlm.plan.analytic.timing import Time, axis_spans
 from maxlm.plan.candidates import REMATS, candidates, microbatches, policies
@@ -320,8 +321,29 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(given, tmp_path, 
 
 
 def test_a_chip_without_figures_is_refused_in_a_sentence():
-    with pytest.raises(SearchError, match=r"no peak in .*\(flops\), .*memory \(usable_bytes\) of cpu; plan without"):
+    with pytest.raises(
+        SearchError, match=r"no peak in .*\(flops\), .*\(usable_bytes\), .*\(link_bandwidth\) of cpu; plan"
+    ):
         search(tiny(data=8), parse_topology("cpu-8"), None, budget_seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "missing"),
+    [
+        ("x-8", {}, r"no bandwidth of links \(link_bandwidth\) of x;"),
+        ("2*x-4", {"link_bandwidth": 1e9}, r"no bandwidth of the network \(network_bandwidth\) of x;"),
+        ("8*x-1", {"link_bandwidth": 1e9}, r"no bandwidth of the network \(network_bandwidth\) of x;"),
+        ("2*x-4", {"network_bandwidth": 1e9}, r"no bandwidth of links \(link_bandwidth\) of x;"),
+    ],
+)
+def test_a_chip_whose_links_are_not_known_is_refused_where_they_carry_something(name, given, missing):
+    known = {"flops": dict.fromkeys(CHIPS["cpu"].flops, 1e12), "hbm_bandwidth": 1e11, "usable_bytes": 1e10}
+    table = {"x": dataclasses.replace(CHIPS["cpu"], name="x", **known, **given)}
+    with pytest.raises(SearchError, match=missing):
+        search(tiny(data=8), parse_topology(name, table), None, budget_seconds=0.0)
+    alone = parse_topology("x-1", table)
+    assert search(tiny(devices=1), alone, None, budget_seconds=0.0).winner.seconds > 0
+    assert estimate(tiny(data=8), parse_topology(name, table)).time.total > 0  # a plan does without
 
 
 @pytest.mark.parametrize("given", ["--html=x.html", "--price=2", "--memory_only", "--mtbf=1000"])
