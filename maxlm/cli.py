@@ -174,12 +174,13 @@ def _replay(args: list[str]) -> int:
     _parse(values, args, required=("workdir", "step"))
     check_asked(values.json)
     from maxlm.train.metrics import plain
+    from maxlm.train.progress import plain_console
     from maxlm.train.replay import replay, table
 
     found = replay(values.workdir, values.step, log=_log)
-    Console().print(table(found))
-    print(f"{found.verdict}: {found.why}")
     write_asked(values.json, json.dumps(plain(found._asdict()), indent=1) + "\n")
+    plain_console().print(table(found))
+    print(f"{found.verdict}: {found.why}")
     return 0
 
 
@@ -211,16 +212,17 @@ def _check(args: list[str]) -> int:
     _parse(values, args, required=("config",))
     config = resolve(values.config, devices=values.devices)
     from maxlm.train.outlook import outlook
+    from maxlm.train.progress import plain_console
 
     figures = outlook(config)
-    console = Console()
+    write_asked(values.json, json.dumps(figures, indent=2) + "\n")
+    console = plain_console()
     _print_differences(console, config)
     for title, rows in figures.items():
         table = Table("", title, box=None, title_justify="left", pad_edge=False)
         for name, value in rows.items():
             table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
         console.print(table, "")
-    write_asked(values.json, json.dumps(figures, indent=2) + "\n")
     return 0
 
 

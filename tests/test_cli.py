@@ -25,8 +25,9 @@ LADDER = str(ROOT / "configs" / "scaling" / "stdlib_ladder.py")
 def test_check_prints_what_differs_and_what_follows(capsys, tmp_path):
     figures = tmp_path / "figures.json"
     command = ["check", f"--config={QUICKSTART}", "--config.model.num_layers=7", f"--json={figures}"]
-    assert main(command) == 0
+    assert main([*command, "--config.name=8b[/v2]"]) == 0
     out = capsys.readouterr().out
+    assert "'8b[/v2]'" in out  # which is no markup
     assert "model.num_layers" in out and "FLOPs" in out
     found = json.loads(figures.read_text())
     assert found["parameters"]["total"] == sum(

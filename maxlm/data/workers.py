@@ -179,7 +179,7 @@ class Progress(Lines):
 
             columns = (progress.BarColumn(), progress.TaskProgressColumn(), progress.TransferSpeedColumn())
             self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
+                progress.TextColumn("{task.description}", markup=False),
                 *columns,
                 progress.TimeRemainingColumn(),
                 console=console.Console(stderr=True),

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 import jax
 from absl import flags
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from maxlm.chips import CHIPS, load_chips
 from maxlm.config import MESH_AXES, Config
@@ -19,6 +18,7 @@ from maxlm.plan import searching
 from maxlm.plan.plan import phase_planned
 from maxlm.plan.topology import Topology, parse_topology
 from maxlm.resolve import ConfigError, resolve
+from maxlm.train.progress import plain_console
 
 Log = Callable[[str], None]
 OF_ONE_PLAN = ("html", "price", "memory_only", "mtbf", "stall_seconds", "write_seconds")
@@ -101,14 +101,14 @@ def plan(values: flags.FlagValues, *, log: Log) -> int:
         from maxlm.plan.forecast import on_this_machine
 
         made = on_this_machine(made, config)
-    print_plan(made, Console())
+    write_asked(values.json, as_json(made))
+    write_asked(values.html, render(made))
+    print_plan(made, plain_console())
     if not made.fits:
         needs = max(float(made.memory.total), made.usable if made.refused else 0.0)
         searching.print_changes(needs, config, topology, log=log)
     if values.mtbf:
         searching.print_failures(values, config, topology, log=log)
-    write_asked(values.json, as_json(made))
-    write_asked(values.html, render(made))
     return 0 if made.fits else 1
 
 
@@ -118,14 +118,14 @@ def _uncompiled(values: flags.FlagValues, config: Config, topology: Topology, *,
     from maxlm.plan.uncompiled import as_json, figures, print_figures
 
     found = figures(config, topology, estimate(config, topology), price=values.price)
-    print_figures(found, Console())
+    write_asked(values.json, as_json(found))
+    print_figures(found, plain_console())
     if not found["fits"]:
         searching.print_changes(found["memory"]["total"], config, topology, log=log)
     if values.html:
         log(f"--html={values.html} is not written: its charts are of what the compiler says")
     if values.mtbf:
         searching.print_failures(values, config, topology, log=log)
-    write_asked(values.json, as_json(found))
     return 0 if found["fits"] else 1
 
 
@@ -135,8 +135,8 @@ def explain(values: flags.FlagValues, *, log: Log) -> int:
     from maxlm.plan.explain import as_json, explanation, print_explanation
 
     told = explanation(config)
-    print_explanation(told, topology, Console())
     write_asked(values.json, as_json(told))
+    print_explanation(told, topology, plain_console())
     return 0
 
 

@@ -23,6 +23,7 @@ from maxlm.plan.search import Found, Judge, Ranked, Verdict, against_own, search
 from maxlm.plan.topology import Topology
 from maxlm.plan.uncompiled import ALONE
 from maxlm.train.outlook import at_heaviest
+from maxlm.train.progress import plain_console
 
 Log = Callable[[str], None]
 GIB = 2**30
@@ -101,8 +102,10 @@ def run_search(
             log(ALONE)
             judge = None
     found = search(config, topology, judge, budget_seconds=60 * values.budget_minutes, log=log)
-    print_found(found, topology, Console())
     words = overrides(config, found.winner.config)
+    write_asked(values.winner, "".join(f"{word}\n" for word in words))
+    write_asked(values.json, json.dumps(as_json(found, config, topology), indent=1) + "\n")
+    print_found(found, topology, plain_console())
     log(f"why: {why(found, topology)}")
     if said := against_own(found, topology):
         log(said)
@@ -112,9 +115,7 @@ def run_search(
             f"{found.ended.bytes / GIB:.1f} GiB"
         )
     log("add to maxlm train: " + (shlex.join(words) or "nothing: the config is the winner"))
-    write_asked(values.winner, "".join(f"{word}\n" for word in words))
     log(f"with it: maxlm train --config=... --workdir=... $(cat {shlex.quote(values.winner)})")
-    write_asked(values.json, json.dumps(as_json(found, config, topology), indent=1) + "\n")
     return 0
 
 

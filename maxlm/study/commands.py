@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from maxlm.errors import UserError
@@ -88,7 +87,7 @@ def main(verb: str, path: str, values: flags.FlagValues, *, log: Log) -> int:
 
 def _plan(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
     from maxlm.study.plan import machine_of, plan, seconds_in_all
-    from maxlm.train.progress import format_duration
+    from maxlm.train.progress import format_duration, plain_console
 
     if values.topology:
         study = dataclasses.replace(study, machine=machine_of(values.topology, study))
@@ -108,20 +107,20 @@ def _plan(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int
         )
         names = ("label", "facts", "params_nonembedding", "params_total", "tokens", "flops", "seconds")
         rows.append({name: getattr(run, name) for name in names} | {"steps": config.train.steps})
-    console = Console()
-    console.width = max(console.width, 130)  # a log has no width of its own
-    console.print(table)
     seconds = seconds_in_all(runs, machine)
     dollars = seconds / 3600 * machine.dollars_per_hour
+    write_asked(
+        values.json,
+        json.dumps({"study": study.name, "seconds": seconds, "dollars": dollars, "runs": rows}, indent=1) + "\n",
+    )
+    console = plain_console()
+    console.width = max(console.width, 130)  # a log has no width of its own
+    console.print(table)
     money = f", {dollars:,.2f} dollars" if dollars else ""
     log(
         f"{len(runs)} runs, {sum(run.flops for run in runs):.3g} FLOPs; about {format_duration(seconds)} on "
         f"{machine.name}, {machine.jobs} at a time, at {machine.flops_per_second / 1e9:,.0f} GFLOP/s{money}. N counts "
         "parameters besides embeddings"
-    )
-    write_asked(
-        values.json,
-        json.dumps({"study": study.name, "seconds": seconds, "dollars": dollars, "runs": rows}, indent=1) + "\n",
     )
     return 0
 

@@ -228,6 +228,11 @@ def format_line(step: int, *, total: int, loss: float, learning_rate: float, gra
     )
 
 
+def plain_console() -> Console:
+    """A console for reports, which prints names of configs and stores as they are: `8b[v2]` and `:x:` are no markup."""
+    return Console(markup=False, emoji=False)
+
+
 def format_duration(seconds: float) -> str:
     """Up to eight characters: 1:05, 2:03:04, 3d04h."""
     if not math.isfinite(seconds):

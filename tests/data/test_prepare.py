@@ -24,7 +24,7 @@ from maxlm.data.prepare import heldout_documents, prepare_data, prepare_store, p
 from maxlm.data.sources import SourceError, list_source
 from maxlm.data.store import StoreError, StoreWriter, TokenStore
 from maxlm.data.tokenizers import ByteTokenizer, Ends, TokenizerError
-from maxlm.data.workers import WorkerError, WorkerPool
+from maxlm.data.workers import Progress, WorkerError, WorkerPool
 
 PERMILLE = 200
 
@@ -452,3 +452,10 @@ def test_what_a_unit_reports_is_on_the_disk_before_its_report(tmp_path, monkeypa
     sizes = [(f".{path.name}.{os.getpid()}", path.stat().st_size) for path in out.iterdir()]
     assert len(report.runs) == 1 and len(sizes) == 3 and all(size for _, size in sizes)
     assert sorted(synced) == sorted(sizes) and synced[-1][0].startswith(".unit.json.")
+
+
+def test_a_bar_names_a_source_as_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("tokenising text:x[/v2]", 10) as progress:
+        progress.advance(10)
+    assert "tokenising text:x[/v2]" in capsys.readouterr().err
