@@ -1,5 +1,6 @@
 """The roll call: all have come and run the same, or every process says who did not."""
 
+import contextlib
 import json
 import re
 import socket
@@ -116,6 +117,9 @@ def greet(where, greeting):
         try:
             with socket.create_connection((host, int(port)), timeout=5) as connection:
                 connection.sendall(greeting)
+                connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionError):
+                    assert connection.recv(1) == b""  # process 0 has seen that it is gone
             return
         except ConnectionRefusedError:
             time.sleep(0.01)
