@@ -236,7 +236,7 @@ def test_a_disk_that_does_not_take_the_record_ends_the_run_where_it_was(world, w
     poisoned(monkeypatch, world, TWICE)
     in_the_way = world.folder / "full" / ".rollbacks.json.partial"
     in_the_way.mkdir(parents=True)
-    with pytest.raises(UserError, match="from step 11 to 12, and the run cannot be taken back, as .*rollbacks.json"):
+    with pytest.raises(UserError, match="from step 11 to 14, and the run cannot be taken back, as .*rollbacks.json"):
         run(world, "full")
     assert not recorded(world.folder / "full")
     in_the_way.rmdir()
