@@ -166,18 +166,20 @@ def local_experts(
     capacity: int = 0,
     dtype: Any,
     backend: Backend = PLAIN,
-    **cut: Any,
+    gathered: str = "",
+    reduce_dtype: Any = jnp.float32,
 ) -> jax.Array:
     """Tokens (B, S, D) through the experts that they are sent to, all on one device: (B, S, D) float32.
 
     Args:
       capacity: entries of one expert in a row of the batch at most; nothing depends on it here.
-      cut: `gathered` and `reduce_dtype` as of `through_experts`.
+      gathered, reduce_dtype: as of `through_experts`.
     """
     del capacity
     tokens = x.astype(dtype).reshape(-1, x.shape[-1])
     place = order(routes.experts.reshape(-1), experts.up.kernel.shape[0])
     rows = to_rows(tokens, place)
-    y = through_experts(rows, place.sizes, experts, hidden=hidden, dtype=dtype, backend=backend, **cut)
+    how: dict[str, Any] = {"hidden": hidden, "dtype": dtype, "backend": backend}
+    y = through_experts(rows, place.sizes, experts, gathered=gathered, reduce_dtype=reduce_dtype, **how)
     y = from_rows(y, place)
     return weighted(y, routes.weights.reshape(tokens.shape[0], -1)).reshape(x.shape)

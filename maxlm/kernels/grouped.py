@@ -61,7 +61,7 @@ def grouped_product(
     """(N, D) by (E, D, F) -> (N, F) in `dtype`, each row by its group's matrix; rows of no group come out undefined.
 
     Operands are cast to `dtype` and sums are float32, in the gradients as well, which come back in the dtypes in which
-    x and w came: a float32 master weight gets a gradient that was never rounded.
+    x and w came: a float32 master weight gets a gradient that was never rounded, unless `cut.reduce_dtype` is narrower.
 
     Args:
       cut: of `w`, whose other parts are gathered in `dtype`, for the forward pass and again for the backward pass:

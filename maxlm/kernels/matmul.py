@@ -77,7 +77,7 @@ def precision_of(dtype: Any) -> jax.lax.Precision | None:
 
 
 def dot(spec: str, x: jax.Array, y: jax.Array, *, out_dtype: Any = jnp.float32) -> jax.Array:
-    """An einsum of operands of one dtype, summed in float32 and left so: for kernels with a gradient of their own."""
+    """An einsum of operands of one dtype, summed in float32 and by default left so: for what has its own gradient."""
     return jnp.einsum(spec, x, y, preferred_element_type=out_dtype, precision=precision_of(x.dtype))
 
 

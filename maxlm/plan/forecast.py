@@ -165,16 +165,18 @@ def _measured(function: Callable[..., Any], *args: jax.Array, seconds: float) ->
 
         return jax.lax.fori_loop(0, count, body, jnp.zeros((), jnp.float32))
 
-    compiled, count = jax.jit(repeat), 1
-    times: list[float] = []
-    jax.block_until_ready(compiled(count, *args))
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
+    compiled = jax.jit(repeat)
+
+    def run(count: int) -> float:
         begun = time.perf_counter()
         jax.block_until_ready(compiled(count, *args))
-        times.append((time.perf_counter() - begun) / count)
-        if len(times) == 1:
-            count = max(1, round(seconds / 5 / times.pop()))
+        return (time.perf_counter() - begun) / count
+
+    run(1)  # compiles
+    count, times = max(1, round(seconds / 5 / run(1))), []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        times.append(run(count))
     return sorted(times)[len(times) // 2]
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -190,6 +192,12 @@ def test_attention_on_cpus_is_measured_on_whole_rows(context, monkeypatch):
     calibrate(config(mesh={"fsdp": 8 // context, "context": context}), seconds=0.0)
     attended = [shapes for _, shapes in measured if len(shapes[0]) == 4]
     assert attended == [[(1, LENGTH, 8, 16), (1, LENGTH, 2, 16), (1, LENGTH, 2, 16)]] * 2
+
+
+def test_a_kernel_is_measured_in_the_time_that_it_is_given():
+    began = time.perf_counter()
+    few, many = (forecasting._measured(lambda x: x @ x, jnp.ones((n, n)), seconds=0.1) for n in (32, 512))
+    assert 0 < few < many < 1 and time.perf_counter() - began < 30
 
 
 def test_attention_on_cpus_is_measured_with_every_window_of_the_layers(monkeypatch):
