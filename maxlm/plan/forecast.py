@@ -173,7 +173,8 @@ def _measured(function: Callable[..., Any], *args: jax.Array, seconds: float) ->
         return (time.perf_counter() - begun) / count
 
     run(1)  # compiles
-    count, times = max(1, round(seconds / 5 / run(1))), []
+    count = max(1, round(seconds / 5 / run(1)))
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         times.append(run(count))
