@@ -15,6 +15,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from maxlm.allocator import use_huge_pages
 from maxlm.chips import GPU_SHARE
 from maxlm.config import Config
 from maxlm.configflag import define_config, read_flags
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args[0] in _ON_DEVICES:
         _take_gpu_memory()
-    if argv is None and args[0] == "train":
-        _use_huge_pages()
+    if argv is None and args[0] in ("plan", "train"):  # plans for CPUs are of the time that a run takes
+        use_huge_pages()
         faulthandler.enable()  # a process that dies in C++ says where its threads were
     flags.FLAGS.mark_as_parsed()  # libraries below read absl's global flags, which this program does not use
     try:
@@ -189,20 +190,6 @@ def _take_gpu_memory() -> None:
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
     if not any(os.environ.get(name) for name in names):
         os.environ[names[-1]] = str(GPU_SHARE)
-
-
-def _use_huge_pages() -> None:
-    """Starts this program again with glibc's huge pages on, before JAX is there, unless they are on already.
-
-    XLA's CPU programs allocate their temporaries anew each step. With small pages a step of the bench's size takes
-    300 thousand page faults, a sixth of its time. glibc reads the setting when a process starts, and at no other time.
-    """
-    setting, tunables = "glibc.malloc.hugetlb", os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform != "linux" or setting in tunables:
-        return
-    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{setting}=1")))
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _check(args: list[str]) -> int:

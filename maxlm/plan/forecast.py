@@ -1,38 +1,44 @@
 """A step's time and memory on the CPUs of this machine, foretold: work as traced, at rates measured on a few kernels.
 
 No table knows what a machine's cores do, so what a step is made of is measured in small, with the run's own kernels and
-shapes: a layer's products with their gradients, attention, the loss, elementwise work and the optimizer. Virtual
-devices share the cores, so that the work of all of them counts.
+shapes: a layer's products with their gradients, attention, the loss, elementwise work, the optimizer and a sum over
+devices. Virtual devices share the cores, so that the work of all of them counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from maxlm.allocator import give_back_at_once
 from maxlm.config import Config
 from maxlm.kernels.attention import Mask, dispatch
 from maxlm.kernels.chunked import chunked
 from maxlm.kernels.matmul import einsum
+from maxlm.model.layers import rms_norm
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.mlp import GATED, UNGATED
 from maxlm.plan.analytic.backends import names_results
-from maxlm.plan.analytic.memory import facts, state_leaves
+from maxlm.plan.analytic.memory import facts, state_bytes, state_leaves
 from maxlm.plan.analytic.symbols import PLACE, values
 from maxlm.plan.analytic.walk import KINDS
+from maxlm.plan.collectives import Traffic
 from maxlm.plan.plan import Plan
 from maxlm.train.outlook import at_heaviest
+from maxlm.train.watermark import Watermark
 
+UNCACHED = 2**26  # bytes, more than a core's share of any cache
 SECONDS = 0.8  # of measuring each kernel, besides its compilation
-PARTS = ("products", "attention", "loss", "elementwise", "optimizer")
 
 
 class Rates(NamedTuple):
@@ -44,6 +50,10 @@ class Rates(NamedTuple):
     loss: seconds a token, gradients included.
     elementwise: bytes a second, read and written.
     optimizer: seconds a parameter.
+    meet: seconds of a collective of all devices that moves next to nothing, and besides, send: bytes of its payload a
+      second. No collectives are priced (meet 0, send infinite) with one device or on a mesh larger than this process's.
+    scratch: bytes that a device takes while a step runs, beside what the compiler plans: libraries behind products lay
+      their operands out anew.
     seconds: that measuring took, compilation included.
     """
 
@@ -53,6 +63,9 @@ class Rates(NamedTuple):
     loss: float
     elementwise: float
     optimizer: float
+    meet: float
+    send: float
+    scratch: float
     seconds: float
 
 
@@ -70,6 +83,8 @@ class Forecast(NamedTuple):
 
 def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
     """The rates of this process's CPUs for the kernels of a resolved config, in the shapes of one device.
+
+    Afterwards the process gives memory back at once (`give_back_at_once`), and takes a tenth longer for a step.
 
     Args:
       seconds: of measuring each of them.
@@ -122,24 +137,39 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
         )
         return sums.nll_sum
 
-    gated = model.mlp.gated
-    elementwise = GATED[model.mlp.kind] if gated else lambda a, b: UNGATED[model.mlp.kind](a) + b
+    def elementwise(x: jax.Array, y: jax.Array) -> Any:
+        gate = GATED[model.mlp.kind] if model.mlp.gated else lambda a, b: UNGATED[model.mlp.kind](a) + b
+        outs, pull = jax.vjp(lambda x, y: (rms_norm(x, jnp.ones((width,)), model.norm_epsilon), gate(y, y)), x, y)
+        return outs, pull((x, y))
+
+    # As a step's arrays, these are in no cache when their turn comes.
+    copies = max(round(UNCACHED / (x.nbytes + y.nbytes)), 1)
+    wide, gated = (jnp.ones((copies * rows, *array.shape[1:]), dtype) for array in (x, y))
     numbers = [jnp.ones((2**20,), jnp.float32)] * 4
 
     def update(p: jax.Array, g: jax.Array, m: jax.Array, s: jax.Array) -> Any:
         m, s = 0.9 * m + 0.1 * g, 0.95 * s + 0.05 * g * g
         return p - 1e-3 * (m / (jnp.sqrt(s) + 1e-8) + 0.1 * p), m, s
 
+    few, many = _exchanges(math.prod(parallel.sizes.values()), seconds)
+    loss_and_gradients = jax.value_and_grad(loss, argnums=(0, 1))
     forward, both = attention_seconds(attend), attention_seconds(attend_and_back)
-    return Rates(
+    timed = Rates(
         products=6.0 * x.size * hidden / _measured(product, x, w, y, seconds=seconds),
         attend=forward,
         attend_back=max(both - forward, forward),
-        loss=_measured(jax.value_and_grad(loss, argnums=(0, 1)), x, head, seconds=seconds) / (rows * length),
-        elementwise=3.0 * y.nbytes / _measured(elementwise, y, y, seconds=seconds),
+        loss=_measured(loss_and_gradients, x, head, seconds=seconds) / (rows * length),
+        # Of each array the forward pass reads one and writes one; the backward pass reads two and writes one.
+        elementwise=5.0 * (wide.nbytes + gated.nbytes) / _measured(elementwise, wide, gated, seconds=seconds),
         optimizer=_measured(update, *numbers, seconds=seconds) / numbers[0].size,
-        seconds=time.perf_counter() - begun,
+        meet=few,
+        send=_MANY * 4 / (many - few) if many > few else math.inf,
+        scratch=0.0,
+        seconds=0.0,
     )
+    give_back_at_once()  # after all that is timed
+    scratch = max(_beside(product, x, w, y), _beside(loss_and_gradients, x, head))
+    return timed._replace(scratch=scratch, seconds=time.perf_counter() - begun)
 
 
 def _windows(config: Config) -> dict[int, float]:
@@ -157,13 +187,15 @@ def _windows(config: Config) -> dict[int, float]:
 def _measured(function: Callable[..., Any], *args: jax.Array, seconds: float) -> float:
     """The median time of a run within a compiled loop, as a step's kernels run: without what sending one off costs."""
 
-    def repeat(count: jax.Array, *args: jax.Array) -> jax.Array:
-        def body(_: jax.Array, total: jax.Array) -> jax.Array:
-            first = args[0] + (total * 0).astype(args[0].dtype)  # so that no run can be left out, or share its work
-            outs = jax.lax.optimization_barrier(jax.tree.leaves(function(first, *args[1:])))
-            return total + sum(out.reshape(-1)[0].astype(jnp.float32) for out in outs) * 1e-30
+    def repeat(count: jax.Array, *args: jax.Array) -> Any:
+        # Results are the loop's own, or XLA would compute no more of them than is looked at; and each run needs
+        # something of the one before, or it could be done once for all.
+        def body(_: jax.Array, outs: list[jax.Array]) -> list[jax.Array]:
+            before = sum((out.reshape(-1)[0].astype(jnp.float32) for out in outs), jnp.zeros(()))
+            return jax.tree.leaves(function(args[0] + (before * 0).astype(args[0].dtype), *args[1:]))
 
-        return jax.lax.fori_loop(0, count, body, jnp.zeros((), jnp.float32))
+        shapes = jax.tree.leaves(jax.eval_shape(function, *args))
+        return jax.lax.fori_loop(0, count, body, [jnp.zeros(out.shape, out.dtype) for out in shapes])
 
     compiled = jax.jit(repeat)
 
@@ -181,11 +213,38 @@ def _measured(function: Callable[..., Any], *args: jax.Array, seconds: float) ->
     return sorted(times)[len(times) // 2]
 
 
-def forecast(config: Config, rates: Rates, *, device_bytes: float) -> Forecast:
+_MANY = 2**18  # numbers of a collective that has much to move
+
+
+def _exchanges(devices: int, seconds: float) -> tuple[float, float]:
+    """Seconds of a sum over so many devices of this process, of one number and of `_MANY`; 0 where there are not."""
+    if not 1 < devices <= jax.device_count():
+        return 0.0, 0.0
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], "all")
+    total = jax.shard_map(lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    few, many = (_measured(total, jnp.ones((size,)), seconds=seconds) for size in (1, _MANY))
+    return few, many
+
+
+def _beside(function: Callable[..., Any], *args: jax.Array) -> float:
+    """Bytes that a run takes beside its results and what the compiler plans; 0 where the system does not tell."""
+    compiled = jax.jit(function).lower(*args).compile()
+    jax.block_until_ready(compiled(*args))  # what only the first run does
+    grown = []
+    for _ in range(3):
+        watermark = Watermark()
+        jax.block_until_ready(compiled(*args))
+        grown.append(watermark.growth() or 0)
+    planned = compiled_bytes(compiled) - sum(x.nbytes for x in args)
+    return max(max(grown) - planned, 0.0)
+
+
+def forecast(config: Config, rates: Rates, *, device_bytes: float, traffic: Sequence[Traffic]) -> Forecast:
     """Of a resolved config on as many virtual devices as its mesh has.
 
     Args:
       device_bytes: that the compiler says a device needs (`compiled_bytes`).
+      traffic: the collectives of the compiled step.
     """
     parallel = config.parallel
     devices = math.prod(parallel.sizes.values())
@@ -200,17 +259,17 @@ def forecast(config: Config, rates: Rates, *, device_bytes: float) -> Forecast:
     # `context` devices of a row share out its positions, and those of `tensor` its heads, of which `rates` are.
     shards = parallel.data * parallel.fsdp * parallel.expert
     rows = config.data.batch_size / shards / config.train.accumulation / parallel.context
-    leaves = state_leaves(config.model, config.optim)
-    parameters = sum(leaf.bytes for leaf in leaves if leaf.part == "parameters") / 4
+    held = state_bytes(config, state_leaves(config.model, config.optim))
     tokens = config.data.batch_size * config.data.sequence_length
     parts = {
         "products": done["product"] / rates.products,
         "attention": rows * (done["attention_forward"] * rates.attend + done["attention_backward"] * rates.attend_back),
         "loss": tokens * parallel.tensor * rates.loss,
         "elementwise": done["traffic"] / rates.elementwise,
-        "optimizer": parameters * rates.optimizer,
+        "optimizer": held["parameters"] / 4 * devices * rates.optimizer,
+        "collectives": sum(row.count * rates.meet + row.payload / rates.send for row in traffic),
     }
-    return Forecast(parts, device_bytes * devices)
+    return Forecast(parts, (device_bytes + rates.scratch) * devices)
 
 
 def compiled_bytes(program: jax.stages.Compiled) -> float:
@@ -223,7 +282,16 @@ def compiled_bytes(program: jax.stages.Compiled) -> float:
 def on_this_machine(plan: Plan, config: Config) -> Plan:
     """A plan for CPUs with the time that this machine takes, calibrated in this process."""
     config = at_heaviest(config)
-    foretold = forecast(config, calibrate(config), device_bytes=float(plan.memory.total))
+    with contextlib.suppress(RuntimeError):  # devices have started: what they are too few for is not timed
+        jax.config.update("jax_num_cpu_devices", plan.devices)
+    rates = calibrate(config)
+    foretold = forecast(config, rates, device_bytes=float(plan.memory.total), traffic=plan.traffic)
+    scratch = round(rates.scratch)
+    memory = dataclasses.replace(
+        plan.memory,
+        total=plan.memory.total + scratch,
+        components={**plan.memory.components, "scratch of libraries": scratch},
+    )
     ruled, tokens = plan.forecast, plan.forecast.tokens
     rate = tokens / foretold.seconds if foretold.seconds else 0.0
     faster = rate / ruled.tokens_per_second if ruled.tokens_per_second else 0.0
@@ -246,4 +314,4 @@ def on_this_machine(plan: Plan, config: Config) -> Plan:
     )
     notes = [note for note in plan.notes if "estimates no cycles" not in note and "priced by the rules" not in note]
     note = "times are calibrated on this machine's cores, which all the virtual devices share"
-    return dataclasses.replace(plan, forecast=timed, notes=(*notes, note))
+    return dataclasses.replace(plan, memory=memory, forecast=timed, notes=(*notes, note))

@@ -8,13 +8,19 @@ from typing import Any
 
 import jax
 
+from maxlm.allocator import give_back
+
 
 class Watermark:
     """Begun when the step is compiled and the state is there, so that neither compiler nor initialisation counts."""
 
     def __init__(self) -> None:
-        """Forgets the peak so far, where it is kept by Linux."""
+        """Forgets the peak so far, where it is kept by Linux.
+
+        What was freed but kept for later goes back first, or steps would use that and seem to need nothing.
+        """
         self._before = None
+        give_back()
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self._before = _status("VmRSS")
@@ -34,10 +40,15 @@ class Watermark:
         stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
         if stats and "peak_bytes_in_use" in stats:
             return float(stats["peak_bytes_in_use"])
-        if devices[0].platform != "cpu" or self._before is None:
+        growth = self.growth()
+        if devices[0].platform != "cpu" or growth is None:
             return None
         held = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
-        return (max(_status("VmHWM") - self._before, 0) + held) / len(devices)
+        return (growth + held) / len(devices)
+
+    def growth(self) -> int | None:
+        """Bytes by which the process was ever larger since than it was then; None where nobody knows."""
+        return None if self._before is None else max(_status("VmHWM") - self._before, 0)
 
 
 def _status(name: str) -> int:

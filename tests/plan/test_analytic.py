@@ -2,10 +2,8 @@
 
 import dataclasses
 import math
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,13 +25,11 @@ from maxlm.config import (
 from maxlm.jaxpr import subprograms
 from maxlm.model.flops import ledger
 from maxlm.parallel.mesh import make_mesh
-from maxlm.plan import forecast as forecasting
 from maxlm.plan.analytic import Estimator, timing
 from maxlm.plan.analytic.memory import facts, memory, state_bytes, state_leaves
 from maxlm.plan.analytic.symbols import COLUMNS, values
 from maxlm.plan.analytic.timing import _attention_flops, axis_spans
 from maxlm.plan.analytic.walk import KINDS
-from maxlm.plan.forecast import Rates, calibrate, forecast
 from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
 from maxlm.train.setup import abstract_batch, make_setup
@@ -159,61 +155,6 @@ def test_attention_of_layers_that_predict_further_tokens_counts_once():
     for platform, backward in (("tpu", 3.5), ("cpu", 2.5)):
         found = _attention_flops(resolved, amounts, platform)
         assert found == pytest.approx((1 + backward) * scores * ROWS * LENGTH / 8)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "train"),
-    [
-        ({}, {}),
-        ({}, {"accumulation": 2}),
-        ({"fsdp": 4, "pipeline": 2}, {"accumulation": 2}),
-        ({"fsdp": 4, "context": 2}, {}),
-        ({"fsdp": 2, "context": 2, "pipeline": 2}, {"accumulation": 4}),
-        ({"fsdp": 4, "tensor": 2}, {}),
-    ],
-)
-def test_on_cpus_every_row_is_attended_to_once_a_layer(mesh, train):
-    resolved = config(mesh=mesh, remat="none", **train)
-    rates = Rates(products=1e9, attend=1.0, attend_back=2.0, loss=0.0, elementwise=1e9, optimizer=0.0, seconds=0.0)
-    parts = forecast(resolved, rates, device_bytes=0.0).parts
-    # The rates are of the heads of one device.
-    assert parts["attention"] == pytest.approx(ROWS * 2 * (1.0 + 2.0) * mesh.get("tensor", 1))
-
-
-@pytest.mark.parametrize("context", [1, 2])
-def test_attention_on_cpus_is_measured_on_whole_rows(context, monkeypatch):
-    measured = []
-
-    def note(function, *args, seconds):
-        measured.append((jax.eval_shape(function, *args), [x.shape for x in args]))
-        return 1.0
-
-    monkeypatch.setattr(forecasting, "_measured", note)
-    calibrate(config(mesh={"fsdp": 8 // context, "context": context}), seconds=0.0)
-    attended = [shapes for _, shapes in measured if len(shapes[0]) == 4]
-    assert attended == [[(1, LENGTH, 8, 16), (1, LENGTH, 2, 16), (1, LENGTH, 2, 16)]] * 2
-
-
-def test_a_kernel_is_measured_in_the_time_that_it_is_given():
-    began = time.perf_counter()
-    few, many = (forecasting._measured(lambda x: x @ x, jnp.ones((n, n)), seconds=0.1) for n in (32, 512))
-    assert 0 < few < many < 1 and time.perf_counter() - began < 30
-
-
-def test_attention_on_cpus_is_measured_with_every_window_of_the_layers(monkeypatch):
-    base = config(layers=3)
-    attention = dataclasses.replace(base.model.attention, windows=(16, 0))  # two layers of the one, one of the other
-    resolved = dataclasses.replace(base, model=dataclasses.replace(base.model, attention=attention))
-    took = iter([1.0, 4.0, 3.0, 10.0])  # forward with each, and there and back
-
-    def measured(function, *args, seconds):
-        return next(took) if args[0].ndim == 4 else 1.0
-
-    monkeypatch.setattr(forecasting, "_measured", measured)
-    rates = calibrate(resolved, seconds=0.0)
-    assert rates.attend == pytest.approx(2 / 3 * 1 + 1 / 3 * 4)
-    assert rates.attend + rates.attend_back == pytest.approx(2 / 3 * 3 + 1 / 3 * 10)
-    assert next(took, None) is None
 
 
 def test_work_is_shared_out_and_done_again_as_the_mesh_and_the_policy_say():

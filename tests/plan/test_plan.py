@@ -350,14 +350,15 @@ def test_no_utilisation_is_told_of_hardware_whose_peak_is_not_known():
 
 def test_all_figures_of_a_plan_for_cpus_are_of_the_time_that_was_calibrated(monkeypatch):
     foretold = forecasting.Forecast({"products": 2e-3, "loss": 1e-3}, 0.0)
-    monkeypatch.setattr(forecasting, "calibrate", lambda config: None)
-    monkeypatch.setattr(forecasting, "forecast", lambda config, rates, device_bytes: foretold)
+    monkeypatch.setattr(forecasting, "calibrate", lambda config: SimpleNamespace(scratch=5e6))
+    monkeypatch.setattr(forecasting, "forecast", lambda config, rates, device_bytes, traffic: foretold)
     config, topology = tiny(data=4, fsdp=2), parse_topology("v5p:2x4x1")  # as if a file of chips gave a CPU its peak
     made = make_plan(config, topology, fake_step())
     plan = forecasting.on_this_machine(made, config)
     ahead, peak = plan.forecast, topology.chip.peak("bfloat16")
     assert made.forecast.hidden and made.forecast.kernels and made.forecast.busiest
     assert not (ahead.hidden or ahead.kernels or ahead.busiest)
+    assert plan.memory.total == sum(plan.memory.components.values()) == made.memory.total + 5_000_000
     assert ahead.seconds == sum(ahead.parts.values()) == 3e-3 != made.forecast.seconds
     assert ahead.mfu_causal == pytest.approx(ahead.model_flops / ahead.seconds / peak)
     assert ahead.mfu_6n / ahead.mfu_causal == pytest.approx(made.forecast.mfu_6n / made.forecast.mfu_causal)
