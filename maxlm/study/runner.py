@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from maxlm import programs
 from maxlm.configfile import source
-from maxlm.files import try_lock, write_atomically
+from maxlm.files import NoLocks, try_lock, write_atomically
 from maxlm.study.identity import commit, fingerprint_of, run_name
 from maxlm.study.plan import PlannedRun, plan
 from maxlm.study.results import (
@@ -106,7 +106,7 @@ def run_study(
       UserError: the data cannot be prepared.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with try_lock(folder / ".lock") or contextlib.nullcontext() as lock:
+    with _taken(folder, log=log) or contextlib.nullcontext() as lock:
         if lock is None:
             raise StudyError(f"another `maxlm study run` is at work in {folder}; wait for it, or give another --dir")
         runs, fingerprint = _prepared(study, folder)
@@ -120,6 +120,16 @@ def run_study(
         if queue.waiting and launch is None:
             _check_devices(study.machine, width)
         return queue.work(width, launch or start_process, poll=poll)
+
+
+def _taken(folder: Path, *, log: Log = lambda _: None) -> IO[Any] | None:
+    """The folder's lock file, locked; None: another has it. Without locks it is open alone, which is told."""
+    path = folder / ".lock"
+    try:
+        return try_lock(path)
+    except NoLocks as error:
+        log(f"{folder} is on a file system without locks ({error}): see that no other `maxlm study run` works there")
+        return path.open("a", encoding="utf-8")
 
 
 def start_process(run: PlannedRun, workdir: Path, cores: Sequence[int], lock: IO[Any]) -> subprocess.Popen:
@@ -255,7 +265,7 @@ class _Queue:
                 continue
             workdir = self.workdirs[run.label]
             workdir.mkdir(parents=True, exist_ok=True)
-            with try_lock(workdir / ".lock") or contextlib.nullcontext() as lock:
+            with _taken(workdir) or contextlib.nullcontext() as lock:
                 if lock is None:
                     continue  # left over from a study that was killed, and still training: later
                 self.waiting.remove(run)

@@ -1,6 +1,8 @@
 """A study's runs: run once, continued, reported; and what the fits make of those that are missing or bad."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import shlex
@@ -72,6 +74,16 @@ def test_asked_to_stop_it_stops_and_goes_on_later(tmp_path):
     fake = Fake()
     outcome, _ = run(study, tmp_path / "out", fake)
     assert fake.started == labels[1:] and outcome.code == 0
+
+
+def test_on_a_file_system_without_locks_a_study_runs_and_says_so(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    outcome, said = run(isoflop_study(tmp_path, budgets=(1e13,)), tmp_path / "out", Fake())
+    assert outcome.code == 0 and outcome.finished
+    assert said.count("is on a file system without locks") == 1 and "no other `maxlm study run`" in said
 
 
 def test_names_say_what_matters_and_no_more(done, tmp_path):
