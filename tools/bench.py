@@ -461,7 +461,7 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     # For every subject alike: without huge pages a sixth of our step, and as much of the peer's, goes into page faults.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     figures: dict[str, float] = {}
     notes: list[str] = []
     turns: dict[str, Any] = {}

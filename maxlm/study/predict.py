@@ -26,7 +26,7 @@ from maxlm.study.identity import changed_leaves, commit
 from maxlm.study.law import LEVEL
 from maxlm.study.results import data_read, heldout_loss
 from maxlm.study.spec import Study, StudyError
-from maxlm.train.home import began
+from maxlm.train.home import began, weights_given
 
 TOLERANCE = 0.02  # of N or D by which a run may differ from the one that was predicted
 
@@ -79,6 +79,7 @@ def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides
         "positions": target.positions,
         "tokens": target.tokens,
         "fingerprint": fit.gathered.record.fingerprint,
+        "weights": _weights(study, fit),
         "fit": hashlib.sha256(json.dumps(as_json(fit), sort_keys=True).encode()).hexdigest()[:16],
         "runs": {row.planned.label: row.planned.name for row in fit.gathered.rows},
         "commit": commit(),
@@ -98,7 +99,8 @@ def judge(folder: Path, place: Path, workdir: Path, *, home: str | Path = "") ->
 
     Raises:
       StudyError: the prediction or the run is not there or not finished, the run began before the prediction was
-        written, it is another run than was predicted or on other data, or its held-out loss is not finite.
+        written, it is another run than was predicted, on other data or begun with other weights, or its held-out
+        loss is not finite.
     """
     run = str(home or workdir)
     said, report = place / "prediction.json", workdir / "report.json"
@@ -166,6 +168,13 @@ def _target(study: Study, folder: Path, fit: StudyFit, flops: float) -> Target:
     return Target(config, size, positions, round(positions * _share_bearing(fit)), positions * size.flops)
 
 
+def _weights(study: Study, fit: StudyFit) -> str:
+    """The digest of the weights that the larger run begins with, as the study's runs did; "": it draws them."""
+    place, base = "train.init_from", study.base.train.init_from
+    rows = [row for row in fit.gathered.rows if row.planned.facts.get(place, base) == base]
+    return next((row.result.weights for row in rows if row.result.weights), "")
+
+
 def _share_bearing(fit: StudyFit) -> float:
     """Of the positions, those that bear a loss, as in the study's own runs: the first of each document does not."""
     rows = fit.gathered.rows
@@ -220,6 +229,12 @@ def _check_same(prediction: dict[str, Any], place: Path, figures: dict[str, Any]
         raise StudyError(
             f"{workdir} was run on other data (fingerprint {found[:12]}, the study's is {wanted_data[:12]}); run "
             f"{place / 'config.py'} with data.cache_dir as it stands there"
+        )
+    given, study_gave = weights_given(workdir), prediction.get("weights", "")
+    if given and study_gave and given != study_gave:
+        raise StudyError(
+            f"{workdir} began with other weights (digest {given}) than the study's runs ({study_gave}): what is in "
+            "train.init_from has changed"
         )
 
 

@@ -123,6 +123,14 @@ def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
     os.utime(older / "report.json", (1, 1))
     with pytest.raises(StudyError, match="began .1970-01-01"):
         prediction.judge(folder, place, older)
+    drawn = said.pop("weights")
+    (place / "prediction.json").write_text(json.dumps(said | {"weights": "abc"}))  # as if the study had been given some
+    for name, weights in (("same", "abc"), ("other", "def")):
+        given = larger(name, 1.0)
+        (given / "run.json").write_text(json.dumps(json.loads((given / "run.json").read_text()) | {"weights": weights}))
+    assert drawn == "" and "the prediction held" in prediction.judge(folder, place, tmp_path / "same")
+    with pytest.raises(StudyError, match=r"began with other weights .digest def. than the study's runs .abc."):
+        prediction.judge(folder, place, tmp_path / "other")
     changed = larger("changed", 1.0)
     config = said["config"] | {"seed": 5}
     (changed / "config.json").write_text(json.dumps(config))
