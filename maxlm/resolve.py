@@ -133,8 +133,12 @@ def misnamed(path: Sequence[str], given: Mapping[str, Any], section: type = Conf
             )
         elif rest:
             yield from misnamed(rest, given[name][entry], of, f"{prefix}{name}.{entry}.")
-    elif rest and dataclasses.is_dataclass(hints[name]):
-        yield from misnamed(rest, given[name], typing.cast(type, hints[name]), f"{prefix}{name}.")
+    elif dataclasses.is_dataclass(hints[name]):
+        if rest:
+            yield from misnamed(rest, given[name], typing.cast(type, hints[name]), f"{prefix}{name}.")
+        else:
+            first = dataclasses.fields(hints[name])[0].name
+            yield f"{prefix}{name} is a section; name a setting of it, as in {prefix}{name}.{first}"
     elif rest:
         yield f"{prefix}{name}.{'.'.join(rest)} is not a setting; {prefix}{name} is one, and has no parts"
 

@@ -111,6 +111,8 @@ def test_mistakes_get_one_sentence(command, expected, capsys):
         ("train.remat_names=mlp_up", "train.remat_names is not a setting; did you mean train.remat?"),
         ("train.steps.first=1", "train.steps.first is not a setting; train.steps is one"),
         ("train[3]=1", "train.3 is not a setting"),
+        ("train=3", "train is a section; name a setting of it, as in train.steps"),
+        ("model.attention=x", "model.attention is a section; name a setting of it, as in model.attention.q_heads"),
         ("data.stores.web.source=text:x", "data.stores.web is not in the config file, which has stdlib"),
         ("data.stores.web.source=text:x", "add stores={'web': StoreConfig(...)} to the file"),
         ("data.stores.stdlib.sorce=text:x", "did you mean data.stores.stdlib.source?"),
