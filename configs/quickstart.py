@@ -2,7 +2,8 @@
 
 maxlm train --config=configs/quickstart.py --workdir=runs/quickstart
 
-On two cores of a 2.5 GHz Skylake server: about 7 minutes in all, 7,200 tokens/s, 1.52 held-out bits per byte.
+On two cores of an AMD EPYC: 5 minutes in all, 11,100 tokens/s, 1.13 held-out bits per byte. On two of a 2.5 GHz Skylake
+server: 7 minutes, 7,200 tokens/s.
 """
 
 from maxlm.config import (
