@@ -78,6 +78,10 @@ def tiny(folder: Path, *, steps: int, processes: int) -> Config:
     )
 
 
+# Processes that share two cores take up to half a minute to come. Where one is told to leave before, the others wait.
+JOIN_SECONDS = 90
+
+
 class Company:
     """The processes of one start of a run."""
 
@@ -97,7 +101,7 @@ class Company:
         self.processes = []
         for number in range(processes):
             place = [f"--coordinator={where}", f"--processes={processes}", f"--process={number}"]
-            place += [f"--silence_seconds={silence}", "--join_seconds=600"]
+            place += [f"--silence_seconds={silence}", f"--join_seconds={JOIN_SECONDS}"]
             with self.log.open("a") as log:
                 self.processes.append(
                     subprocess.Popen(

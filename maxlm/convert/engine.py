@@ -299,6 +299,8 @@ def _family_for(stored: StoredModel, name: str | None) -> Family:
     if name is not None:
         if name not in known:
             raise FamilyError(f"there is no family {name!r}; these are: {', '.join(known)}")
+        if not stored.hf or _is_other(stored, known[name]):
+            hf_config(known[name], stored.model)  # what it cannot express is told
         return known[name]
     if stored.hf:
         return family_of(stored.hf)

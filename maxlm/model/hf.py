@@ -28,21 +28,23 @@ _TURNS = {
 """Of a kind of scaling, the words for the two turns, and what they are where nothing is said."""
 
 
-def rope_from_hf(hf: HFConfig, *, theta: float, fraction: float = 1.0) -> RopeConfig:
+def rope_from_hf(hf: HFConfig, *, theta: float, fraction: float | None = None) -> RopeConfig:
     """Rotary positions of a config.json, whose words for them have changed over time.
 
     Args:
-      theta, fraction: where the file names no base, and no part of the head that is turned.
+      theta: where the file names no base.
+      fraction: where the file does not say how much of the head is turned; None: of a family that turns all of it,
+        whatever the file says, in transformers too.
 
     Raises:
       FamilyError: for a kind of scaling that is not known.
     """
     said = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
     kind = said.get("rope_type") or said.get("type") or "default"
-    rope = RopeConfig(
-        theta=float(said.get("rope_theta") or hf.get("rope_theta") or theta),
-        fraction=float(said.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or fraction),
-    )
+    rope = RopeConfig(theta=float(said.get("rope_theta") or hf.get("rope_theta") or theta))
+    if fraction is not None:
+        turned = said.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or fraction
+        rope = dataclasses.replace(rope, fraction=float(turned))
     if kind == "default":
         return rope
     if kind not in (*_TURNS, "linear", "dynamic", "longrope", "su"):

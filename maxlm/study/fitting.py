@@ -259,7 +259,7 @@ def _run_words(row: Row, counted: str) -> str:
 
 
 def _held_words(held: HeldBack, way: str) -> str:
-    missed = abs(held.miss) >= 0.02 or held.reach >= 0.03
+    missed = not (abs(held.miss) < 0.02 and held.reach < 0.03)  # what is not a number has not held either
     verdict = "the prediction failed" if missed else "the prediction held"
     return (
         f"largest budget left out: predicted {held.predicted:.4f}{_words(held.interval)}, found {held.found:.4f}; "

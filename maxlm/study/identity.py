@@ -37,7 +37,11 @@ HOW = (
     "train.log_every",
     "train.norms_every",
     "train.profile",
+    "train.watchdog",
+    "train.audit_every",
     "checkpoint.*",
+    "eval.every_steps",
+    "eval.documents",  # of the evaluations during training: the last one is of all
     "eval.prompts",
     "eval.sample_tokens",
 )

@@ -159,6 +159,7 @@ def forecast(fit: IsoflopFit, flops: float, *, of_a_run: bool = False, level: fl
         )
     budgets = np.array([parabola.flops for parabola in fit.used])
     losses, drawn = np.array([p.loss for p in fit.used]), np.stack([draw.losses for draw in fit.replicates])
+    drawn = np.maximum(drawn, 1e-3 * losses)  # a parabola that is all but flat has its minimum anywhere below
     scatter = np.array([draw.spread for draw in fit.replicates]) if of_a_run else 0.0
     found = extrapolate(budgets, losses, drawn, flops, scatter=scatter, level=level)
     how = (

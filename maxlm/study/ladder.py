@@ -101,17 +101,20 @@ def shape_by_depth(rules: Rules, base: Config, depth: int) -> Shape:
 
 def shape_by_params(rules: Rules, base: Config, params: float) -> Shape:
     """The shape whose parameters besides embeddings come nearest to `params`, near the aspect asked for."""
-    ideal = max((params / 12 / rules.aspect**2) ** (1 / 3), rules.min_layers)  # of N = 12 L D^2
-    unit, candidates = rules.head_dim * _groups(base.model), []
-    for layers in sorted({max(math.floor(ideal), rules.min_layers), max(math.ceil(ideal), rules.min_layers)}):
-        units = math.sqrt(params / 12 / layers) / unit
-        for count in {max(math.floor(units), 1), max(math.ceil(units), 1)}:
-            candidates.append(Shape(layers, count * unit))
-
-    def distance(shape: Shape) -> tuple[float, Shape]:
-        return abs(math.log(size_of(rules, base, shape).besides_embeddings / params)), shape
-
-    return min(candidates, key=distance)
+    nominal, best, distances = params, Shape(0, 0), dict[Shape, float]()
+    for _ in range(6):  # with experts, or a feed-forward half of another size, N is a multiple of 12 L D^2
+        ideal = max((nominal / 12 / rules.aspect**2) ** (1 / 3), rules.min_layers)
+        unit = rules.head_dim * _groups(base.model)
+        for layers in sorted({max(math.floor(ideal), rules.min_layers), max(math.ceil(ideal), rules.min_layers)}):
+            units = math.sqrt(nominal / 12 / layers) / unit
+            for count in {max(math.floor(units), 1), max(math.ceil(units), 1)}:
+                shape = Shape(layers, count * unit)
+                distances[shape] = math.log(size_of(rules, base, shape).besides_embeddings / params)
+        last, best = best, min(distances, key=lambda shape: (abs(distances[shape]), shape))
+        if best == last:
+            break
+        nominal /= math.exp(distances[best])
+    return best
 
 
 def shape_by_flops(rules: Rules, base: Config, flops: float) -> Shape:

@@ -22,8 +22,9 @@ from maxlm.resolve import ConfigError, as_config_dict, resolve
 from maxlm.study import ladder
 from maxlm.study.curve import TooFewRuns
 from maxlm.study.fitting import StudyFit, as_json, fit_study, foretell, no_forecast
-from maxlm.study.identity import changed_leaves, commit
+from maxlm.study.identity import changed_leaves, commit, run_name
 from maxlm.study.law import LEVEL
+from maxlm.study.plan import plan
 from maxlm.study.results import data_read, heldout_loss
 from maxlm.study.spec import Study, StudyError
 from maxlm.train.home import began, weights_given
@@ -52,10 +53,12 @@ def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides
       The prediction's folder.
 
     Raises:
-      StudyError: a run of the study has as much compute already, or this target has a prediction.
+      StudyError: a run of the study has as much compute already, this target has a prediction, or the folder's runs
+        are not those that the study plans now.
       TooFewRuns: the runs allow no forecast.
     """
     fit = fit_study(folder, counted=counted)
+    _check_planned(study, folder, fit)
     largest = max(row.planned.flops for row in fit.gathered.rows)
     if flops <= largest:
         raise StudyError(f"--flops is {flops:.3g}, but the study has runs of {largest:.3g}; predict a larger one")
@@ -166,6 +169,17 @@ def _target(study: Study, folder: Path, fit: StudyFit, flops: float) -> Target:
     size = ladder.measure(config.model, config.data.sequence_length)
     positions = config.train.steps * config.data.batch_size * config.data.sequence_length
     return Target(config, size, positions, round(positions * _share_bearing(fit)), positions * size.flops)
+
+
+def _check_planned(study: Study, folder: Path, fit: StudyFit) -> None:
+    """The larger run is made by the study's file, which has to be what the runs behind the fit were made by."""
+    record = fit.gathered.record
+    now = {run.label: run_name(run.config, record.fingerprint) for run in plan(study)}
+    if now != {run.label: run.name for run in record.runs}:
+        raise StudyError(
+            f"the runs in {folder} are not those that the study plans now: its file has changed since, or this is the "
+            "folder of another study; type `maxlm study run` again for what is missing, or another --dir"
+        )
 
 
 def _weights(study: Study, fit: StudyFit) -> str:

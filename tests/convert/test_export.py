@@ -80,7 +80,24 @@ def test_where_several_families_can_or_none_all_are_named(tmp_path):
         to_hf(tmp_path / "odd", tmp_path / "hf", log=quiet)
     for name in families():
         assert f"\n  {name}: " in str(raised.value)
+    with pytest.raises(FamilyError, match="mlp.kind is 'relu2'"):
+        to_hf(tmp_path / "odd", tmp_path / "hf", family="llama", log=quiet)
     assert not (tmp_path / "hf").exists()
+
+
+def test_what_transformers_does_not_go_by_is_refused():
+    """Though its classes take the words without complaint."""
+    half, known = tiny(rope=RopeConfig(fraction=0.5)), families()
+    for name in ("llama", "mistral", "internlm2"):
+        with pytest.raises(FamilyError, match="rope.fraction is 0.5"):
+            hf_config(known[name], half)
+    assert not unlike(half, known["phi3"].from_hf(hf_config(known["phi3"], half)))
+    gemma = next(iter(known["gemma3"].presets.values()))
+    alike = dataclasses.replace(gemma, rope=RopeConfig(theta=1e6))  # of windows as well
+    assert hf_config(known["gemma3"], alike)["rope_local_base_freq"] == 1e6
+    capped = dataclasses.replace(gemma, attention=dataclasses.replace(gemma.attention, softcap=50.0))
+    with pytest.raises(FamilyError, match="attention.softcap is 50.0"):
+        hf_config(known["gemma3"], capped)
 
 
 def test_a_rung_of_the_transfer_rule_can_be_handed_over(tmp_path):

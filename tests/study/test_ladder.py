@@ -27,6 +27,11 @@ def test_each_dial_sets_the_shape():
     for params in (1e5, 1e6, 1e7):
         found = size_of(RULES, BASE, shape_by_params(RULES, BASE, params)).besides_embeddings
         assert abs(math.log(found / params)) < 0.35
+    # With experts a shape has several times 12 L D^2.
+    mixture = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, moe=MoeConfig(experts=8, active=2)))
+    for params in (1e6, 1e7):
+        found = size_of(RULES, mixture, shape_by_params(RULES, mixture, params)).besides_embeddings
+        assert abs(math.log(found / params)) < 0.35
     shape = shape_by_flops(RULES, BASE, 1e14)
     size = size_of(RULES, BASE, shape)
     assert 0.6 < size.flops * RULES.tokens_per_param * size.besides_embeddings / 1e14 < 1.7

@@ -79,6 +79,9 @@ def test_a_prediction_is_written_first_and_judged_after(done, tmp_path):
     largest = max(run.flops for run in plan(study))
     with pytest.raises(StudyError, match="predict a larger one"):
         prediction.predict(study, folder, flops=largest / 2)
+    rules = dataclasses.replace(study.rules, base_rate=2 * study.rules.base_rate)
+    with pytest.raises(StudyError, match="not those that the study plans now"):
+        prediction.predict(dataclasses.replace(study, rules=rules), folder, flops=2 * largest)
     place = prediction.predict(study, folder, flops=2 * largest)
     said = json.loads((place / "prediction.json").read_text())
     assert said["interval"][0] < said["loss"] < said["interval"][1]

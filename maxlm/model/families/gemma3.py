@@ -34,7 +34,8 @@ _USUAL = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads"
 def _from_hf(hf: HFConfig) -> ModelConfig:
     hf = {**_USUAL, **hf}
     only(hf, attention_bias=(False,), use_bidirectional_attention=(None, False))
-    only(hf, hidden_activation=("gelu_pytorch_tanh",))
+    # transformers reads a soft-cap of the scores, and leaves it out.
+    only(hf, hidden_activation=("gelu_pytorch_tanh",), attn_logit_softcapping=(None, 0.0))
     pattern = hf.get("sliding_window_pattern") or 6
     layers = range(1, hf["num_hidden_layers"] + 1)
     kinds = ["sliding_attention" if i % pattern else "full_attention" for i in layers]
@@ -42,7 +43,6 @@ def _from_hf(hf: HFConfig) -> ModelConfig:
         "head_dim": hf.get("head_dim", 256),
         "scale": query_scale_from_hf(hf),
         "qk_norm": "head",
-        "softcap": hf.get("attn_logit_softcapping") or 0.0,
         "windows": windows_from_hf({"layer_types": kinds, "sliding_window": 4096, **hf}),
     }
     return model_from_hf(
@@ -77,9 +77,9 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
         hidden_activation="gelu_pytorch_tanh",
         attention_bias=False,
         query_pre_attn_scalar=query_scale_to_hf(model),
-        attn_logit_softcapping=model.attention.softcap or None,
+        attn_logit_softcapping=None,
         final_logit_softcapping=model.logits_softcap or None,
-        rope_local_base_freq=model.rope.local_theta,
+        rope_local_base_freq=model.rope.local_theta or model.rope.theta,
         sliding_window=max(model.attention.windows) or None,
         layer_types=layer_types(model),
     )

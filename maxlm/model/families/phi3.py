@@ -23,7 +23,7 @@ from maxlm.model.table import Row, Table, joined
 def _from_hf(hf: HFConfig) -> ModelConfig:
     only(hf, hidden_act=("silu",), attention_bias=(False,))
     windows = (hf.get("sliding_window") or 0,)
-    return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0), attention={"windows": windows})
+    return model_from_hf(hf, rope=rope_from_hf(hf, theta=10_000.0, fraction=1.0), attention={"windows": windows})
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
