@@ -17,7 +17,7 @@ from maxlm.compilation import settle_cpu_devices, use_compilation_cache
 from maxlm.config import Config, ModelConfig, ParallelConfig
 from maxlm.configfile import known
 from maxlm.convert.errors import ConversionError
-from maxlm.convert.stored import carried_files, model_config
+from maxlm.convert.stored import carried_files, model_config, open_stored
 from maxlm.convert.weights import open_weights
 from maxlm.data.prepare import prepare_data
 from maxlm.errors import UserError
@@ -107,6 +107,7 @@ def generate_from(path: Path, asked: Asked, *, log: Log, write: Callable[[str], 
     if run is not None and not asked.chat:
         use_compilation_cache(run.train.compilation_cache)
         text = prepare_data(run, path, build=False).tokenizer
+        check_tokenizer(text.fingerprint, path, log=log)
         ids, stop_ids = encode_prompts(text, asked.prompts), None
     elif carried is None:
         raise UserError(f"{path} has no tokenizer and no chat template that came with its weights; leave out --chat")
@@ -141,6 +142,17 @@ def generate_from(path: Path, asked: Asked, *, log: Log, write: Callable[[str], 
         return
     for prompt, continuation in zip(asked.prompts, texts, strict=True):
         write(f"--- {json.dumps(prompt)}\n{'' if asked.chat else prompt}{continuation}\n")
+
+
+def check_tokenizer(fingerprint: str, path: Path, *, log: Log) -> None:
+    """Raises UserError where the weights at `path` were trained with another tokenizer."""
+    wanted = open_stored(path, log=log).record.metadata.get("tokenizer", fingerprint)
+    if wanted != fingerprint:
+        raise UserError(
+            f"the stores of {path} have another tokenizer ({fingerprint[:12]}) than its weights were trained with "
+            f"({wanted[:12]}): its data was prepared again after the text had changed. Bring the text back, or name "
+            "the former file as data.tokenizer.path, and type the command of the training again"
+        )
 
 
 def _run_config(path: Path) -> Config | None:

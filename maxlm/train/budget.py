@@ -24,9 +24,12 @@ TIMED_STEPS = 8  # after one that is not timed
 
 
 def with_steps(config: Config, steps: int) -> Config:
-    """The config with a fixed number of steps and no budget."""
-    train = dataclasses.replace(config.train, steps=steps, budget_seconds=0.0)
-    return resolve(dataclasses.replace(config, train=train))
+    """The config with a fixed number of steps and no budget, and without what would begin after the last of them."""
+    profile = config.train.profile if steps > max(config.train.profile[:1], default=0) else ()
+    train = dataclasses.replace(config.train, steps=steps, budget_seconds=0.0, profile=profile)
+    best = config.checkpoint.keep_best if config.eval.every_steps <= steps else 0
+    checkpoint = dataclasses.replace(config.checkpoint, keep_best=best)
+    return resolve(dataclasses.replace(config, train=train, checkpoint=checkpoint))
 
 
 def recorded_steps(config: Config, workdir: Path) -> Config:
@@ -63,4 +66,8 @@ def fitted_steps(config: Config, setup: Setup, loader: Loader, *, log: Callable[
         median = float(multihost_utils.broadcast_one_to_all(np.float32(median)))
     steps = max(min(round(config.train.budget_seconds / median), config.train.steps), config.optim.warmup_steps + 1)
     log(f"a step takes {median:.2f} s: {steps} steps fit into {config.train.budget_seconds:g} s")
+    if config.train.profile and config.train.profile[0] >= steps:
+        log(f"train.profile is {config.train.profile}: that is after the last of them, and nothing is traced")
+    if config.checkpoint.keep_best and config.eval.every_steps > steps:
+        log(f"eval.every_steps is {config.eval.every_steps}: there is none to judge by, and no checkpoint kept as best")
     return steps

@@ -26,6 +26,7 @@ from maxlm.data.loader import Loader, check_records
 from maxlm.data.prepare import Prepared, prepare_data
 from maxlm.data.proof import Proof
 from maxlm.errors import UserError
+from maxlm.files import write_atomically
 from maxlm.heartbeat import Heartbeat, Standing
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
@@ -80,6 +81,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> N
     with (
         Ledger(workdir if first_process else None, age=process_age()) as goodput,
         Signals(functools.partial(leave_early, heartbeat)) as signals,
+        contextlib.ExitStack() as refused,
     ):
         heartbeat.last_words = goodput.break_off
         heartbeat.standing = lambda: Standing(*goodput.standing)
@@ -92,6 +94,8 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> N
                 "train.budget_seconds=0 and train.steps=... for another number"
             )
         config = resolve(given, devices=jax.device_count())
+        if first_process and (prepared := workdir / "data" / "prepared.json").exists():
+            refused.callback(put_back, prepared, prepared.read_bytes())  # it goes with the checkpoints that are there
         data = prepare_together(config, home)
         check_finish(config, data)
         proof = Proof(data.stores if first_process else {})
@@ -124,6 +128,7 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> N
                 goodput.restored(start)
             if first_process:  # only now: a config that does not go with the run has been refused
                 configfile.record(given, workdir, log=log)
+            refused.pop_all()
 
             # --- steps, then the report
             with MetricsWriter(workdir, config, process_index=jax.process_index(), log=log) as writer:
@@ -146,6 +151,12 @@ def train_at(config: Config, home: Home, *, log: Log, heartbeat: Heartbeat) -> N
                     log,
                 )
                 finish(run, run.to_the_end(state, start))
+
+
+def put_back(file: Path, before: bytes) -> None:
+    """Writes the file as it was: of a start that is refused nothing is left."""
+    if file.read_bytes() != before:
+        write_atomically(file, before)
 
 
 def leave_early(heartbeat: Heartbeat, signal: str) -> None:
@@ -206,7 +217,8 @@ def begin(
             f"the run in {home.place} is at step {step}, and train.steps is {config.train.steps}: type {step} or more, "
             "or take its weights as they are with `maxlm generate` or `maxlm convert`"
         )
-    home.note_saved(step)
+    if step in decided(checkpointer.steps):  # and not in a local copy alone, which another machine does not have
+        home.note_saved(step)
     check_records(metadata["data"], loader.records(), step=step)
     state = as_configured(restored.state, config, metadata)
     if copies:

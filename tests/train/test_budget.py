@@ -1,9 +1,11 @@
 """A time budget becomes a number of steps once, and stays that number when the run is started again."""
 
+import dataclasses
 import json
 
 import numpy as np
 
+from maxlm.train.budget import with_steps
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train
 from tests.tiny import tiny_config, write_corpus
@@ -19,6 +21,17 @@ def test_the_number_of_steps_is_measured_once_and_recorded(tmp_path):
     assert (recorded["steps"], recorded["budget_seconds"]) == (3, 0.0)
     rates = [record["lr"] for record in read_metrics(tmp_path / "short", "step")]
     assert rates[-1] == np.float32(config.optim.peak_lr * config.optim.final_lr_ratio)  # the end is that of 3 steps
+
+    late = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=90, profile=(50, 2)),
+        checkpoint=dataclasses.replace(config.checkpoint, keep_best=1, every_steps=40),
+        eval=dataclasses.replace(config.eval, every_steps=40),
+    )
+    fixed = with_steps(late, 3)  # nothing of it begins in 3 steps, which nobody typed
+    assert (fixed.train.profile, fixed.checkpoint.keep_best) == ((), 0)
+    fixed = with_steps(late, 80)
+    assert (fixed.train.profile, fixed.checkpoint.keep_best) == ((50, 2), 1)
 
     lines.clear()
     assert train(config, tmp_path / "short", log=lines.append) == 0

@@ -9,9 +9,12 @@ import signal
 import pytest
 
 from maxlm.checkpoint.reader import CheckpointError, CheckpointReader
-from maxlm.config import PhaseConfig
+from maxlm.config import PhaseConfig, TokenizerConfig
+from maxlm.data.prepare import prepare_data
 from maxlm.data.proof import HEAD_START, Proof
 from maxlm.errors import UserError
+from maxlm.infer.load import Asked, generate_from
+from maxlm.infer.sampling import Sampling
 from maxlm.model.flops import ledger
 from maxlm.resolve import resolve
 from maxlm.train import finish, loop
@@ -194,3 +197,39 @@ def test_a_gap_in_the_metrics_is_told():
     assert not said
     tell_cut(Truncation(kept=9, dropped=0, unreadable=2, last_step=6), 8, log=said.append)
     assert "had 2 lines that could not be read" in said[0] and "ends with step 6, the run goes on from 8" in said[1]
+
+
+def test_a_start_that_is_refused_leaves_the_run_with_its_tokenizer(tmp_path):
+    """Where the text has changed, another tokenizer is trained: not for the weights that are there."""
+    corpus, workdir, said = write_corpus(tmp_path / "corpus", documents=30), tmp_path / "run", []
+    tokenizer = TokenizerConfig(kind="sentencepiece", sample_bytes=100_000)
+    config = tiny_config(corpus, model__vocab_size=320, data__tokenizer=tokenizer, train__steps=3, eval__prompts=())
+    assert train(config, workdir, log=said.append) == 0
+    prepared = (workdir / "data" / "prepared.json").read_bytes()
+    (corpus / "more.txt").write_text("quite other words, zebras and quartz among them " * 200)
+    more = replace(config, ["train", "steps"], 4)
+    with pytest.raises(UserError, match="the store 'tiny' was"):
+        train(more, workdir, log=said.append)
+    assert (workdir / "data" / "prepared.json").read_bytes() == prepared
+    asked = Asked(["a"], 1, Sampling(temperature=0.0), 0)
+    generate_from(workdir, asked, log=said.append, write=said.append)
+    prepare_data(config, workdir)  # as `maxlm prepare` does
+    with pytest.raises(UserError, match="another tokenizer"):
+        generate_from(workdir, asked, log=said.append, write=said.append)
+
+
+def test_a_local_copy_alone_is_no_checkpoint(config, tmp_path):
+    """The machine that held it may be gone: the run then begins again, as if there had been none."""
+    workdir, disk, said = tmp_path / "run", tmp_path / "disk", []
+    given = {"local_dir": str(disk), "local_every_steps": 1, "every_steps": 100, "keep_best": 0}
+    local = functools.reduce(lambda c, leaf: replace(c, ["checkpoint", leaf[0]], leaf[1]), given.items(), config)
+    for step in (2, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            at_evaluation(patch, step, fail)
+            with pytest.raises(MemoryError):
+                train(local, workdir, log=said.append)
+    assert any("using the local copies of step" in line for line in said)
+    assert SAVED not in Home(workdir, log=said.append).facts()
+    shutil.rmtree(disk)
+    assert train(local, workdir, log=said.append) == 0
+    assert [record["step"] for record in read_metrics(workdir, "step")] == list(range(1, STEPS + 1))
