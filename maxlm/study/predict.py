@@ -58,7 +58,6 @@ def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides
       TooFewRuns: the runs allow no forecast.
     """
     fit = fit_study(folder, counted=counted)
-    _check_planned(study, folder, fit)
     largest = max(row.planned.flops for row in fit.gathered.rows)
     if flops <= largest:
         raise StudyError(f"--flops is {flops:.3g}, but the study has runs of {largest:.3g}; predict a larger one")
@@ -66,6 +65,7 @@ def predict(study: Study, folder: Path, *, flops: float, counted: str = "besides
     if (place / "prediction.json").exists():
         raise StudyError(f"{place} has a prediction of this run; it stays as it is. Judge it, or predict another")
     target = _target(study, folder, fit, flops)
+    _check_planned(study, folder, fit)
     params = target.size.total if counted == "total" else target.size.besides_embeddings
     foretold = foretell(fit, params=params, tokens=target.tokens, flops=flops)
     content = {
