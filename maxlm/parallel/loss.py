@@ -61,15 +61,19 @@ def _dtype(kind: str, x: jax.Array, hidden: jax.Array) -> Any:
 def _head_gradient(x: jax.Array, *, dtype: Any) -> jax.Array:
     """(D, V) of a device's positions -> its part of the sum, added up in `dtype`.
 
-    In pieces, of which one at a time is there twice.
+    In pieces, of which one at a time is there twice. What is scattered along its first dim, XLA:TPU fills up by an
+    eighth, whatever its size: the halves of a piece lie one behind the other, and are cut along their second.
     """
     (embed,) = RULES["embed"]
     count = -(-x.size * x.dtype.itemsize // PIECE)
-    cuts = [i * x.shape[1] // count for i in range(1, count)]
-    own = [
-        lax.psum_scatter(part.astype(dtype), embed, scatter_dimension=0, tiled=True)
-        for part in jnp.split(x, cuts, axis=1)
-    ]
+    cuts = [i * x.shape[1] // count // 2 * 2 for i in range(1, count)]
+
+    def scattered(part: jax.Array) -> jax.Array:
+        halves = jnp.split(part.astype(dtype), 1 if part.shape[1] % 2 else 2, axis=1)
+        own = lax.psum_scatter(jnp.stack(halves), embed, scatter_dimension=1, tiled=True)
+        return jnp.concatenate(own, axis=1)
+
+    own = [scattered(part) for part in jnp.split(x, cuts, axis=1)]
     return lax.psum(jnp.concatenate(own, axis=1), tuple(axis for axis in _POSITIONS if axis != embed)).astype(x.dtype)
 
 
