@@ -77,10 +77,19 @@ def fit_curve(flops: np.ndarray, losses: np.ndarray, *, seed: int = 0, replicate
     freedom = len(losses) - 3
     spread = math.sqrt(float(((losses - fitted) ** 2).sum()) / freedom)
     rng = np.random.default_rng(seed)
-    spreads = spread * np.sqrt(freedom / rng.chisquare(freedom, size=replicates))
+    spreads = draw_spreads(rng, spread, freedom, replicates)
     drawn = fitted + spreads[:, None] * rng.normal(size=(replicates, len(losses)))
     exponent = float(np.polyfit(np.log(flops), np.log(losses), 1)[0])
     return Curve(flops, losses, spread, np.maximum(drawn, 1e-3 * losses), spreads, exponent)
+
+
+def draw_spreads(rng: np.random.Generator, spread: float, freedom: int, replicates: int) -> np.ndarray:
+    """What the true standard deviation may be where one of `freedom` degrees of freedom was found: (r,).
+
+    Args:
+      spread: as found. Few runs leave it uncertain: intervals that take it as exactly known are too narrow.
+    """
+    return spread * np.sqrt(freedom / rng.chisquare(freedom, size=replicates))
 
 
 def extrapolate(

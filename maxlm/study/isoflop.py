@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maxlm.study.curve import TooFewRuns, extrapolate
+from maxlm.study.curve import TooFewRuns, draw_spreads, extrapolate
 from maxlm.study.law import LEVEL, Interval, Points
 
 MIN_SIZES = 3  # of a slice: a parabola's coefficients
@@ -234,7 +234,7 @@ def _draw(
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(replicates):
-        scale = spread * math.sqrt(freedom / rng.chisquare(freedom))
+        scale = float(draw_spreads(rng, spread, freedom, 1)[0])
         drawn = [d.parabola(d.fitted + scale * rng.normal(size=len(d.log_n))) for d in designs]
         found = [parabola for parabola in drawn if parabola is not None]
         if len(found) == len(drawn):  # a slice without a minimum says nothing of where it is

@@ -2,7 +2,8 @@
 
 Runs are averaged over seeds alone. Intervals come from losses drawn anew with the spread from seed to seed, for each
 curve by itself: what two widths have in common must not be their noise. The spread is that of the runs which the
-parabolas go through: far above the best rate runs are unstable, and scatter by many times as much.
+parabolas go through: far above the best rate runs are unstable, and scatter by many times as much. Few runs leave it
+uncertain, so each replicate draws it anew, as in `curve`; it is one for all curves, and so are these draws.
 
 Shapes: n values tried, r replicates.
 """
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from maxlm.study.curve import draw_spreads
 from maxlm.study.gathered import Row
 from maxlm.study.isoflop import PowerLaw, fit_power
 from maxlm.study.law import LEVEL, Interval
@@ -34,6 +36,17 @@ class Dial(NamedTuple):
 
 
 DIALS = (Dial("optim.peak_lr", "rate", "rates"), Dial("data.batch_size", "batch", "batches"))
+
+
+class Spread(NamedTuple):
+    """Standard deviation from seed to seed, and how many degrees of freedom it was found with."""
+
+    deviation: float
+    freedom: int
+
+    def draws(self, seed: int) -> np.ndarray:
+        """What it may be in truth, (r,)."""
+        return draw_spreads(np.random.default_rng(seed), self.deviation, self.freedom, REPLICATES)
 
 
 class Try(NamedTuple):
@@ -122,15 +135,16 @@ def settings_of(rows: Sequence[Row]) -> tuple[Setting, ...]:
     for group in _alike(rows).values():
         losses = [row.loss for row in group]
         facts = {name: value for name, value in group[0].planned.facts.items() if name != "seed"}
-        found.append(Setting(facts, float(np.mean(losses)), spread_between([losses]), len(losses)))
+        spread = spread_between([losses])
+        found.append(Setting(facts, float(np.mean(losses)), spread and spread.deviation, len(losses)))
     return tuple(sorted(found, key=lambda setting: setting.loss))
 
 
-def best_of(tries: Sequence[Try], *, spread: float | None, seed: int) -> Best:
+def best_of(tries: Sequence[Try], *, spreads: np.ndarray | None, seed: int) -> Best:
     """The vertex of a parabola of the loss in the logarithm of the dial around the lowest mean loss.
 
     Args:
-      spread: standard deviation of a run's loss from seed to seed (`spread_between`).
+      spreads: standard deviation of a run's loss from seed to seed, in each replicate (`Spread.draws`): (r,).
       seed: of the interval's draws; one of its own for each curve.
 
     Raises:
@@ -143,10 +157,10 @@ def best_of(tries: Sequence[Try], *, spread: float | None, seed: int) -> Best:
     losses = np.array([np.mean(group) for group in groups.values()])
     low, x = int(np.argmin(losses)), np.log(values)
     interval = replicates = None
-    if spread is not None:
-        error = spread / np.sqrt([len(group) for group in groups.values()])
-        noise = np.random.default_rng(seed).normal(size=(REPLICATES, len(values)))
-        replicates = np.exp(_vertices(x, losses + error * noise))
+    if spreads is not None:
+        errors = spreads[:, None] / np.sqrt([len(group) for group in groups.values()])
+        noise = np.random.default_rng(seed).normal(size=errors.shape)
+        replicates = np.exp(_vertices(x, losses + errors * noise))
         interval = _interval(replicates)
     return Best(
         value=math.exp(_vertices(x, losses[None])[0]),
@@ -173,11 +187,11 @@ def _by_value(tries: Sequence[Try]) -> dict[float, list[float]]:
     return found
 
 
-def spread_between(groups: Sequence[Sequence[float]]) -> float | None:
+def spread_between(groups: Sequence[Sequence[float]]) -> Spread | None:
     """Standard deviation within groups of runs that differ in their seed alone, pooled; None without any such group."""
     freedom = sum(len(group) - 1 for group in groups)
     squares = sum(float(np.sum((np.array(group) - np.mean(group)) ** 2)) for group in groups)
-    return math.sqrt(squares / freedom) if freedom else None
+    return Spread(math.sqrt(squares / freedom), freedom) if freedom else None
 
 
 def shift(bests: Mapping[float, Best]) -> Shift:
@@ -274,8 +288,9 @@ def _bests(dial: Dial, series: dict[str, dict[float, list[Row]]], notes: list[st
             else:
                 curves[words, width] = tries
     spread = spread_between([group for tries in curves.values() for group in near_best(tries)])
+    spreads = spread and spread.draws(zlib.crc32(dial.setting.encode()))
     found: dict[str, dict[float, Best]] = {}
     for (words, width), tries in curves.items():
         seed = zlib.crc32(f"{dial.setting}, {words}, width {width:g}".encode())
-        found.setdefault(words, {})[width] = best_of(tries, spread=spread, seed=seed)
+        found.setdefault(words, {})[width] = best_of(tries, spreads=spreads, seed=seed)
     return found
