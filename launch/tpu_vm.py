@@ -213,13 +213,20 @@ class TpuFleet:
             return None
         self.seen = True
         specs = found.get("tpu", {}).get("nodeSpec", [])
-        for spec in specs:
-            has = spec.get("node", {}).get("acceleratorType", self.job.topology.accelerator)
-            if has != self.job.topology.accelerator:
-                raise Hopeless(
-                    f"{self.job.name} is there as {has}, not {self.job.topology.accelerator}; delete it, or "
-                    "say another --name"
-                )
+        here, slices = self.job.topology.accelerator, len(self.nodes)
+        kinds = {spec.get("node", {}).get("acceleratorType", here) for spec in specs}
+        if other := sorted(kinds - {here}):
+            raise Hopeless(
+                f"{self.job.name} is there as {other[0]}, not {here}; say --accelerator={other[0]} to watch or delete "
+                "it, or another --name"
+            )
+        # Nodes that were never asked for would otherwise look like lost ones, and those that train would be given back.
+        count = sum(int(spec.get("multisliceParams", {}).get("nodeCount", 1)) for spec in specs)
+        if specs and count != slices:
+            raise Hopeless(
+                f"{self.job.name} is there with --slices={count}, not {slices}; say --slices={count} to watch or "
+                "delete it, or another --name"
+            )
         return found
 
     def node_states(self) -> dict[str, str]:

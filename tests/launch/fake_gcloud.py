@@ -97,11 +97,13 @@ def listed(state: dict) -> list[dict]:
                 state["nodes"][node] = {"state": "READY", "networkEndpoints": [{}, {}]}
                 for worker in range(2):
                     make_home(folder() / node / str(worker))
-        spec = [{"node": {"acceleratorType": resource["accelerator"]}}]
+        count = len(resource["nodes"])
+        several = {"multisliceParams": {"nodeCount": count, "nodeIdPrefix": name}}
+        spec = {"node": {"acceleratorType": resource["accelerator"]}, **(several if count > 1 else {"nodeId": name})}
         told = {"state": resource["state"]}
         if told["state"] == "FAILED":
             told["failedData"] = {"error": {"code": 9, "message": REASON}}
-        rows.append({"name": f"a/b/{name}", "state": told, "tpu": {"nodeSpec": spec}})
+        rows.append({"name": f"a/b/{name}", "state": told, "tpu": {"nodeSpec": [spec]}})
     return rows
 
 

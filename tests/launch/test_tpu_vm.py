@@ -212,6 +212,22 @@ def test_other_hardware_of_that_name_is_not_touched(cloud, monkeypatch):
     assert state(cloud)["created"] == 1
 
 
+@pytest.mark.parametrize(("there", "asked"), [(2, 1), (1, 2), (2, 3)])
+def test_machines_that_are_there_with_other_slices_are_not_given_back(cloud, monkeypatch, there, asked):
+    """None of the nodes asked for is there, or not all: that is no loss of those that are."""
+    quickly(monkeypatch)
+    write(cloud)
+    make_machines(cloud, monkeypatch, [0])
+    assert run(f"--slices={there}") == 0
+    nodes = state(cloud)["nodes"]
+    with pytest.raises(Hopeless, match=f"is there with --slices={there}, not {asked}; say --slices={there} to"):
+        run(f"--slices={asked}")
+    assert state(cloud)["created"] == 1 and state(cloud)["nodes"] == nodes
+    with pytest.raises(Hopeless, match=f"say --slices={there} to watch or delete it"):
+        tpu_vm.main(["delete", *FLAGS[1:], f"--slices={asked}"])
+    assert state(cloud)["nodes"] == nodes
+
+
 def test_a_request_that_fails_is_told_why_and_not_made_again_and_again(cloud, monkeypatch, capfd):
     quickly(monkeypatch)
     write(cloud)
