@@ -6,7 +6,6 @@ sizes and times only; a unit says all that a process needs in order to read its 
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import importlib
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from maxlm.checks.data import source_problem
+from maxlm.data.patterns import expand, identity
 from maxlm.errors import UserError
 
 # Files that a folder stands for; text takes all that are not hidden.
@@ -149,9 +149,12 @@ def _stdlib_files() -> list[str]:
 
 
 def _matches(word: str, pattern: str) -> list[str]:
+    try:
+        matches = [os.path.abspath(match) for match in expand(os.path.expanduser(pattern))]
+    except OSError as error:
+        _unreadable(error)
     found: set[str] = set()
-    for match in glob.iglob(os.path.expanduser(pattern), recursive=True):
-        path = os.path.abspath(match)
+    for path in matches:
         if os.path.isdir(path):
             found.update(file for file in _walk(path) if file.endswith(ENDINGS[word]))
         elif _is_text(path):
@@ -196,8 +199,7 @@ def _stat(path: str) -> os.stat_result:
 
 def _identity(folder: str) -> tuple[int, int]:
     """The same under all names that a folder has."""
-    status = _stat(folder)
-    return status.st_dev, status.st_ino
+    return identity(_stat(folder))
 
 
 def _unreadable(error: OSError) -> NoReturn:

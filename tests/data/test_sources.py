@@ -272,8 +272,10 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(SourceError, match=r"data/closed cannot be read: Permission denied"):
-        list_source(f"text:{tmp_path}/data", "text")
+    for pattern in ("data", "data/**", "data/**/*.txt", "data/*/*.txt", "d*/closed/*.txt"):
+        with pytest.raises(SourceError, match=r"data/closed cannot be read: Permission denied"):
+            list_source(f"text:{tmp_path}/{pattern}", "text")
+    assert list_source(f"text:{tmp_path}/data/*.txt", "text").files == 1  # which does not look there
 
 
 @pytest.mark.parametrize("spec", ["text:{}", "text:{}/*.txt", "text:{}/gone.txt"])
