@@ -14,7 +14,7 @@ from typing import Any
 from maxlm.config import MESH_AXES, Config, ModelConfig
 from maxlm.parallel.mesh import spreads
 from maxlm.plan.topology import Topology
-from maxlm.resolve import leaves
+from maxlm.resolve import leaves, relations
 
 REMATS = (
     "none",
@@ -77,16 +77,21 @@ def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
 def candidates(config: Config, topology: Topology) -> Iterator[Config]:
     """Configs as `resolve` fills them in, whose relations (`resolve.relations`) are the caller's to check.
 
-    The config itself is the first, if its mesh has these devices and the slices or nodes can share it out.
+    The config itself is the first, if `resolve` accepts it for these devices and the slices or nodes can share it out:
+    of one that cannot run, the model cannot say anything either.
     """
-    own = config.parallel
-    if math.prod(own.sizes.values()) == topology.devices and spreads(
-        own.sizes, own.across_slices, slices=topology.slices
-    ):
+    if _runs(config, topology):
         yield config
     for mesh, counts in _shared_out(config, topology):
         for accumulation in counts:
             yield from (one for one in _settled(config, mesh, accumulation, policies(config.model)) if one != config)
+
+
+def _runs(config: Config, topology: Topology) -> bool:
+    own = config.parallel
+    whole = min(*own.sizes.values(), own.virtual_stages) >= 1  # what is below, `relations` takes to be settled
+    here = whole and spreads(own.sizes, own.across_slices, slices=topology.slices)
+    return here and not relations(config, devices=topology.devices)
 
 
 def leanest(config: Config, topology: Topology) -> Iterator[Config]:

@@ -96,7 +96,7 @@ class Found:
     """best: the fastest first, compiled ones before others. judged: how many the model judged. fitting: of these.
 
     late: whether the time was over while something was left to compile.
-    own: the config itself; None where its mesh is for other hardware.
+    own: the config itself; None where it is no candidate: its mesh is for other hardware, or cannot run.
     ended: the winner compiled to the end; None: it was not.
     """
 
@@ -462,7 +462,7 @@ def why(found: Found, topology: Topology) -> str:
 
 
 def against_own(found: Found, topology: Topology) -> str:
-    """What the winner has over the config itself, in a sentence; "" where the config's mesh is for other hardware."""
+    """What the winner has over the config itself, in a sentence; "" where the config is no candidate."""
     own, over = found.own, found.over_own
     if own is None:
         return ""

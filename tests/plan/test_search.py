@@ -1,6 +1,7 @@
 """Which ways to run a training the search looks at, and what it refuses. Nothing here is traced or compiled."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -392,6 +393,27 @@ def test_a_mesh_for_other_hardware_is_no_candidate_and_refuses_no_search(tmp_pat
     assert cli.main(["plan", *args, *asked, "--config.model.moe.dense_layers=1"]) == 1
     said = capsys.readouterr().err
     assert "model.moe.dense_layers is 1" in said and "devices" not in said
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"data": 1, "tensor": 8},  # of two kv heads
+        {"data": 4, "pipeline": 2, "pipeline_schedule": "interleaved", "virtual_stages": 2},  # in one microbatch
+        {"data": 0},
+    ],
+)
+def test_a_config_that_cannot_run_is_neither_judged_nor_compared_with(own, tmp_path, monkeypatch, capsys):
+    """Though its mesh has as many devices. Of such a pipeline the model has no table, and raised."""
+    judged, page = of_size(monkeypatch, 1), tmp_path / "search.json"
+    asked = [f"--config.parallel.{name}={value}" for name, value in own.items()]
+    asked += ["--config.data.batch_size=64", "--topology=v5e-8", "--search", "--budget_minutes=0", f"--json={page}"]
+    assert told([*asked, f"--winner={tmp_path}/winner.flags"], tmp_path) == 0
+    assert not any(own.items() <= vars(one.parallel).items() for one in judged)
+    out = capsys.readouterr().out
+    assert "own mesh is no candidate: " in out and "the config itself" not in out
+    said = json.loads(page.read_text())
+    assert said["own"] is None and said["over_own"] is None
 
 
 @pytest.mark.parametrize("given", ["--winner=x.flags", "--budget_minutes=3"])
