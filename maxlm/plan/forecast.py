@@ -313,5 +313,11 @@ def on_this_machine(plan: Plan, config: Config) -> Plan:
         busiest=(),
     )
     notes = [note for note in plan.notes if "estimates no cycles" not in note and "priced by the rules" not in note]
-    note = "times are calibrated on this machine's cores, which all the virtual devices share"
-    return dataclasses.replace(plan, memory=memory, forecast=timed, notes=(*notes, note))
+    notes.append("times are calibrated on this machine's cores, which all the virtual devices share")
+    if plan.traffic and not rates.meet:
+        notes.append(
+            f"collectives are not in the time: they are measured on {plan.devices} devices, and this process started "
+            f"with {jax.device_count()}; plan in a process of its own, or with "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={plan.devices}"
+        )
+    return dataclasses.replace(plan, memory=memory, forecast=timed, notes=tuple(notes))

@@ -16,8 +16,9 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from maxlm.config import Config
 from maxlm.kernels import grouped
@@ -81,11 +82,14 @@ def meeting(config: Config) -> float:
 def _meeting(window: int, length: int, stretches: int, groups: int) -> float:
     chunk = length // stretches
     sizes = block_size(chunk, groups), block_size(chunk)
-    queries, keys = (
-        jnp.add.outer(jnp.arange(stretches) * chunk, jnp.arange(0, chunk, size)).reshape(-1) for size in sizes
-    )
+
+    def starts(size: int) -> Any:
+        # In NumPy: JAX would start its devices, and those of a forecast for CPUs could not be as many as asked for.
+        return np.add.outer(np.arange(stretches) * chunk, np.arange(0, chunk, size)).reshape(-1)
+
+    queries, keys = map(starts, sizes)
     met = meet(Mask(scale=1.0, window=window), queries[:, None], sizes[0], keys[None, :], sizes[1])
-    return float(jnp.mean(met))
+    return float(np.mean(met))
 
 
 def _multiplies(module: Module, computation: str) -> bool:

@@ -350,7 +350,7 @@ def test_no_utilisation_is_told_of_hardware_whose_peak_is_not_known():
 
 def test_all_figures_of_a_plan_for_cpus_are_of_the_time_that_was_calibrated(monkeypatch):
     foretold = forecasting.Forecast({"products": 2e-3, "loss": 1e-3}, 0.0)
-    monkeypatch.setattr(forecasting, "calibrate", lambda config: SimpleNamespace(scratch=5e6))
+    monkeypatch.setattr(forecasting, "calibrate", lambda config: SimpleNamespace(scratch=5e6, meet=1e-5))
     monkeypatch.setattr(forecasting, "forecast", lambda config, rates, device_bytes, traffic: foretold)
     config, topology = tiny(data=4, fsdp=2), parse_topology("v5p:2x4x1")  # as if a file of chips gave a CPU its peak
     made = make_plan(config, topology, fake_step())
@@ -366,9 +366,23 @@ def test_all_figures_of_a_plan_for_cpus_are_of_the_time_that_was_calibrated(monk
     print_plan(plan, console)
     for text in (console.export_text(), render(plan)):
         assert "calibrated" in text and "priced by" not in text and "behind other work" not in text
+        assert "collectives are not in the time" not in text
     peakless = dataclasses.replace(made.forecast, mfu_causal=None, mfu_6n=None, tokens_per_second=0.0)
     unknown = forecasting.on_this_machine(dataclasses.replace(made, forecast=peakless), config).forecast
     assert unknown.seconds == ahead.seconds and unknown.mfu_causal is None and unknown.mfu_6n is None
+
+
+def test_a_plan_for_cpus_says_where_its_collectives_have_no_price(monkeypatch):
+    monkeypatch.setattr(forecasting, "calibrate", lambda config: SimpleNamespace(scratch=0.0, meet=0.0))
+    monkeypatch.setattr(forecasting, "forecast", lambda *_, **__: forecasting.Forecast({"products": 1.0}, 0.0))
+    config = tiny(data=4, fsdp=2)
+    made = make_plan(config, parse_topology("v5p:2x4x1"), fake_step())
+    console = Console(record=True, width=300)
+    print_plan(forecasting.on_this_machine(made, config), console)
+    said = console.export_text()
+    assert "collectives are not in the time: they are measured on 8 devices" in said and "device_count=8" in said
+    alone = forecasting.on_this_machine(dataclasses.replace(made, traffic=()), config)  # nothing is left out
+    assert not any("collectives" in note for note in alone.notes)
 
 
 def test_what_was_compiled_to_the_end_serves_a_question_of_memory_alone(tmp_path, monkeypatch, capsys):

@@ -2,10 +2,13 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from maxlm import programs
 from maxlm.config import AttentionConfig, MoeConfig
 from maxlm.model.flops import ledger
 from maxlm.plan import collectives, hlo, network, uneven
@@ -75,6 +78,15 @@ def test_the_blocks_that_meet_are_those_with_a_pair_that_is_seen(spread):
         seen = (back >= 0) & (back < window)
         shares.append(seen.reshape(length // 256, 256, length // 512, 512).any(axis=(1, 3)).mean())
     assert uneven.meeting(spread) == pytest.approx(np.mean(shares))
+
+
+def test_counting_the_blocks_that_meet_starts_no_devices():
+    """A forecast for CPUs then says how many there are, and measures collectives on as many."""
+    asked = "import jax; from maxlm.plan import uneven; assert 0 < uneven._meeting(512, 4096, 4, 2) < 1; "
+    asked += "jax.config.update('jax_num_cpu_devices', 8); assert jax.device_count() == 8"
+    environment = programs.environment() | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 EXCHANGE = """HloModule m
