@@ -16,7 +16,7 @@ from maxlm.study.gathered import COUNTS, Gathered, Row, gather, points_of, slice
 from maxlm.study.isoflop import IsoflopFit, fit_isoflops, forecast
 from maxlm.study.law import Bootstrap, Interval, TooFewPoints, bootstrap, check_points, fit_law
 from maxlm.study.spec import StudyError
-from maxlm.study.sweep import Setting, Swept, settings_of, swept, varied
+from maxlm.study.sweep import Setting, Swept, Trend, settings_of, swept, varied
 
 WAYS = {"law": "the parametric law", "isoflops": "the isoflop fit", "curve": "the curve through the rungs"}
 """What foretells a loss, by the name of its fit, and in words."""
@@ -279,7 +279,7 @@ def _swept_words(found: Swept) -> list[str]:
             law = trend.law
             lines.append(
                 f"{series}: best {word} = {law.scale:.3g} width^{law.exponent:.2f}{_seeded(trend.interval)} (an "
-                "exponent of 0: it stays)"
+                f"exponent of 0: it stays){_ends_words(trend, found.dial.words)}"
             )
     for series, moved in found.shifts.items():
         least = "" if moved.inside else "at least "
@@ -287,6 +287,19 @@ def _swept_words(found: Swept) -> list[str]:
             f"{series}: the best {word} moves by a factor of {least}{moved.factor:.2f}{_seeded(moved.interval)}"
         )
     return lines
+
+
+def _ends_words(trend: Trend, words: str) -> str:
+    """From which widths an exponent is, where not from all, and what the others say of it."""
+    if not trend.ends:
+        return ""
+    used, others = (", ".join(f"{width:g}" for width in widths) for widths in (trend.widths, trend.ends))
+    bound = trend.bound
+    said = f"over all widths the exponent is {bound.exponent:.2f}{_words(bound.interval)} {bound.side}" if bound else ""
+    return (
+        f", from {len(trend.widths)} of {len(trend.widths + trend.ends)} widths ({used}); that of {others} is at an "
+        f"end of the {words} or beyond: {said or 'over all widths the exponent may be more or less'}"
+    )
 
 
 def _settings_words(fit: StudyFit) -> list[str]:
@@ -389,6 +402,8 @@ def _swept_json(found: Swept) -> dict[str, Any]:
         "shifts": {series: moved._asdict() for series, moved in found.shifts.items()},
         "exponents": {
             series: {"value": trend.law.exponent, "scale": trend.law.scale, "interval": trend.interval}
+            | {"widths": trend.widths, "widths_at_an_end": trend.ends}
+            | {"over_all_widths": trend.bound and trend.bound._asdict()}
             for series, trend in found.trends.items()
         },
     }

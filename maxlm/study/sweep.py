@@ -60,16 +60,21 @@ class Best(NamedTuple):
     """The best value of a group of runs.
 
     interval, replicates (r,): None without a spread from seed to seed.
-    inside: whether the lowest loss is at neither end of the values; where it is at one, `value` is that end.
+    end: -1 where the lowest loss is at the lowest value, 1 at the highest: the best is `value`, which is that one, or
+      lies beyond it; 0 between them.
     tried: values and mean losses, (n,) each, ascending.
     """
 
     value: float
     loss: float
     interval: Interval | None
-    inside: bool
+    end: int
     tried: tuple[np.ndarray, np.ndarray]
     replicates: np.ndarray | None
+
+    @property
+    def inside(self) -> bool:
+        return self.end == 0
 
 
 class Shift(NamedTuple):
@@ -84,11 +89,27 @@ class Shift(NamedTuple):
     inside: bool
 
 
+class Bound(NamedTuple):
+    """What an exponent is at most or at least. side: "or less" or "or more"."""
+
+    exponent: float
+    interval: Interval | None
+    side: str
+
+
 class Trend(NamedTuple):
-    """The power law of the best value by width, from widths where it is inside, and the interval of its exponent."""
+    """The power law of the best value by width, and the interval of its exponent.
+
+    widths: those that both are from, where the best is inside.
+    ends: the others.
+    bound: on the exponent over all widths; None without `ends`, and where these leave open on which side it lies.
+    """
 
     law: PowerLaw
     interval: Interval | None
+    widths: tuple[float, ...]
+    ends: tuple[float, ...]
+    bound: Bound | None
 
 
 class Swept(NamedTuple):
@@ -125,6 +146,11 @@ def swept(rows: Sequence[Row], notes: list[str]) -> tuple[Swept, ...]:
             notes.append(f"one seed: no interval of the best {dial.word}; two seeds at least tell noise from effect")
         shifts = {words: shift(each) for words, each in bests.items() if len(each) > 1}
         trends = {words: law for words, each in bests.items() if (law := trend(each))}
+        for words in sorted(set(shifts) - set(trends)):
+            told = sum(best.inside for best in bests[words].values())
+            notes.append(
+                f"{words}: {told} of {len(bests[words])} widths have their best {dial.word} between others: no exponent"
+            )
         found.append(Swept(dial, bests, shifts, trends))
     return tuple(found)
 
@@ -166,7 +192,7 @@ def best_of(tries: Sequence[Try], *, spreads: np.ndarray | None, seed: int) -> B
         value=math.exp(_vertices(x, losses[None])[0]),
         loss=float(losses[low]),
         interval=interval,
-        inside=0 < low < len(values) - 1,
+        end=-1 if low == 0 else int(low == len(values) - 1),
         tried=(values, losses),
         replicates=replicates,
     )
@@ -207,10 +233,31 @@ def trend(bests: Mapping[float, Best]) -> Trend | None:
     inside = {width: best for width, best in sorted(bests.items()) if best.inside}
     if len(inside) < 2:
         return None
-    drawn = _drawn(inside)
-    slopes = None if drawn is None else np.polyfit(np.log(list(inside)), np.log(drawn), 1)[0]
-    law = fit_power(list(inside), [best.value for best in inside.values()])
-    return Trend(law, None if slopes is None else _interval(slopes))
+    ends = tuple(sorted(set(bests) - set(inside)))
+    return Trend(*_by_width(inside), tuple(inside), ends, _bound(bests) if ends else None)
+
+
+def _by_width(bests: Mapping[float, Best]) -> tuple[PowerLaw, Interval | None]:
+    """Through the values as they are, whether inside or not."""
+    drawn = _drawn(bests)
+    slopes = None if drawn is None else np.polyfit(np.log(list(bests)), np.log(drawn), 1)[0]
+    law = fit_power(list(bests), [best.value for best in bests.values()])
+    return law, None if slopes is None else _interval(slopes)
+
+
+def _bound(bests: Mapping[float, Best]) -> Bound | None:
+    """On the exponent over all widths, of which some have their best at an end or beyond.
+
+    The exponent through the ends themselves is the bound where all that lies beyond them would move it to one side: it
+    falls with a lower best of a wide model, and with a higher one of a narrow model.
+    """
+    widths = np.log(list(bests))
+    arms = (widths - widths.mean()).round(9)  # none for a width in the middle, which moves no slope
+    moves = set(np.sign(arms * [best.end for best in bests.values()])) - {0.0}
+    if len(moves) != 1:
+        return None
+    law, interval = _by_width(bests)
+    return Bound(law.exponent, interval, "or less" if moves == {-1.0} else "or more")
 
 
 def _drawn(bests: Mapping[float, Best]) -> np.ndarray | None:

@@ -126,6 +126,31 @@ def test_one_seed_gives_no_interval_and_a_best_at_the_end_moves_by_that_much_at_
     assert "the best rate moves by a factor of at least 1.00" in words and "no interval" not in words
 
 
+def test_an_exponent_by_width_is_told_with_the_widths_that_it_is_of(tmp_path):
+    runs = []
+    for width, rate, seed in itertools.product((32, 64, 128, 256), RATES, (0, 1)):
+        best = 2.0**-6 * 32 / width if width < 256 else 2.0**-10  # the lowest rate is 2^-9
+        loss = 2 + 0.05 * math.log(rate / best) ** 2 + SPREAD * (seed - 0.5) * math.sqrt(2)
+        runs.append(
+            ({"rule": "standard", "width": width, "layers": 2, "optim.peak_lr": rate, "seed": seed}, 9, 9, loss)
+        )
+    write_study(tmp_path / "most", runs)
+    fit = fit_study(tmp_path / "most")
+    words = "\n".join(describe(fit))
+    assert (
+        "(an exponent of 0: it stays), from 3 of 4 widths (32, 64, 128); that of 256 is at an end of the rates or "
+        "beyond: over all widths the exponent is -1.00 [" in words
+    )
+    assert "] or less" in words
+    content = as_json(fit)["swept"]["rate"]["exponents"]["standard"]
+    assert content["widths"] == (32, 64, 128) and content["widths_at_an_end"] == (256,)
+    assert content["over_all_widths"]["side"] == "or less"
+    write_study(tmp_path / "one", [run for run in runs if run[0]["width"] in (64, 256)])
+    fit = fit_study(tmp_path / "one")
+    assert fit.swept[0].trends == {}
+    assert "standard: 1 of 2 widths have their best rate between others: no exponent" in fit.notes
+
+
 def write_batches(folder, *, batches=(4, 8, 16, 32, 64)):
     """A sweep over batch and decay at one rate: the best batch is half the width, the lower decay the better."""
     runs = []

@@ -139,6 +139,32 @@ def test_the_interval_of_a_best_rate_holds_the_truth_where_few_runs_tell_the_spr
     assert held / trials == pytest.approx(0.9, abs=0.025)
 
 
+def ended(exponent, widths=(32, 64, 128, 256)):
+    """As `swept` without noise, at rates whose ends the best passes at some widths."""
+    rates = 0.02 * 2.0 ** np.arange(-1.5, 2.0, 0.5)
+    tries = {w: [Try(r, np.log(r / (0.02 * (w / 64) ** exponent)) ** 2) for r in rates] for w in widths}
+    return {width: best_of(each, spreads=None, seed=0) for width, each in tries.items()}
+
+
+def test_an_exponent_names_its_widths_and_what_those_at_an_end_leave_of_it():
+    whole = trend(ended(-0.5))
+    assert whole.law.exponent == pytest.approx(-0.5) and whole.widths == (32, 64, 128, 256)
+    assert whole.ends == () and whole.bound is None
+    # The best of 256 is 2^-2 of the base's, and the lowest rate tried 2^-1.5 of it.
+    falls = trend(ended(-1.0))
+    assert falls.law.exponent == pytest.approx(-1) and (falls.widths, falls.ends) == ((32, 64, 128), (256,))
+    assert falls.bound.side == "or less"  # least squares of 1, 0, -1 and -1.5 over 0, 1, 2 and 3
+    assert falls.bound.exponent == pytest.approx(-0.85)
+    rises = trend(ended(1.0))
+    assert rises.ends == (256,) and rises.bound.side == "or more" and rises.bound.exponent == pytest.approx(0.85)
+    # A narrow model's best beyond the highest rate makes the exponent fall, as a wide one's below the lowest does.
+    steep = trend(ended(-1.0, widths=(16, 32, 64, 256)))
+    assert steep.ends == (16, 256) and steep.bound.side == "or less"
+    # Below the lowest rate at both a narrow and a wide model: more or less, nobody knows.
+    open_ended = ended(-0.5, widths=(32, 64)) | {width: ended(-1.0)[256] for width in (16, 256)}
+    assert trend(open_ended).ends == (16, 256) and trend(open_ended).bound is None
+
+
 def test_one_seed_has_no_interval():
     assert spread_between([[2.0], [2.1]]) is None
     found = swept(-1.0, 0, seeds=1)
