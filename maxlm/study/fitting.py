@@ -99,8 +99,9 @@ def fit_study(folder: Path, *, counted: str = "besides embeddings") -> StudyFit:
     gathered = gather(folder)
     notes: list[str] = []
     if gathered.record.design == "sweep":
-        found = swept(gathered.rows, notes)
-        return StudyFit(gathered, counted, None, None, None, None, found, settings_of(gathered.rows), tuple(notes))
+        found = swept(gathered.rows, gathered.diverged, notes)
+        settings = settings_of(gathered.rows, gathered.diverged)
+        return StudyFit(gathered, counted, None, None, None, None, found, settings, tuple(notes))
     if gathered.record.design == "rungs":
         return _fit_rungs(gathered, counted)
     slices = slices_of(gathered.rows, counted)
@@ -273,7 +274,7 @@ def _swept_words(found: Swept) -> list[str]:
     word, lines = found.dial.word, []
     for series, bests in found.bests.items():
         for width, best in sorted(bests.items()):
-            edge = "" if best.inside else f" (at the end of the {found.dial.words} tried: the best may lie beyond)"
+            edge = "" if best.inside else f" (at the end of the {found.dial.words} that count: the best may lie beyond)"
             lines.append(f"{series}, width {width:g}: best {word} {best.value:.3g}{_seeded(best.interval)}{edge}")
         if trend := found.trends.get(series):
             law = trend.law
@@ -332,7 +333,8 @@ def _facts(facts: dict[str, Any], names: Sequence[str]) -> str:
 
 def _loss(setting: Setting) -> str:
     spread = "one seed" if setting.spread is None else f"spread {setting.spread:.4f} over {setting.runs} seeds"
-    return f"loss {setting.loss:.4f}, {spread}"
+    lost = f", {setting.diverged} diverged" if setting.diverged else ""
+    return f"loss {setting.loss:.4f}, {spread}{lost}"
 
 
 def _coefficients(law: Bootstrap) -> list[tuple[str, float, Interval]]:

@@ -31,11 +31,12 @@ class Row(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """The runs of a study that count, and, in words, those that do not."""
+    """The runs of a study that count, and, in words, those that do not. diverged: which of these have diverged."""
 
     record: StudyRecord
     rows: tuple[Row, ...]
     left_out: tuple[str, ...]
+    diverged: tuple[Planned, ...]
 
 
 def gather(folder: Path) -> Gathered:
@@ -45,7 +46,7 @@ def gather(folder: Path) -> Gathered:
       StudyError: the study was never run, or no run counts.
     """
     record = read_plan(folder)
-    rows, left_out = [], []
+    rows, left_out, diverged = [], [], []
     results = {planned.label: read_result(folder / "runs" / planned.name) for planned in record.runs}
     ended = [(planned.facts, result) for planned in record.runs if (result := results[planned.label])]
     for planned in record.runs:
@@ -66,6 +67,7 @@ def gather(folder: Path) -> Gathered:
             )
         elif result.status == "diverged" or result.loss is None:
             left_out.append(f"{planned.label}: diverged, {result.why}")
+            diverged.append(planned)
         else:
             rows.append(Row(planned, result))
     known = {planned.name for planned in record.runs}
@@ -73,7 +75,7 @@ def gather(folder: Path) -> Gathered:
     left_out += [f"runs/{name}: not in the study's plan" for name in strangers]
     if not rows:
         raise StudyError(f"no run of {folder} counts: {'; '.join(left_out)}")
-    return Gathered(record, tuple(rows), tuple(left_out))
+    return Gathered(record, tuple(rows), tuple(left_out), tuple(diverged))
 
 
 def points_of(rows: Sequence[Row], counted: str) -> Points:

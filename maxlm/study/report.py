@@ -155,10 +155,10 @@ def _settings(fit: StudyFit) -> tuple[list[str], list[dict[str, Any]]]:
     rows = [
         {name: _word(setting.facts.get(name)) for name in names}
         | {"loss": setting.loss, "spread": "one seed" if setting.spread is None else setting.spread}
-        | {"runs": setting.runs}
+        | {"runs": setting.runs, "diverged": setting.diverged}
         for setting in fit.settings
     ]
-    return [*names, "loss", "spread", "runs"], rows
+    return [*names, "loss", "spread", "runs", "diverged"], rows
 
 
 def _word(value: Any) -> str:

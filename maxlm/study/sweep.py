@@ -5,6 +5,9 @@ curve by itself: what two widths have in common must not be their noise. The spr
 parabolas go through: far above the best rate runs are unstable, and scatter by many times as much. Few runs leave it
 uncertain, so each replicate draws it anew, as in `curve`; it is one for all curves, and so are these draws.
 
+Where a seed diverged, the mean of the others says how the lucky do: such a value is on no curve, and no such setting is
+called better than one that all seeds survived. Else the edge of instability, which takes the worst away, could win.
+
 Shapes: n values tried, r replicates.
 """
 
@@ -13,7 +16,8 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +26,7 @@ from maxlm.study.curve import draw_spreads
 from maxlm.study.gathered import Row
 from maxlm.study.isoflop import PowerLaw, fit_power
 from maxlm.study.law import LEVEL, Interval
+from maxlm.study.results import Planned
 
 NEAR = 2  # values on either side of the lowest loss that the parabola goes through
 REPLICATES = 2000
@@ -127,21 +132,27 @@ class Setting(NamedTuple):
     facts: what the design says of them, without the seed.
     loss: their mean.
     spread: standard deviation from seed to seed; None with one.
+    runs, diverged: how many the mean is of, and how many have none.
     """
 
     facts: dict[str, Any]
     loss: float
     spread: float | None
     runs: int
+    diverged: int
 
 
-def swept(rows: Sequence[Row], notes: list[str]) -> tuple[Swept, ...]:
-    """The best values of each dial that has several; `notes` say what could not be had."""
-    found = []
+def swept(rows: Sequence[Row], diverged: Sequence[Planned], notes: list[str]) -> tuple[Swept, ...]:
+    """The best values of each dial that has several; `notes` say what could not be had.
+
+    Args:
+      diverged: runs that have, whose values are left out.
+    """
+    found, lost = [], {_but_seed(planned.facts) for planned in diverged}
     for dial in DIALS:
         if len({row.planned.facts.get(dial.setting) for row in rows}) < 2:
             continue
-        bests = _bests(dial, _series(rows, dial), notes)
+        bests = _bests(dial, _series(rows, dial), lost, notes)
         if any(best.interval is None for each in bests.values() for best in each.values()):
             notes.append(f"one seed: no interval of the best {dial.word}; two seeds at least tell noise from effect")
         shifts = {words: shift(each) for words, each in bests.items() if len(each) > 1}
@@ -155,15 +166,15 @@ def swept(rows: Sequence[Row], notes: list[str]) -> tuple[Swept, ...]:
     return tuple(found)
 
 
-def settings_of(rows: Sequence[Row]) -> tuple[Setting, ...]:
-    """All combinations of settings that were run, the best first."""
-    found = []
-    for group in _alike(rows).values():
+def settings_of(rows: Sequence[Row], diverged: Sequence[Planned]) -> tuple[Setting, ...]:
+    """All combinations of settings that were run, the best first, and behind them those of which a seed diverged."""
+    found, lost = [], Counter(_but_seed(planned.facts) for planned in diverged)
+    for alike, group in _alike(rows).items():
         losses = [row.loss for row in group]
         facts = {name: value for name, value in group[0].planned.facts.items() if name != "seed"}
         spread = spread_between([losses])
-        found.append(Setting(facts, float(np.mean(losses)), spread and spread.deviation, len(losses)))
-    return tuple(sorted(found, key=lambda setting: setting.loss))
+        found.append(Setting(facts, float(np.mean(losses)), spread and spread.deviation, len(losses), lost[alike]))
+    return tuple(sorted(found, key=lambda setting: (setting.diverged > 0, setting.loss)))
 
 
 def best_of(tries: Sequence[Try], *, spreads: np.ndarray | None, seed: int) -> Best:
@@ -294,9 +305,13 @@ def _alike(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Runs that differ in their seed alone, together."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        facts = {name: value for name, value in row.planned.facts.items() if name != "seed"}
-        found.setdefault(json.dumps(facts, sort_keys=True), []).append(row)
+        found.setdefault(_but_seed(row.planned.facts), []).append(row)
     return found
+
+
+def _but_seed(facts: Mapping[str, Any]) -> str:
+    """What runs that differ in their seed alone have in common."""
+    return json.dumps({name: value for name, value in facts.items() if name != "seed"}, sort_keys=True)
 
 
 def varied(facts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -324,12 +339,24 @@ def _series(rows: Sequence[Row], dial: Dial) -> dict[str, dict[float, list[Row]]
     return found
 
 
-def _bests(dial: Dial, series: dict[str, dict[float, list[Row]]], notes: list[str]) -> dict[str, dict[float, Best]]:
-    """The best value of each series at each width; where there are too few values for one, `notes` say so."""
+def _bests(
+    dial: Dial, series: dict[str, dict[float, list[Row]]], lost: Set[str], notes: list[str]
+) -> dict[str, dict[float, Best]]:
+    """The best value of each series at each width; where there are too few values for one, `notes` say so.
+
+    Args:
+      lost: what runs have in common (`_but_seed`) of which one diverged.
+    """
     curves: dict[tuple[str, float], list[Try]] = {}
     for words, widths in series.items():
         for width, rows in widths.items():
-            tries = [Try(row.planned.facts[dial.setting], row.loss) for row in rows]
+            whole = [row for row in rows if _but_seed(row.planned.facts) not in lost]
+            tries = [Try(row.planned.facts[dial.setting], row.loss) for row in whole]
+            parted = {row.planned.facts[dial.setting] for row in rows} - {item.value for item in tries}
+            notes += [
+                f"{words}, width {width:g}: a seed diverged at {dial.word} {value:.3g}, which is left out of the curve"
+                for value in sorted(parted)
+            ]
             if (values := len({item.value for item in tries})) < 3:
                 notes.append(f"{words}, width {width:g}: {values} {dial.words} have no best; three at least do")
             else:

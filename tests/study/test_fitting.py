@@ -151,6 +151,42 @@ def test_an_exponent_by_width_is_told_with_the_widths_that_it_is_of(tmp_path):
     assert "standard: 1 of 2 widths have their best rate between others: no exponent" in fit.notes
 
 
+def test_a_value_that_lost_a_seed_is_on_no_curve_and_never_best(tmp_path):
+    write_sweep(tmp_path, widths=(32, 64), best={(2, 0.1): 2.0**-7})
+    edge = RATES[-2]  # the seed that survives is lucky there, and would move the best of width 64 from 2^-7
+    for run in read_plan(tmp_path).runs:
+        result = read_result(tmp_path / "runs" / run.name)
+        if run.facts["width"] == 64 and run.facts["optim.peak_lr"] == edge:
+            lost = dataclasses.replace(result, status="diverged", loss=None, why="the guard refused")
+            made = lost if run.facts["seed"] else dataclasses.replace(result, loss=2.0)
+            write_result(tmp_path / "runs" / run.name, made)
+    fit = fit_study(tmp_path)
+    bests = fit.swept[0].bests["transfer"]
+    assert [list(bests[width].tried[0]) for width in (32, 64)] == [list(RATES), [r for r in RATES if r != edge]]
+    assert bests[64].value == pytest.approx(2.0**-7, rel=1e-6)
+    words = "\n".join(describe(fit))
+    assert "note: transfer, width 64: a seed diverged at rate 0.0156, which is left out of the curve" in words
+    assert "width 32: a seed diverged" not in words
+    assert "best setting of transfer, 2 layers of width 64: optim.peak_lr 0.0078125, loss" in words
+    last = fit.settings[-1]
+    assert (last.loss, last.facts["optim.peak_lr"], last.runs, last.diverged) == (2.0, edge, 1, 1)
+    assert [setting.diverged for setting in fit.settings[:-1]] == [0] * (len(fit.settings) - 1)
+    study = isoflop_study(tmp_path / "base")
+    assert "<th>diverged</th>" in write_report(study, tmp_path, fit).read_text()
+
+
+def test_a_mixture_of_which_a_seed_diverged_says_so(tmp_path):
+    facts = {"rule": "standard", "width": 32, "layers": 2}
+    runs = [(facts | {"optim.weight_decay": d, "seed": s}, 9, 9, 2 + d + s) for d in (0.0, 0.1) for s in (0, 1)]
+    write_study(tmp_path, runs)
+    place = tmp_path / "runs" / "run1"
+    write_result(place, dataclasses.replace(read_result(place), status="diverged"))
+    lines = describe(fit_study(tmp_path))
+    told = "standard, 2 layers of width 32: optim.weight_decay"
+    assert f"best setting of {told} 0.1, loss 2.6000, spread 0.7071 over 2 seeds" in lines
+    assert f"then, of {told} 0.0, loss 2.0000, one seed, 1 diverged" in lines
+
+
 def write_batches(folder, *, batches=(4, 8, 16, 32, 64)):
     """A sweep over batch and decay at one rate: the best batch is half the width, the lower decay the better."""
     runs = []
