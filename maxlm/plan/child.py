@@ -24,6 +24,7 @@ from jax.sharding import AxisType, Mesh
 
 from maxlm.compilation import settle_cpu_devices
 from maxlm.config import MESH_AXES, ParallelConfig
+from maxlm.files import write_atomically
 from maxlm.parallel.mesh import arrange, make_mesh
 from maxlm.plan.compile import request_from_json
 from maxlm.plan.topology import Topology
@@ -107,7 +108,9 @@ def run(work: Path) -> None:
         "places": [place_of(device, request.topology) for device in mesh.devices.flat],
         "attention": setup.attention,
     }
-    (work / "facts.json").write_text(json.dumps(facts))  # the parent may end this process before the compiler ends
+    # The parent may end this process before the compiler ends, or while it writes: files are whole or absent, and the
+    # program, which says that the compiler ended, comes last.
+    write_atomically(work / "facts.json", json.dumps(facts))
     begun = time.monotonic()
     with jax.set_mesh(mesh):  # kernels read from it which chip they are for
         lowered = setup.lower(*heaviest(config).shape)
@@ -116,8 +119,8 @@ def run(work: Path) -> None:
     analysis: Any = compiled.memory_analysis()
     facts["seconds"] = [traced - begun, time.monotonic() - traced]
     facts["analysis"] = {name: int(getattr(analysis, f"{name}_in_bytes", 0)) for name in ANALYSIS}
-    (work / "step.hlo").write_text(compiled.as_text() or "")
-    (work / "facts.json").write_text(json.dumps(facts))
+    write_atomically(work / "facts.json", json.dumps(facts))
+    write_atomically(work / "step.hlo", compiled.as_text() or "")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def compile_step(
     request = _request(config, topology, whole=whole, options=options)
     check_installed(config, topology)
     place = Path(cache).expanduser() / content_key(request) if cache else None
-    if place is not None and (place / _FACTS).exists():
+    if place is not None and _kept(place):
         return dataclasses.replace(_read(place), cached=True)
     with tempfile.TemporaryDirectory(prefix="maxlm-plan-") as folder:
         work = Path(folder)
@@ -170,14 +170,17 @@ def compile_step(
         peak = _run_child(work, request, limit=limit, seconds=seconds, log=log)
         step = _collect(work, peak, elapsed=time.monotonic() - begun)
     if place is not None:
-        _write(step, place)
+        try:
+            _write(step, place)
+        except OSError as error:  # what took minutes is not lost to it
+            log(f"what was compiled is not kept in {cache} ({error}); give --plan_cache a folder that can be written")
     return step
 
 
 def is_kept(config: Config, topology: Topology, *, cache: str, options: Mapping[str, str] | None = None) -> bool:
     """Whether the step was compiled to the end before, and is in the cache; arguments as of `compile_step`."""
     request = _request(config, topology, whole=True, options=options)
-    return (Path(cache).expanduser() / content_key(request) / _FACTS).exists()
+    return _kept(Path(cache).expanduser() / content_key(request))
 
 
 def _request(config: Config, topology: Topology, *, whole: bool, options: Mapping[str, str] | None) -> Request:
@@ -406,21 +409,32 @@ _PART, _FACTS = ".part-", "step.json"
 
 
 def _write(step: Step, place: Path) -> None:
-    """Beside its place, and moved into it, so that it is never half there; what was once interrupted is removed."""
+    """Beside its place, and moved into it, so that it is never half there; what was once interrupted is removed.
+
+    Raises:
+      OSError: it cannot be written; nothing is left of it.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     for left in place.parent.glob(f"{_PART}*"):
         with contextlib.suppress(FileNotFoundError):  # another process may be moving or removing it
             if time.time() - left.stat().st_mtime > PART_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=_PART))
-    for name in _TEXTS:
-        (beside / f"{name}.txt.gz").write_bytes(gzip.compress(getattr(step, name).encode(), 5))
     facts = {name: value for name, value in vars(step).items() if name not in (*_TEXTS, "cached")}
-    (beside / _FACTS).write_text(json.dumps(facts, indent=1))
     try:
+        for name in _TEXTS:
+            (beside / f"{name}.txt.gz").write_bytes(gzip.compress(getattr(step, name).encode(), 5))
+        (beside / _FACTS).write_text(json.dumps(facts, indent=1))
         beside.rename(place)
-    except OSError:  # another process was first
-        shutil.rmtree(beside)
+    except OSError:
+        if not _kept(place):  # otherwise another process was first
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _kept(place: Path) -> bool:
+    return os.path.exists(place / _FACTS)  # False of a folder that this user may not look into, where `Path` raises
 
 
 def _read(place: Path) -> Step:

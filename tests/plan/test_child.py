@@ -1,7 +1,9 @@
 """The compiling process and what is kept of it: its limits, its end, its request, and the key of its result."""
 
 import ast
+import contextlib
 import dataclasses
+import errno
 import os
 import runpy
 import subprocess
@@ -117,6 +119,54 @@ def test_what_an_interrupted_write_left_is_swept(tmp_path):
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     compiling._write(fake_step(), tmp_path / "key")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".part-now", "key"]
+
+
+def test_a_plan_that_cannot_be_kept_is_not_lost(tmp_path, monkeypatch):
+    config, topology, said = tiny(data=8), parse_topology("cpu-8"), []
+    monkeypatch.setattr(compiling, "_run_child", lambda *_, **__: 0)
+    monkeypatch.setattr(compiling, "_collect", lambda *_, **__: fake_step())
+    (tmp_path / "file").touch()
+    assert not is_kept(config, topology, cache=str(tmp_path / "file"))
+    assert compile_step(config, topology, cache=str(tmp_path / "file"), log=said.append) == fake_step()
+    assert len(said) == 1 and f"is not kept in {tmp_path}/file (" in said[0] and "give --plan_cache a folder" in said[0]
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert compile_step(config, topology, cache=str(tmp_path / "plans"), log=said.append) == fake_step()
+    assert "No space left on device" in said[1] and not list((tmp_path / "plans").iterdir())
+
+
+def test_a_program_that_was_being_written_when_the_compiler_was_ended_is_not_taken_for_a_whole_one(
+    tmp_path, monkeypatch
+):
+    """Of what is on the disk when it is ended, at whichever of its writes."""
+    request = Request(tiny(data=8), parse_topology("cpu-8"), {}, False)
+    compiled = SimpleNamespace(as_text=lambda: "HloModule m", memory_analysis=lambda: SimpleNamespace())
+    lowered = SimpleNamespace(compile=lambda options: compiled)
+    setup = SimpleNamespace(attention="xla", lower=lambda *shape: lowered)
+    monkeypatch.setattr(child, "make_setup", lambda config, mesh: setup)
+    monkeypatch.setattr(child, "settle_cpu_devices", lambda: None)
+    sync, writes = os.fsync, []
+
+    def ended(file):
+        writes.append(file)
+        if len(writes) == last:
+            raise KeyboardInterrupt
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", ended)
+    for last, whole in ((2, False), (3, False), (4, True)):
+        work = tmp_path / str(last)
+        work.mkdir()
+        (work / "request.json").write_text(request.as_json())
+        writes.clear()
+        with contextlib.nullcontext() if whole else pytest.raises(KeyboardInterrupt):
+            child.run(work)
+        step = compiling._collect(work, 0, elapsed=1.0)
+        assert step.whole == whole and step.mesh["data"] == 8
+    assert step.program == "HloModule m" and step.seconds[0] < 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a child is ended with its parent on Linux alone")
