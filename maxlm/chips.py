@@ -12,6 +12,7 @@ Prices are of on-demand lists, a start where nobody has a better one: they diffe
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -340,7 +341,7 @@ def load_chips(path: str | Path) -> dict[str, Chip]:
     `flops` may give only some dtypes.
 
     Raises:
-      UserError: the file cannot be read, or names a chip or figure that there is not.
+      UserError: the file cannot be read, or names a chip, figure or dtype that there is not.
     """
     try:
         added = json.loads(Path(path).expanduser().read_text())
@@ -366,6 +367,12 @@ def load_chips(path: str | Path) -> dict[str, Chip]:
             raise UserError(
                 f"{path}: {name} has {wrong[0]}={figures[wrong[0]]!r}; write it as it is of {like}: "
                 f"{getattr(base, wrong[0])!r}"
+            )
+        if odd := [dtype for dtype in figures.get("flops", ()) if dtype not in base.flops]:
+            nearest = difflib.get_close_matches(odd[0], base.flops, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"{path}: {name} has flops of {odd[0]!r}, which is no dtype of the table; type {nearest!r} (there are "
+                f"{', '.join(base.flops)})"
             )
         if "flops" in figures:
             figures["flops"] = {**base.flops, **figures["flops"]}

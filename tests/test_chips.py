@@ -66,6 +66,12 @@ def test_memory_of_a_files_chip_is_used_as_far_as_its_models(tmp_path):
         ('{"v4": {"price": "3"}}', "v4 has price='3'; write it as it is of v4: "),
         ('{"v4": {"flops": 1e12}}', "v4 has flops="),
         ('{"v4": {"flops": {"int8": "fast"}}}', "v4 has flops="),
+        (
+            '{"v4": {"flops": {"bfloat61": 1e15}}}',
+            "v4 has flops of 'bfloat61', which is no dtype .* type 'bfloat16' .there are",
+        ),
+        ('{"v4": {"flops": {"bf16": 1e15, "int8": 1e15}}}', "type 'bfloat16'"),
+        ('{"x": {"like": "cpu", "flops": {"fp32": 1e11}}}', "type 'float32'"),
         ('{"v4": {"kinds": "TPU v4"}}', "v4 has kinds='TPU v4'"),
     ],
 )
