@@ -35,8 +35,8 @@ from maxlm.plan.uneven import even_rows
 PRODUCTS = 0.8
 """Share of the peak that products are taken to reach where the compiler has no estimate; by its own estimates the
 products of an 8B step on v5p reach 0.79."""
-KERNELS = {"attention": 0.5, "grouped product": 0.7, "other": 0.5}
-"""Share of the peak that kernels are taken to reach."""
+KERNELS = {"attention": 0.5, "grouped product": 0.7}
+"""Share of the peak that kernels are taken to reach; of others nobody knows the FLOPs, and their bytes count."""
 _ATTENTION = (
     ("SoftmaxBackward", (3, 2)),
     ("fmha", (1, 1)),
@@ -306,9 +306,11 @@ class _Walk:
         kind, flops = _kernel_flops(name, instruction, shapes, self.config)
         peak = self.chip.peak(self.config.train.precision)
         moved = bytes_of(instruction.shape) + sum(bytes_of(shapes.get(operand, "")) for operand in instruction.operands)
-        share = KERNELS[kind]
-        cost = max(flops / (share * peak), moved / self.chip.hbm_bandwidth)
-        return name, flops, cost, f"{kind}, {share:.0%} of the peak"
+        moving, share = moved / self.chip.hbm_bandwidth, KERNELS.get(kind, 0.0)
+        multiplying = flops / (share * peak) if share else 0.0
+        if multiplying > moving:
+            return name, flops, multiplying, f"{kind}, {share:.0%} of the peak"
+        return name, flops, moving, f"{kind}, bytes at the memory's bandwidth"
 
 
 def _moved(instruction: Instruction, shapes: Mapping[str, str], module: Module) -> float:

@@ -1,6 +1,7 @@
 """From a compiled step to a forecast, and to the pages that say it."""
 
 import dataclasses
+import html
 import itertools
 import json
 import os
@@ -183,6 +184,11 @@ def test_cudnns_attention_is_a_kernel_of_its_own(target, products):
     flops = products * 2 * 2 * 8 * 64 * 128 * (128 + 1) / 2
     assert [(kernel.runs, kernel.flops) for kernel in ahead.kernels] == [(1, flops)]
     assert ahead.compiled_flops == flops and ahead.parts["kernels"] > 0
+    assert ahead.kernels[0].rule == "attention, bytes at the memory's bandwidth"  # of so short a row they take longer
+    fast = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, hbm_bandwidth=1e18))
+    ruled = predict.forecast(config, fast, step, hlo.parse(step.program), []).kernels[0]
+    assert ruled.rule == "attention, 50% of the peak"
+    assert ruled.seconds == pytest.approx(flops / (0.5 * topology.chip.peak("bfloat16")))
 
 
 def test_a_grouped_product_costs_the_rows_of_an_even_load():
@@ -295,12 +301,14 @@ def test_the_pages_say_whether_it_fits_and_by_how_much():
         assert part in text
     page = render(fits)
     assert page.count("<svg") == 3 and "optimizer" in page and "http" not in page
-    for part in ("reduce-scatter (written as all-reduce)", "Kernels, priced by rule", fits.forecast.kernels[0].rule):
+    rule = html.escape(fits.forecast.kernels[0].rule)
+    for part in ("reduce-scatter (written as all-reduce)", "Kernels, priced by rule", rule):
         assert part in page
     said = json.loads(as_json(fits))
     assert said["memory"]["total"] == sum(said["memory"]["components"].values())
     assert said["fits"] and said["traffic"][0]["kind"] == "all-gather"
-    assert said["forecast"]["busiest"][0]["kind"] and said["forecast"]["kernels"][0]["rule"].startswith("other")
+    assert said["forecast"]["busiest"][0]["kind"]
+    assert said["forecast"]["kernels"][0]["rule"] == "other, bytes at the memory's bandwidth"
 
 
 def test_a_run_with_phases_is_planned_at_its_heaviest_and_paid_phase_by_phase():
