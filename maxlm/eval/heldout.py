@@ -18,7 +18,7 @@ import collections
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from maxlm.cluster import meet
 from maxlm.config import Config
 from maxlm.data.batch import Batch, empty_batch
+from maxlm.data.loader import DataChanged
 from maxlm.data.store import Split
 from maxlm.model.decoder import document_lengths, merge
 from maxlm.model.loss import token_nll
@@ -293,3 +294,30 @@ def evaluated_names(config: Config, data: Prepared) -> list[str]:
     """The stores that are evaluated: `eval.stores`, or every store that holds documents out."""
     holding = [name for name, store in data.stores.items() if store.split("heldout").num_documents]
     return list(config.eval.stores) or holding
+
+
+def evaluated_records(config: Config, data: Prepared) -> dict[str, str]:
+    """The fingerprint of each store that is evaluated; for checkpoints (see `check_evaluated`)."""
+    return {name: data.stores[name].fingerprint for name in evaluated_names(config, data)}
+
+
+def check_evaluated(old: Mapping[str, str], new: Mapping[str, str], *, step: int) -> None:
+    """Lets a run go on only with the held-out text that it has been judged by; other stores may come and go.
+
+    What is trained on `check_records` looks at. A store that is only evaluated changes no step, but its figures before
+    and after could not be compared, and by them the best checkpoints are kept.
+
+    Args:
+      old: `evaluated_records` as the checkpoint has it; {} of one from before that was recorded.
+      new: that of the run that is to go on at `step`.
+
+    Raises:
+      DataChanged: Names every store that differs.
+    """
+    others = [name for name, fingerprint in old.items() if new.get(name, fingerprint) != fingerprint]
+    if others:
+        said = "; ".join(f"the store {name!r} was {old[name][:12]} and is {new[name][:12]}" for name in others)
+        raise DataChanged(
+            f"the run cannot go on at step {step} and be evaluated on other text under the same name: {said}. Bring "
+            "the text back, give the new one a name of its own in data.stores, or use a new workdir"
+        )

@@ -31,7 +31,7 @@ from maxlm.data.prefetch import Prefetcher
 from maxlm.data.prepare import Prepared
 from maxlm.data.proof import HEAD_START
 from maxlm.errors import UserError
-from maxlm.eval.heldout import HeldOut, evaluate_stores, evaluated_names
+from maxlm.eval.heldout import HeldOut, evaluate_stores, evaluated_names, evaluated_records
 from maxlm.model.flops import ledger as flop_ledger
 from maxlm.resolve import as_config_dict
 from maxlm.train import rollback
@@ -48,6 +48,7 @@ from maxlm.train.signals import Signals
 from maxlm.train.state import TrainState
 from maxlm.train.watermark import Watermark
 
+EVALUATED = "evaluated"  # of a checkpoint's metadata: the fingerprints of the stores by which the run is judged
 RETRY_SECONDS = 5.0  # between tries to save when there is nothing else left to do
 
 Log = Callable[[str], None]
@@ -400,6 +401,7 @@ class Run:
         return {
             "config": as_config_dict(self.config).to_dict(),
             "data": self.loader.records(),
+            EVALUATED: evaluated_records(self.config, self.data),
             "tokenizer": self.data.tokenizer.fingerprint,
             VOCABULARY: self.vocab_size,
             "run": self.home.run,

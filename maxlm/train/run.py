@@ -26,6 +26,7 @@ from maxlm.data.loader import Loader, check_records
 from maxlm.data.prepare import Prepared, prepare_data
 from maxlm.data.proof import Proof
 from maxlm.errors import UserError
+from maxlm.eval.heldout import check_evaluated, evaluated_records
 from maxlm.files import write_atomically
 from maxlm.heartbeat import Heartbeat, Standing
 from maxlm.parallel.mesh import make_mesh
@@ -37,7 +38,7 @@ from maxlm.train.finish import check_finish, finish
 from maxlm.train.first import first_weights, settle_weights
 from maxlm.train.goodput import Ledger, process_age
 from maxlm.train.home import SAVED, Home, first_start
-from maxlm.train.loop import Leaving, Run
+from maxlm.train.loop import EVALUATED, Leaving, Run
 from maxlm.train.metrics import MetricsWriter, Truncation
 from maxlm.train.peak import describe_devices
 from maxlm.train.sentries import Sentries
@@ -220,6 +221,7 @@ def begin(
     if step in decided(checkpointer.steps):  # and not in a local copy alone, which another machine does not have
         home.note_saved(step)
     check_records(metadata["data"], loader.records(), step=step)
+    check_evaluated(metadata.get(EVALUATED, {}), evaluated_records(config, data), step=step)
     state = as_configured(restored.state, config, metadata)
     if copies:
         copies.forget_after(step)

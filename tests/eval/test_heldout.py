@@ -22,6 +22,7 @@ from maxlm.config import (
     ParallelConfig,
     RopeConfig,
 )
+from maxlm.data.loader import DataChanged
 from maxlm.data.store import StoreWriter, TokenStore
 from maxlm.eval import heldout
 from maxlm.kernels.experts import local_experts
@@ -322,3 +323,11 @@ def test_a_result_from_rows_that_were_lost_is_refused(parts, params, store):
 def test_a_split_with_nothing_to_count_is_refused(parts, params, store):
     with pytest.raises(ValueError, match="heldout_permille"):
         run(parts, params, store, documents=1)  # the first document has its begin token only
+
+
+def test_a_store_may_be_evaluated_or_not_but_not_be_another():
+    heldout.check_evaluated({}, {"a": "1"}, step=3)  # a checkpoint from before that was recorded
+    heldout.check_evaluated({"a": "1", "b": "2"}, {"a": "1", "c": "3"}, step=3)
+    with pytest.raises(DataChanged, match="the store 'b' was 2 and is 4") as error:
+        heldout.check_evaluated({"a": "1", "b": "2"}, {"a": "1", "b": "4"}, step=3)
+    assert "'a'" not in str(error.value)

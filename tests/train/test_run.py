@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from maxlm.checkpoint.reader import CheckpointError, CheckpointReader
-from maxlm.config import PhaseConfig, TokenizerConfig
+from maxlm.config import PhaseConfig, StoreConfig, TokenizerConfig
 from maxlm.data.prepare import prepare_data
 from maxlm.data.proof import HEAD_START, Proof
 from maxlm.errors import UserError
@@ -216,6 +216,26 @@ def test_a_start_that_is_refused_leaves_the_run_with_its_tokenizer(tmp_path):
     prepare_data(config, workdir)  # as `maxlm prepare` does
     with pytest.raises(UserError, match="another tokenizer"):
         generate_from(workdir, asked, log=said.append, write=said.append)
+
+
+def test_the_text_that_a_run_is_judged_by_does_not_change_under_its_name(config, tmp_path):
+    """No step changes by it, so that nothing but its fingerprint tells."""
+    workdir, judge = tmp_path / "run", write_corpus(tmp_path / "judge", documents=5)
+    tiny, other = config.data.stores["tiny"], StoreConfig(source=f"text:{judge}/*.txt", heldout_permille=1000)
+
+    def go(steps, **stores):
+        given = replace(config, ["data", "stores"], {"tiny": tiny, **stores})
+        return train(replace(given, ["train", "steps"], steps), workdir, log=lambda line: None)
+
+    assert go(3, judge=other) == 0
+    steps = list(read_metrics(workdir, "step"))
+    (judge / "more.txt").write_text("another document to be judged by")
+    with pytest.raises(UserError, match=r"on other text under the same name: the store 'judge' was .* name of its own"):
+        go(4, judge=other)
+    assert list(read_metrics(workdir, "step")) == steps
+    assert go(4, second=other) == 0
+    last = [record["store"] for record in read_metrics(workdir, "evaluation") if record["step"] == 4]
+    assert sorted(last) == ["second", "tiny"]
 
 
 def test_a_local_copy_alone_is_no_checkpoint(config, tmp_path):
