@@ -9,6 +9,7 @@ normalisers, and the logits of targets, along the mesh axes that it is told of, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -113,21 +114,27 @@ def local_gradients(settings: Settings) -> LocalFn:
     def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, axes: Axes) -> Gradients:
         dtype = jnp.float32 if axes else hidden.dtype
 
-        def add(total: Any, part: Any) -> tuple[Any, jax.Array]:
-            (hidden, targets, weights), turned = part
+        def add(spec: str, total: Any, part: Any) -> tuple[Any, jax.Array]:
+            (hidden, targets, weights), left = part
             scores = _scores(settings, hidden, head, targets, axes)
             slope = _slope(settings, scores, targets, weights, axes).astype(hidden.dtype)
             d_hidden = product("sv,dv->sd", slope, head, dtype=hidden.dtype, out_dtype=dtype)
-            d_head = product("ds,sv->dv", turned, slope, dtype=hidden.dtype, out_dtype=jnp.float32)
+            d_head = product(spec, left, slope, dtype=hidden.dtype, out_dtype=jnp.float32)
             sums, d_total = total
             return (jax.tree.map(jnp.add, sums, _sums(scores, weights)), d_total + d_head), d_hidden
 
         chunks = tuple(_split(settings, x, 2) for x in (hidden, targets, weights))
         start = (Sums(jnp.zeros(()), jnp.zeros(())), jnp.zeros(head.shape, jnp.float32))
+
+        def straight(*chunks: jax.Array) -> Any:
+            return lax.scan(functools.partial(add, "sd,sv->dv"), start, (chunks, chunks[0]))
+
+        def turned(*chunks: jax.Array) -> Any:
+            return lax.scan(functools.partial(add, "ds,sv->dv"), start, (chunks, chunks[0].swapaxes(1, 2)))
+
         # XLA:CPU sums over rows of a left operand slowly, and in bfloat16 only after a cast of both to float32. It is
-        # turned ahead of the scan, as within it XLA would take that back.
-        turned = chunks[0].swapaxes(1, 2)
-        (sums, d_head), d_hidden = lax.scan(add, start, (chunks, turned))
+        # turned ahead of the scan, as within it XLA would take that back; elsewhere it would be memory for nothing.
+        (sums, d_head), d_hidden = lax.platform_dependent(*chunks, cpu=turned, default=straight)
         d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
         return Gradients(sums, d_hidden, d_head)
 

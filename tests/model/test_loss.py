@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maxlm.jaxpr import subprograms
 from maxlm.model.flops import count_matmul_flops
 from maxlm.model.loss import chunked_cross_entropy, token_nll
 
@@ -113,12 +114,8 @@ def _program(*, differentiate):
 
 def _largest(jaxpr):
     sizes = [variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars]
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                sizes.append(_largest(inner))
-    return max(sizes, default=0)
+    inner = [_largest(program) for equation in jaxpr.eqns for program in subprograms(equation.params)]
+    return max(sizes + inner, default=0)
 
 
 @pytest.mark.parametrize("differentiate, products", [(False, 1), (True, 3)])
