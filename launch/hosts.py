@@ -141,8 +141,8 @@ class SshFleet:
         named = {name: f"<{name} of this environment>" for name in self.job.secrets}
         for number, host in enumerate(self.hosts):
             lines += [
-                printed(self.command(host), remote.allow(self.layout, self.job)),
                 printed(self.command(host), remote.status(self.layout, self.job)),
+                printed(self.command(host), remote.allow(self.layout, self.job)),
                 f"$ git archive --format=tar.gz {self.job.commit} | {shlex.join(self.command(host, unpack))}",
                 printed(self.command(host), remote.install(self.layout, self.job, self.lock)),
                 printed(self.command(host), self.start_script(number, named)),

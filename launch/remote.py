@@ -7,7 +7,8 @@ Each is bash, may be run any number of times, and has every word from outside qu
     jobs/NAME/          lock, pid, job, exit, log of the process; stopped: it is not to be started until `run` is typed
 
 A process is running exactly while jobs/NAME/lock is held: the kernel gives the lock back however the process ends, and
-a number used again by another process does not deceive.
+a number used again by another process does not deceive. Whoever only asks takes the lock as one of many (flock -s), so
+that two who ask at once do not take each other for the process.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def start(
     return f"""{_FLAGS}
 mkdir -p {layout.job(job)}
 cd {layout.job(job)}
-{read}if [ ! -e stopped ] && flock -n lock true; then
+{read}if [ ! -e stopped ] && flock -sn lock true; then
 rm -f exit
 printf %s {job.digest()} > job
 {exports}
@@ -127,7 +128,7 @@ code={layout.code(job)} python={layout.venv(lock)}/bin/python run=$PWD \\
   >> log 2>&1 < /dev/null &
 echo $! > pid
 for turn in {{1..100}}; do
-if [ -e exit ] || ! flock -n lock true; then break; fi
+if [ -e exit ] || ! flock -sn lock true; then break; fi
 sleep 0.05
 done
 fi
@@ -146,7 +147,7 @@ def _wrapper(command: str) -> str:
 def _status_lines(job: Job) -> str:
     # Right after a start the lock may be free for a moment on either side of the process's life: `exit` is read first.
     return f"""if [ -e exit ]; then s="exited $(cat exit)"
-elif flock -n lock true; then if [ -e exit ]; then s="exited $(cat exit)"; else s=absent; fi
+elif flock -sn lock true; then if [ -e exit ]; then s="exited $(cat exit)"; else s=absent; fi
 else s=running; fi
 {_other(job)}\
 if [ -e stopped ]; then case "$s" in absent) s=stopped ;; "exited 0") ;; exited*) s="stopped ${{s#exited }}" ;; esac; fi
@@ -176,7 +177,7 @@ def stop(layout: Layout, job: Job, *, seconds: int) -> str:
     """Sends SIGTERM to whatever runs under the job's name, waits up to `seconds` for it to save, then kills."""
     return f"""{_FLAGS}
 cd {layout.job(job)} 2> /dev/null || exit 0
-if ! flock -n lock true; then
+if ! flock -sn lock true; then
 kill -TERM -- "-$(cat pid)" || true
 flock -w {seconds} lock true || kill -KILL -- "-$(cat pid)"
 flock -w 30 lock true

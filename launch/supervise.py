@@ -132,6 +132,7 @@ def supervise(
 
     Raises:
       LaunchError: it failed more often than `job.retries`, or the machines did not answer; what went wrong last.
+      Hopeless: another job of this name runs there, which is left as it is.
     """
     failures, allowed = 0, False
     began: float | None = None  # the run that is there; while it goes on, looks that fail do not change that
@@ -141,10 +142,13 @@ def supervise(
             with silence.suspended():
                 replaced = fleet.ensure()
             failures = 0 if replaced else failures
+            statuses = _all(fleet)
+            _check_own(statuses, job)
             if not allowed:  # by this very command; what is stopped from now on stays so
                 fleet.allow()
                 allowed = True
-            begun = _begun(fleet, log=log)
+                statuses = _all(fleet) if any(status.state == "stopped" for status in statuses) else statuses
+            begun = _begun(fleet, statuses, log=log)
             if begun.started or began is None:
                 began = clock()  # only now: the wait for machines is no healthy run
             code = 0
@@ -178,13 +182,12 @@ def supervise(
                 fleet.replace()
 
 
-def _begun(fleet: Fleet, *, log: Callable[[str], None]) -> _Begun:
-    """From whatever state the machines are in to a run.
+def _begun(fleet: Fleet, statuses: list[Status], *, log: Callable[[str], None]) -> _Begun:
+    """From whatever state the machines are in, none of them another job's, to a run.
 
     Raises:
       _Stopped: somebody has stopped it.
     """
-    statuses = _all(fleet)
     if all(status.state == "exited" and status.code == 0 for status in statuses):
         return _Begun(complete=True)
     states = {status.state for status in statuses}
@@ -194,13 +197,26 @@ def _begun(fleet: Fleet, *, log: Callable[[str], None]) -> _Begun:
         return _Begun()
     if "stopped" in states:
         raise _Stopped
-    if states & {"running", "other"}:
+    if "running" in states:
         log("ending what runs on a part of the machines")
         fleet.stop()
     fleet.prepare()
     log(f"starting {fleet.workers} processes")
     fleet.start()
     return _Begun(started=True)
+
+
+def _check_own(statuses: list[Status], job: Job) -> None:
+    """Raises Hopeless where something else runs under the job's name; what has ended there does not count.
+
+    It may be a healthy run of a commit before, or one with another workdir: to end that, somebody has to say so.
+    """
+    if others := [status.host for status in statuses if status.state == "other"]:
+        raise Hopeless(
+            f"{job.name} runs already on {', '.join(others)}, with other settings or of another commit than "
+            f"{job.commit[:12]}; type `stop` to end it, the settings and the --commit that it was started with to "
+            "watch it, or another --name to run beside it"
+        )
 
 
 def _followed(
@@ -219,6 +235,7 @@ def _followed(
         while True:
             statuses = _all(fleet)
             silence.broken()
+            _check_own(statuses, job)  # somebody has stopped the run and started another, between two looks
             running = [status for status in statuses if status.state == "running"]
             if not running:
                 return _outcome(statuses)

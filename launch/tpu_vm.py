@@ -270,8 +270,8 @@ class TpuFleet:
         scripts += [remote.status(self.layout, self.job)]
         for node in self.nodes:
             lines += [
-                printed(self.ssh_command(node, remote.allow(self.layout, self.job))),
                 printed(self.ssh_command(node, remote.status(self.layout, self.job))),
+                printed(self.ssh_command(node, remote.allow(self.layout, self.job))),
                 printed(["git", "archive", "--format=tar.gz", "--output=code.tar.gz", self.job.commit]),
                 printed(self.copy_command(node, "code.tar.gz", archive)),
             ]

@@ -15,6 +15,7 @@ import pytest
 from launch import hosts
 from launch import job as jobs
 from launch.job import LaunchError
+from launch.supervise import Hopeless
 from maxlm.train.metrics import read_metrics
 from tests.launch.common import COMMIT, ROOT, SECRET, end_processes, lines, make_home
 from tests.runs import Runs
@@ -140,6 +141,47 @@ def test_stop_lets_it_save_and_whoever_watches_does_not_start_it_again(far, monk
     assert hosts.main(["run", *fleet_flags]) == 0 and started() == [2, 2]
     assert hosts.main(["stop", *fleet_flags]) == hosts.main(["status", *fleet_flags]) == 0
     assert capfd.readouterr().out.count("exited 0") == 2  # what is complete stays so
+
+
+def test_what_runs_under_the_name_with_another_workdir_or_commit_goes_on(far, monkeypatch, capfd):
+    make(far, monkeypatch, [])
+    flags = ["--hosts=a,b", *COMMON, "--grace_seconds=5", "--retries=0"]
+    watcher = threading.Thread(target=lambda: hosts.main(["run", *flags, "--workdir=/w"]), daemon=True)
+    watcher.start()
+    deadline = time.monotonic() + 60
+    while not all(lines(far / host / "trained") for host in "ab"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(Hopeless, match="^run runs already on .*type `stop` to end it"):
+        hosts.main(["run", *flags, "--workdir=/v"])
+    with monkeypatch.context() as later:  # a commit of this moment
+        later.setattr(jobs, "find_commit", lambda revision, *, config: "0" * 40)
+        with pytest.raises(Hopeless, match="of another commit than 000000000000; type"):
+            hosts.main(["run", *flags, "--workdir=/w"])
+    assert watcher.is_alive() and not (far / "a/maxlm/jobs/run/exit").exists()
+    assert hosts.main(["stop", *flags, "--workdir=/v"]) == 0  # which ends whatever has the name
+    watcher.join(timeout=30)
+    for host in "ab":
+        assert lines(far / host / "maxlm/jobs/run/exit") == ["75"]
+        (far / host / "plan").write_text("0\n")
+    assert hosts.main(["run", *flags, "--workdir=/v"]) == 0  # what has ended is nobody's any more
+    assert [sum("maxlm.cli" in line for line in lines(far / host / "trained")) for host in "ab"] == [2, 2]
+
+
+def test_two_who_ask_at_once_do_not_take_each_other_for_the_run(far, monkeypatch, capfd):
+    make(far, monkeypatch, [3])
+    with pytest.raises(LaunchError, match="exit code 3"):
+        run("run", "--retries=0")
+    place = far / "a/maxlm/jobs/run"
+    (place / "exit").unlink()  # as if the process had been killed
+    asks = subprocess.Popen(["flock", "-s", str(place / "lock"), "sleep", "60"], start_new_session=True)
+    try:
+        while subprocess.run(["flock", "-n", str(place / "lock"), "true"]).returncode == 0:
+            time.sleep(0.05)
+        assert run("status") == 0 and "): absent" in capfd.readouterr().out
+    finally:
+        os.killpg(asks.pid, signal.SIGKILL)
+        asks.wait()
 
 
 def test_what_is_stopped_before_it_starts_does_not_start(far, monkeypatch):

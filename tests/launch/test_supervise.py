@@ -9,7 +9,7 @@ from launch import hosts
 from launch import supervise as module
 from launch.job import LaunchError, make_job
 from launch.remote import Status
-from launch.supervise import supervise
+from launch.supervise import Hopeless, supervise
 
 JOB = make_job(name="run", config="configs/quickstart.py", workdir="gs://bucket/run", retries=3)
 
@@ -135,6 +135,28 @@ def test_a_log_that_breaks_off_is_followed_again_but_not_all_the_time():
     assert go() == 0 and machines.now > 300
     assert len(followers) == 3 and sum("following it again" in line for line in said) == 2
     assert followers[-1].returncode == -signal.SIGKILL
+
+
+def test_what_runs_under_the_name_and_is_not_this_job_is_left_alone():
+    machines = Machines(["other"])
+    _, go = machines.run()
+    with pytest.raises(Hopeless, match="run runs already on h, with other settings.*`stop`.*--commit.*--name"):
+        go()
+    assert machines.did == [] and machines.now < 5  # nor is it allowed to start again where it was stopped
+
+
+def test_another_job_that_has_taken_the_machines_over_is_no_failure_of_this_one():
+    machines = Machines(["absent", "running", "other"])
+    said, go = machines.run()
+    with pytest.raises(Hopeless, match="runs already"):
+        go()
+    assert machines.did == ["allow", "prepare", "start"] and not any("failure" in line for line in said)
+
+
+def test_what_was_stopped_is_looked_at_again_once_it_is_allowed():
+    machines = Machines(["stopped 75", "exited 75", "running", "exited 0"])
+    _, go = machines.run()
+    assert go() == 0 and machines.did == ["allow", "prepare", "start"]
 
 
 def test_of_hosts_that_stay_as_they_are_nothing_else_is_said():
