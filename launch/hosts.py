@@ -45,7 +45,7 @@ from launch.job import (
     there,
 )
 from launch.remote import Layout, Status
-from launch.supervise import HEALTHY_SECONDS, PATIENCE_SECONDS, supervise
+from launch.supervise import HEALTHY_SECONDS, PATIENCE_SECONDS, print_log, supervise, until_interrupted
 
 LOCKS = {"cpu": "cpu.lock", "gpu": "cuda.lock", "tpu": "tpu.lock"}
 PLATFORMS = {"cpu": "", "gpu": "cuda", "tpu": "tpu"}  # as JAX names them
@@ -332,17 +332,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif values.action == "stop":
         fleet.stop_for_good()
     elif values.action == "logs":
-        return fleet.follow().wait()
+        return until_interrupted(lambda: print_log(fleet), left="the run, if there is one, goes on", log=_log)
     else:
         secret_values(job)
         if not values.no_check:
             check_config(job)
         _log(job.describe())
-        try:
-            return supervise(fleet, job, log=_log, poll=values.poll, patience=values.patience)
-        except KeyboardInterrupt:
-            _log("the run goes on: the same command watches it again, `stop` ends it")
-            return 130
+        return until_interrupted(
+            lambda: supervise(fleet, job, log=_log, poll=values.poll, patience=values.patience),
+            left="the run goes on: the same command watches it again, `stop` ends it",
+            log=_log,
+        )
     return 0
 
 

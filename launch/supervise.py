@@ -12,8 +12,10 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NamedTuple, Protocol
 
 from launch.job import EXIT_PREEMPTED, Job, LaunchError
@@ -252,6 +254,40 @@ def _followed(
             sleep(poll)
     finally:
         _end(follower)
+
+
+def print_log(fleet: Fleet) -> int:
+    """Prints the first worker's log until that ends; the exit code."""
+    follower = fleet.follow()
+    try:
+        return follower.wait()
+    finally:
+        _end(follower)
+
+
+def until_interrupted(act: Callable[[], int], *, left: str, log: Callable[[str], None]) -> int:
+    """What `act` returns; or, after Ctrl-C or SIGTERM, 128 and the signal's number, once `act` has tidied up.
+
+    By itself SIGTERM, with which a scaling study ends its launchers, would leave behind what follows a log: that
+    has a session of its own, and lives on.
+
+    Args:
+      left: what is said then of what goes on.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    ours = threading.current_thread() is threading.main_thread()  # no other may set a handler, or is interrupted
+    previous = signal.signal(signal.SIGTERM, interrupt) if ours else None
+    try:
+        return act()
+    except KeyboardInterrupt as error:
+        log(left)
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _end(follower: subprocess.Popen) -> None:

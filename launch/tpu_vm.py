@@ -44,7 +44,7 @@ from launch.job import (
     there,
 )
 from launch.remote import Layout, Status
-from launch.supervise import PATIENCE_SECONDS, Hopeless, supervise
+from launch.supervise import PATIENCE_SECONDS, Hopeless, print_log, supervise, until_interrupted
 
 LOCK = ROOT / "launch" / "tpu.lock"
 # The images of the TPU VM documentation, by generation.
@@ -337,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [printed(fleet.ssh_command(node, remote.status(fleet.layout, job))) for node in fleet.nodes],
             lambda: _status(fleet),
         ),
-        "logs": ([printed(fleet.follow_command())], lambda: fleet.follow().wait()),
+        "logs": ([printed(fleet.follow_command())], lambda: print_log(fleet)),
         "stop": (
             [
                 printed(fleet.ssh_command(node, remote.stop_for_good(fleet.layout, job, seconds=job.grace_seconds)))
@@ -361,11 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not values.no_check:
             check_config(job)
         _log(described)
-    try:
-        return act()
-    except KeyboardInterrupt:
-        _log("the machines are still there, and so are their costs: the same command watches again, `delete` ends them")
-        return 130
+    left = "the machines are still there, and so are their costs: `run` watches again, `delete` ends them"
+    return until_interrupted(act, left=left, log=_log)
 
 
 def _status(fleet: TpuFleet) -> int:

@@ -1,7 +1,9 @@
 """What counts as a failure of the run, and what is only waited for, on machines that answer as a test tells them to."""
 
+import os
 import signal
 import subprocess
+import threading
 
 import pytest
 
@@ -9,7 +11,7 @@ from launch import hosts
 from launch import supervise as module
 from launch.job import LaunchError, make_job
 from launch.remote import Status
-from launch.supervise import Hopeless, supervise
+from launch.supervise import Hopeless, print_log, supervise, until_interrupted
 
 JOB = make_job(name="run", config="configs/quickstart.py", workdir="gs://bucket/run", retries=3)
 
@@ -157,6 +159,29 @@ def test_what_was_stopped_is_looked_at_again_once_it_is_allowed():
     machines = Machines(["stopped 75", "exited 75", "running", "exited 0"])
     _, go = machines.run()
     assert go() == 0 and machines.did == ["allow", "prepare", "start"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_what_follows_the_log_too(number, code):
+    machines, followers, said = Machines(["absent", *["running"] * 9]), [], []
+
+    def follow():
+        followers.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        return followers[-1]
+
+    def sleep(seconds):
+        if followers:
+            os.kill(os.getpid(), number)
+
+    machines.follow, machines.sleep = follow, sleep
+    before = signal.getsignal(signal.SIGTERM)
+    _, go = machines.run()
+    assert until_interrupted(go, left="it goes on", log=said.append) == code and said == ["it goes on"]
+    assert followers[0].returncode == -signal.SIGKILL and not {"stop", "restart"} & set(machines.did)
+    assert signal.getsignal(signal.SIGTERM) is before
+    threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+    assert until_interrupted(lambda: print_log(machines), left="it goes on", log=said.append) == code
+    assert followers[1].returncode == -signal.SIGKILL
 
 
 def test_of_hosts_that_stay_as_they_are_nothing_else_is_said():
