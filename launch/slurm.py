@@ -7,7 +7,7 @@ with exit code 75, and the job puts itself back into the queue. After a failure 
 in a row. A job that was cancelled stays out of it.
 
 With --wait this program lasts as long as the job, through all its starts, and leaves with its exit code. Begun again,
-it waits for the job that is there rather than hand in a second one.
+it waits for the job that is there rather than hand in a second one; one of other settings under that name it refuses.
 """
 
 from __future__ import annotations
@@ -181,9 +181,33 @@ def submit_command(job: Job, values: argparse.Namespace, file: Path) -> list[str
     return ["sbatch", "--parsable", f"--output={values.folder}/logs/{job.name}-{number}.log", str(file)]
 
 
-def queued(job: Job) -> str | None:
-    """The number of a job of this user and name that has not ended, or None."""
-    return _answer("squeue", "--me", "--noheader", f"--name={job.name}", "--format=%i").split("\n")[0].strip() or None
+def queued(job: Job, text: str, file: Path) -> str | None:
+    """The number of the job of this user and name that has not ended, or None.
+
+    Args:
+      text: of its sbatch file; `file` is where that stands until the number is known, then it is `numbered`.
+
+    Raises:
+      LaunchError: there are jobs of the name, and none was handed in with this text.
+    """
+    numbers = _answer("squeue", "--me", "--noheader", f"--name={job.name}", "--format=%i").split()
+    stored = {number: place.read_text() for number in numbers if (place := numbered(file, number)).exists()}
+    if ours := [number for number in stored if stored[number] == text]:
+        return ours[0]
+    strange = [number for number in numbers if number not in stored]
+    if len(strange) == 1 and file.exists() and file.read_text() == text:
+        return strange[0]  # this program was ended while sbatch ran
+    if numbers:
+        raise LaunchError(
+            f"job {numbers[0]} is named {job.name} too, and was handed in with other settings, commit or --folder than "
+            f"{file} would have now, so that its end is not this one's; say another --name, or scancel {numbers[0]}"
+        )
+    return None
+
+
+def numbered(file: Path, number: str) -> Path:
+    """Where the text of a job's sbatch file is kept, once SLURM has given it a number. No job's name has a dot."""
+    return file.with_name(f"{file.stem}.{number}.sbatch")
 
 
 def wait_for(number: str, *, poll: float) -> int:
@@ -265,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     there("sbatch")
     secret_values(job)
-    if values.wait and (number := queued(job)):
-        print(f"job {number} of this name is there already: waiting for it")
+    if values.wait and (number := queued(job, text, file)):
+        print(f"job {number} of this name and text is there already: waiting for it")
         return wait_for(number, poll=values.poll)
     if not values.no_check:
         check_config(_first_task(job, values))
@@ -275,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unpack_code(job.commit, Path(values.folder))
     file.write_text(text)
     number = _answer(*command).split(";")[0]
+    file.replace(numbered(file, number))
     print(f"job {number}; squeue --job={number} looks at it, scancel --signal=TERM {number} saves and starts it again,")
     print(f"scancel {number} ends it for good. The log is in {values.folder}/logs", flush=True)
     return wait_for(number, poll=values.poll) if values.wait else 0

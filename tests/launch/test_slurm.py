@@ -197,11 +197,11 @@ def queue(tmp_path, monkeypatch):
     return tmp_path
 
 
-def waited(queue, *states):
+def waited(queue, *states, more=()):
     line = "JobId=41 JobName=run JobState={} Reason=None Restarts=1 ExitCode={}"
     lines = [line.format(*state) if state else "" for state in states]
     (queue / "states").write_text("".join(f"{line}\n" for line in lines))
-    flags = [f"--folder={queue}/shared", f"--workdir={queue}/run", "--no-check", "--wait", "--poll=0.01"]
+    flags = [f"--folder={queue}/shared", f"--workdir={queue}/run", "--no-check", "--wait", "--poll=0.01", *more]
     return slurm.main([*COMMON, *flags])
 
 
@@ -223,13 +223,35 @@ def test_a_controller_that_does_not_answer_for_a_while_does_not_end_the_wait(que
 
 
 def test_begun_again_it_waits_for_the_job_that_is_there(queue):
+    assert waited(queue, ("COMPLETED", "0:0")) == 0
+    for there in ("41\n", "40\n41\n"):  # another one of the name is there too
+        (queue / "there").write_text(there)
+        assert waited(queue, ("RUNNING", "0:0"), ("COMPLETED", "0:0")) == 0
+    # Ended while sbatch ran: the number was not known yet. Of two it is not known which.
+    (queue / "shared/jobs/run.41.sbatch").rename(queue / "shared/jobs/run.sbatch")
+    with pytest.raises(LaunchError, match="job 40 is named run too"):
+        waited(queue, ("FAILED", "3:0"))
     (queue / "there").write_text("41\n")
-    assert waited(queue, ("RUNNING", "0:0"), ("COMPLETED", "0:0")) == 0
-    assert not (queue / "handed_in").exists()
+    assert waited(queue, ("FAILED", "3:0")) == 3
+    assert len((queue / "handed_in").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("more", ["--workdir=/elsewhere", "--config.seed=7", "--folder=/elsewhere"])
+def test_the_end_of_another_job_of_the_name_is_not_waited_for(queue, more):
+    assert waited(queue, ("COMPLETED", "0:0")) == 0
+    (queue / "there").write_text("41\n")
+    with pytest.raises(LaunchError, match="job 41 is named run too.*say another --name, or scancel 41"):
+        waited(queue, ("COMPLETED", "0:0"), more=[more])
+    # Without --wait a second one of the name may be handed in; the first's text stays known.
+    (queue / "shared/jobs/run.sbatch").write_text("another text")
+    assert waited(queue, ("COMPLETED", "0:0")) == 0
+    assert len((queue / "handed_in").read_text().splitlines()) == 1
 
 
 def test_a_job_that_slurm_has_forgotten_is_no_success(queue):
+    assert waited(queue, ("COMPLETED", "0:0")) == 0
     (queue / "there").write_text("40\n")
+    (queue / "shared/jobs/run.41.sbatch").rename(queue / "shared/jobs/run.40.sbatch")
     with pytest.raises(LaunchError, match="Invalid job id"):
         waited(queue, ("COMPLETED", "0:0"))
 
