@@ -131,7 +131,8 @@ exit "$code"
 def _srun_words(job: Job, values: argparse.Namespace, code: Path) -> str:
     words = []
     if values.container_image:
-        folders = dict.fromkeys([str(code), *([] if "://" in job.workdir else [job.workdir.split(ARRAY)[0]])])
+        # The run's own folder, which the script has made before; of an array that of the task.
+        folders = dict.fromkeys([str(code), *([] if "://" in job.workdir else [job.workdir])])
         folders |= dict.fromkeys(_own_config(job))
         mounts = ",".join(f"{folder}:{folder}" for folder in [*folders, *values.container_mount])
         words = [f"--container-image={values.container_image}", f"--container-mounts={mounts}"]

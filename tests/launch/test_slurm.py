@@ -124,6 +124,12 @@ def test_an_array_gives_each_task_its_own(folder, capsys):
     assert "#SBATCH --array=0-3%2" in text and "%A_%a.log" in whole
     said = json.loads(run(folder, text, code=0, SLURM_ARRAY_TASK_ID="2").stdout)
     assert f"--workdir={folder}/runs/2" in said["words"] and "--config.seed=2" in said["words"]
+    # A container sees the task's own folder, which is there; the path up to {array} may be none.
+    flags = ["--folder=/shared", f"--workdir={folder}/run-{{array}}/x", "--array=0-3", "--container-image=c"]
+    mounts, _ = written(capsys, *flags)
+    line = next(line for line in mounts.splitlines() if line.startswith("srun "))
+    asked = subprocess.run(["bash", "-c", f"SLURM_ARRAY_TASK_ID=2; printf '%s\n' {line[:-2]}"], capture_output=True)
+    assert f",{folder}/run-2/x:{folder}/run-2/x\n" in asked.stdout.decode()
     # The first task's own number is that of the whole array: requeueing it would end the others.
     ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     assert run(folder, text, code=75, **ids).returncode == 75
