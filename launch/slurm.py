@@ -176,6 +176,16 @@ def check_words(job: Job, values: argparse.Namespace) -> None:
         raise LaunchError("\n".join(problems))
 
 
+def notes(values: argparse.Namespace) -> list[str]:
+    """What the scheduler does otherwise than one may think."""
+    if values.gpus_per_node and not values.cpus_per_task:
+        return [
+            "# WITHOUT --cpus_per_task SLURM GIVES EACH PROCESS ONE PROCESSOR, unless the cluster says otherwise: too "
+            "little to feed a GPU. Say --cpus_per_task=N, a node's processors divided by its GPUs"
+        ]
+    return []
+
+
 def submit_command(job: Job, values: argparse.Namespace, file: Path) -> list[str]:
     """sbatch as an argument list; paths stand here rather than in directives."""
     number = "%A_%a" if values.array is not None else "%j"
@@ -252,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", type=int, default=1)
     add("--tasks_per_node", type=int, help="processes on a node; one a GPU, or one")
     add("--gpus_per_node", type=int, default=0, help="0: CPU only")
-    add("--cpus_per_task", type=int)
+    add("--cpus_per_task", type=int, help="processors of a process; what the cluster says, mostly 1")
     add("--mem", help="memory of a node, as in 500G")
     add("--time", required=True, help="as in 24:00:00")
     add("--partition")
@@ -285,6 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = sbatch_file(job, values, code)
     file = Path(values.folder) / "jobs" / f"{job.name}.sbatch"
     command = submit_command(job, values, file)
+    for note in notes(values):
+        print(note, file=sys.stderr)
     if values.dry_run:
         print(job.describe(), f"# {file}\n{text}", printed(command), sep="\n\n")
         return 0

@@ -118,6 +118,14 @@ def test_tasks_get_their_processors_and_must_find_their_gpus(folder, capsys):
     assert json.loads(run(folder, text, code=0).stdout)["env"]["JAX_PLATFORMS"] is None
 
 
+def test_gpus_without_processors_are_told(folder, capsys):
+    slurm.main([*COMMON, *flags_of(folder), "--gpus_per_node=8", "--dry-run"])
+    assert "WITHOUT --cpus_per_task SLURM GIVES EACH PROCESS ONE PROCESSOR" in capsys.readouterr().err
+    for more in (["--gpus_per_node=8", "--cpus_per_task=12"], []):
+        slurm.main([*COMMON, *flags_of(folder), *more, "--dry-run"])
+        assert capsys.readouterr().err == ""
+
+
 def test_an_array_gives_each_task_its_own(folder, capsys):
     flags = flags_of(folder)[:1] + [f"--workdir={folder}/runs/{{array}}", "--array=0-3%2", "--python=python"]
     text, whole = written(capsys, *flags, "--config.seed={array}")
