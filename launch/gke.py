@@ -42,6 +42,7 @@ from launch.job import (
     split_overrides,
     spot_note,
     there,
+    tpu_devices,
 )
 from launch.patch import merged, read_patch
 from maxlm.heartbeat import EXIT_LOST
@@ -109,6 +110,13 @@ def shape_of(values: argparse.Namespace) -> Topology:
             "names it, as in nvidia-h100-80gb, with --nodes and --gpus alone"
         )
     return Topology(groups=values.slices, hosts=values.nodes, accelerator=values.accelerator, devices=values.gpus)
+
+
+def devices_of(shape: Topology, values: argparse.Namespace) -> int | None:
+    """JAX devices of all slices or nodes; None: the slice is not one that is known."""
+    if shape.accelerator in TPUS:
+        return tpu_devices(f"{shape.groups}*{shape.accelerator}:{values.topology}")
+    return shape.groups * shape.hosts * shape.devices
 
 
 def manifest(job: Job, values: argparse.Namespace) -> dict[str, Any]:
@@ -343,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(manifest(job, values), indent=2))
         return 0
     if not values.dry_run and not values.no_check:
-        check_config(job)
+        check_config(job, devices=devices_of(shape, values))
     return _xpk(job, values) if values.action == "xpk" else _apply(job, values)
 
 

@@ -352,7 +352,7 @@ def _run_here(job: Job, values: argparse.Namespace) -> int:
         print(job.describe(), *lines, "# with a port that is free then, in place of 8476", sep="\n\n")
         return 0
     if not values.no_check:
-        check_config(job)
+        check_config(job, devices=job.topology.all_processes * job.topology.devices or None)
     logs = Path(job.workdir) / "logs" if "://" not in job.workdir else Path("logs") / job.name
     return run_local(job, logs=logs.absolute(), log=_log)
 

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from maxlm.heartbeat import SILENCE_SECONDS
+from maxlm.plan.topology import TopologyError, parse_topology
 from maxlm.rollcall import JOIN_SECONDS, tree_digest
 from maxlm.train.signals import EXIT_PREEMPTED
 
@@ -339,13 +340,26 @@ def job_of(
     )
 
 
-def check_config(job: Job) -> None:
-    """Resolves the config here, before anything is rented for it. Raises LaunchError if it does not resolve."""
+def check_config(job: Job, *, devices: int | None = None) -> None:
+    """Resolves the config here, before anything is rented for it. Raises LaunchError if it does not resolve.
+
+    Args:
+      devices: that the run will find, which its mesh has to fit; None: not known here.
+    """
     command = [sys.executable, "-m", "maxlm.cli", "check", f"--config={job.config}", *job.overrides]
+    command += [f"--devices={devices}"] if devices else []
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise LaunchError(f"{done.stderr.strip()}\n(say --no-check to start it all the same)")
+
+
+def tpu_devices(name: str) -> int | None:
+    """JAX devices of TPU slices, named as in 2*v5p-64 or v6e:4x4; None: no such slice is known to `maxlm plan`."""
+    try:
+        return parse_topology(name).devices
+    except TopologyError:
+        return None
 
 
 def secret_values(job: Job, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

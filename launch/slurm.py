@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"job {number} of this name and text is there already: waiting for it")
         return wait_for(number, poll=values.poll)
     if not values.no_check:
-        check_config(_first_task(job, values))
+        check_config(_first_task(job, values), devices=values.nodes * values.gpus_per_node or None)
     for name in ("jobs", "logs"):
         (Path(values.folder) / name).mkdir(parents=True, exist_ok=True)
     unpack_code(job.commit, Path(values.folder))

@@ -42,6 +42,7 @@ from launch.job import (
     split_overrides,
     spot_note,
     there,
+    tpu_devices,
 )
 from launch.remote import Layout, Status
 from launch.supervise import PATIENCE_SECONDS, Hopeless, print_log, supervise, until_interrupted
@@ -359,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if values.action == "run":
         secret_values(job)
         if not values.no_check:
-            check_config(job)
+            check_config(job, devices=tpu_devices(f"{values.slices}*{values.accelerator}"))
         _log(described)
     left = "the machines are still there, and so are their costs: `run` watches again, `delete` ends them"
     return until_interrupted(act, left=left, log=_log)

@@ -1,6 +1,8 @@
 """A job's description, its code, and the pinned packages beside it."""
 
+import importlib
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -116,6 +118,46 @@ def test_how_long_processes_wait_is_said_to_every_launchers_program():
         assert job.arguments()[-2:] == own, launcher
     with pytest.raises(LaunchError, match="--silence_seconds is 0; give at least 1"):
         make_job(**GIVEN, silence_seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags", "devices"),
+    [
+        ("tpu_vm", ["run", "--zone=z", "--accelerator=v5litepod-16"], 16),
+        ("tpu_vm", ["run", "--zone=z", "--accelerator=v5p-64", "--slices=2"], 64),  # two cores a chip, a device
+        ("tpu_vm", ["run", "--zone=z", "--accelerator=tpu7x-16"], 16),  # two cores a chip, two devices
+        ("tpu_vm", ["run", "--zone=z", "--accelerator=v9-16", "--runtime=x"], None),
+        ("gke", ["apply", "--image=x", "--accelerator=v6e", "--topology=2x4", "--chips=8"], 8),
+        ("gke", ["apply", "--image=x", "--accelerator=v5p", "--topology=2x2x4", "--slices=2"], 32),
+        ("gke", ["apply", "--image=x", "--accelerator=tpu7x", "--topology=2x2x2"], 16),
+        ("gke", ["apply", "--image=x", "--accelerator=nvidia-h100-80gb", "--nodes=4", "--gpus=8"], 32),
+        ("slurm", ["--time=1", "--folder=/s", "--nodes=2", "--gpus_per_node=4"], 8),
+        ("slurm", ["--time=1", "--folder=/s", "--nodes=2"], None),
+        ("hosts", ["run", "--processes=2", "--devices=3"], 6),
+        ("hosts", ["run", "--processes=2"], None),
+        ("hosts", ["run", "--hosts=a,b"], None),
+    ],
+)
+def test_the_check_before_renting_knows_the_devices_that_the_flags_tell(monkeypatch, launcher, flags, devices):
+    asked = []
+
+    class Enough(Exception):
+        pass
+
+    def check(command, **kwargs):
+        asked.append([word for word in command if word.startswith("--devices")])
+        raise Enough
+
+    module = importlib.import_module(f"launch.{launcher}")
+    monkeypatch.setattr(module, "there", lambda program: None, raising=False)
+    common = ["--config=configs/quickstart.py", "--workdir=gs://bucket/run", f"--commit={COMMIT}"]
+    git = subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **more: (git if command[0] == "git" else check)(command, **more)
+    )
+    with pytest.raises(Enough):
+        module.main([*flags, *common])
+    assert asked == [[f"--devices={devices}"] if devices else []]
 
 
 # Extras whose absence a config meets with only on the hosts: sources of data, and where metrics go.

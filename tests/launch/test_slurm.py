@@ -277,6 +277,13 @@ def test_the_settings_of_an_arrays_first_task_are_resolved_before_it_is_handed_i
     assert not (queue / "handed_in").exists()
 
 
+def test_a_mesh_that_is_not_the_hardwares_is_not_handed_in(queue):
+    flags = [f"--folder={queue}/shared", f"--workdir={queue}/run", "--nodes=2", "--gpus_per_node=2"]
+    with pytest.raises(LaunchError, match="mesh data=3 has 3 devices, but there are 4"):
+        slurm.main([*COMMON, *flags, "--config.parallel.data=3", "--config.data.batch_size=12"])
+    assert not (queue / "handed_in").exists()
+
+
 def test_waiting_is_for_one_job():
     flags = ["--folder=/s", "--workdir=/s/{array}", "--array=0-3", "--wait", "--no-check"]
     with pytest.raises(LaunchError, match="leave one of them out"):
