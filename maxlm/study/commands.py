@@ -126,10 +126,13 @@ def _plan(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int
 
 
 def _run(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:
-    from maxlm.study.runner import run_study, through
+    from maxlm.study.identity import commit
+    from maxlm.study.runner import run_study
+    from maxlm.study.starting import through
 
-    launch = through(shlex.split(values.launcher), study.name) if values.launcher else None
-    return run_study(study, folder, jobs=values.jobs, launch=launch, log=log).code
+    code = commit()
+    launch = through(shlex.split(values.launcher), study.name, commit=code) if values.launcher else None
+    return run_study(study, folder, jobs=values.jobs, launch=launch, code=code, log=log).code
 
 
 def _fit(study: Study, folder: Path, values: flags.FlagValues, log: Log) -> int:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import datetime
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +18,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple
 
 from maxlm import programs
-from maxlm.configfile import source
-from maxlm.files import NoLocks, try_lock, write_atomically
+from maxlm.files import NoLocks, try_lock
 from maxlm.study.identity import commit, fingerprint_of, run_name
 from maxlm.study.plan import PlannedRun, plan
 from maxlm.study.results import (
@@ -36,6 +34,7 @@ from maxlm.study.results import (
     write_result,
 )
 from maxlm.study.spec import Machine, Study, StudyError
+from maxlm.study.starting import Launch, Process, start_process
 from maxlm.train.home import WEIGHTS, Home, first_start, weights_given
 from maxlm.train.metrics import FILE_NAME, cut_metrics, read_metrics
 from maxlm.train.progress import format_duration
@@ -49,19 +48,6 @@ _LEAVING = (
     "the same command watches them again, and a launcher's own words stop them (docs/launch.md)"
 )
 Log = Callable[[str], None]
-
-
-class Process(Protocol):
-    """What the runner asks of a started run (of subprocess.Popen)."""
-
-    def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
-
-    def terminate(self) -> None:
-        """Asks it to save and leave."""
-
-
-Launch = Callable[[PlannedRun, Path, Sequence[int], IO[Any]], Process]
 
 
 class Outcome(NamedTuple):
@@ -91,7 +77,14 @@ class _Running:
 
 
 def run_study(
-    study: Study, folder: Path, *, jobs: int = 0, launch: Launch | None = None, log: Log, poll: float = POLL_SECONDS
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 0,
+    launch: Launch | None = None,
+    code: str = "",
+    log: Log,
+    poll: float = POLL_SECONDS,
 ) -> Outcome:
     """Runs what is left of a study.
 
@@ -99,6 +92,7 @@ def run_study(
       folder: of the study; see `results`.
       jobs: runs at a time; 0: as the study's machine says.
       launch: starts a run; by default as a process of its own.
+      code: the commit that `launch` starts, for the results; by default that of this program.
 
     Raises:
       StudyError: another process runs this study, a run that was begun is not what it was, nothing is held out, or
@@ -114,7 +108,7 @@ def run_study(
         if len(set(names.values())) < len(names):
             raise StudyError("two runs of the study are one and the same; vary something that their results depend on")
         write_plan(folder, study, fingerprint, runs, names)
-        stamp = _Stamp(fingerprint, commit())
+        stamp = _Stamp(fingerprint, code or commit())
         queue = _Queue(runs, {label: folder / "runs" / name for label, name in names.items()}, stamp, log)
         width = max(jobs or study.machine.jobs, 1)
         if queue.waiting and launch is None:
@@ -130,61 +124,6 @@ def _taken(folder: Path, *, log: Log = lambda _: None) -> IO[Any] | None:
     except NoLocks as error:
         log(f"{folder} is on a file system without locks ({error}): see that no other `maxlm study run` works there")
         return path.open("a", encoding="utf-8")
-
-
-def start_process(run: PlannedRun, workdir: Path, cores: Sequence[int], lock: IO[Any]) -> subprocess.Popen:
-    """`maxlm train` on some cores; it keeps the lock for as long as it lives, and is told when this process dies."""
-    words = [*programs.module_words("maxlm.cli"), "train"]
-    return _start(words, run, workdir, cores, lock, environment=programs.environment())
-
-
-def through(launcher: Sequence[str], study: str) -> Launch:
-    """Starts runs by a command of `launch/` that lasts as long as its job, with a name, config and workdir added.
-
-    A name is that of the run, so that a launcher that is started again finds the job that is under way.
-    """
-
-    def start(run: PlannedRun, workdir: Path, cores: Sequence[int], lock: IO[Any]) -> subprocess.Popen:
-        prefix = re.sub("[^a-z0-9]+", "-", study.lower()).strip("-")[:20].strip("-")
-        return _start([*launcher, f"--name=s-{prefix}-{workdir.name}"], run, workdir, (), lock)
-
-    return start
-
-
-def _start(
-    words: Sequence[str],
-    run: PlannedRun,
-    workdir: Path,
-    cores: Sequence[int],
-    lock: IO[Any],
-    *,
-    environment: dict[str, str] | None = None,
-) -> subprocess.Popen:
-    config = workdir / "given.py"
-    write_atomically(config, source(run.config))
-    command = [*words, f"--config={config}", f"--workdir={workdir}"]
-    with (workdir / "log.txt").open("ab") as out:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            pass_fds=[lock.fileno()],
-            preexec_fn=lambda: _in_child(cores),
-            start_new_session=True,  # Ctrl-C is for this process, which asks the runs to stop
-        )
-
-
-def _in_child(cores: Sequence[int]) -> None:
-    """Before the program of a run begins: its share of the cores, and a SIGTERM when the parent is gone (Linux)."""
-    if sys.platform != "linux":
-        return
-    if cores:
-        os.sched_setaffinity(0, cores)
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class _Stamp(NamedTuple):

@@ -5,14 +5,11 @@ import errno
 import fcntl
 import json
 import os
-import shlex
 import subprocess
-import sys
 
 import pytest
 
 import maxlm
-from launch.job import make_job
 from maxlm.checkpoint.reader import COMMIT_MARKER, RECORD_FILE, RECORD_ITEM, Record, record_to_json
 from maxlm.chips import CHIPS
 from maxlm.errors import UserError
@@ -22,7 +19,7 @@ from maxlm.study.identity import commit
 from maxlm.study.ladder import Shape
 from maxlm.study.plan import plan
 from maxlm.study.results import read_plan, read_result, write_result
-from maxlm.study.runner import devices_here, run_study, start_process
+from maxlm.study.runner import devices_here, run_study
 from maxlm.study.spec import Isoflops, Rungs, StudyError, Sweep, Trunks
 from maxlm.train.home import run_id, weights_given
 from maxlm.train.metrics import read_metrics
@@ -138,23 +135,6 @@ def test_a_default_that_has_changed_is_noticed_before_a_killed_run_goes_on(done)
     finally:
         path.write_text(kept)
         (workdir / "result.json").write_text(ended)
-
-
-def test_runs_execute_the_code_that_planned_them_wherever_it_is_typed(tmp_path, monkeypatch):
-    trap = tmp_path / "maxlm"
-    trap.mkdir()
-    (trap / "__init__.py").write_text("raise SystemExit('the code of the folder')")
-    (trap / "cli.py").write_text("")
-    study = isoflop_study(tmp_path, budgets=(1e13,))
-    (planned, *_) = plan(study)
-    model = dataclasses.replace(planned.config.model, vocab_size=1)
-    bad = dataclasses.replace(planned, config=dataclasses.replace(planned.config, model=model))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    with open(tmp_path / "lock", "w") as lock:
-        assert start_process(bad, tmp_path / "run", (), lock).wait() == 1
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "model.vocab_size is 1, but" in log and "the code of the folder" not in log
 
 
 def test_the_commit_is_that_of_this_code_and_of_no_repository_around_it(tmp_path, monkeypatch):
@@ -441,24 +421,3 @@ def test_a_topology_says_what_a_study_costs_there(tmp_path, monkeypatch):
     assert large["dollars"] == pytest.approx(large["seconds"] / 3600 * 4 * hourly)
     with pytest.raises(UserError, match="cpu-8"):
         verb("plan", study, tmp_path / "out", monkeypatch, topology="cpu-8")
-
-
-def test_a_launcher_is_given_each_run_and_its_exit_code_counts(tmp_path, monkeypatch):
-    study, folder = isoflop_study(tmp_path, budgets=(1e13,)), tmp_path / "out"
-    program = tmp_path / "launcher.py"
-    program.write_text(
-        "import sys, pathlib\n"
-        f"with open({str(tmp_path / 'given')!r}, 'a') as file: print(*sys.argv[1:], file=file)\n"
-        "print('no nodes are left')\n"
-        "sys.exit(3)\n"
-    )
-    launcher = shlex.join([sys.executable, str(program), "--time=1:00:00"])
-    said, code = verb("run", study, folder, monkeypatch, launcher=launcher, jobs=2)
-    assert code == 1 and said.count("failed: exit code 3 (no nodes are left)") == 5
-    lines = [line.split() for line in (tmp_path / "given").read_text().splitlines()]
-    names = {r.name for r in read_plan(folder).runs}
-    assert {line[1] for line in lines} == {f"--name=s-made-up-{name}" for name in names}
-    for time, name, config, workdir in lines:
-        place = folder / "runs" / name.rpartition("-")[2]
-        assert (time, config, workdir) == ("--time=1:00:00", f"--config={place / 'given.py'}", f"--workdir={place}")
-        make_job(name=name.partition("=")[2], config=str(place / "given.py"), workdir=str(place))  # is well formed
