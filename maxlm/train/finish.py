@@ -15,6 +15,7 @@ from maxlm.infer.generate import RunnableModel, check_prompts, encode_prompts, g
 from maxlm.infer.load import generation_runtime
 from maxlm.infer.sampling import Sampling
 from maxlm.model.flops import ledger as flop_ledger
+from maxlm.train.outlook import heaviest
 from maxlm.train.report import Facts, Foretold, Sample, write_report
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def facts(run: Run, samples: list[Sample], baselines: Baselines | None) -> Facts
     """What the report says beyond metrics.jsonl."""
     model, data = run.config.model, run.config.data
     counts = flop_ledger(model, sequence_length=data.sequence_length)
+    judged = heaviest(run.config)
     return Facts(
         name=run.config.name,
         parameters=counts.params_total,
@@ -137,6 +139,7 @@ def facts(run: Run, samples: list[Sample], baselines: Baselines | None) -> Facts
         train_command=f"maxlm train --config={run.workdir}/config.py --workdir={run.home.place}",
         generate_command=f"maxlm generate --workdir={run.home.place} --prompt='...'",
         foretold=foretold(run),
+        foretold_steps=range(judged.from_step + 1, judged.from_step + judged.steps + 1),
         extra=data_figures(run),
     )
 

@@ -37,7 +37,8 @@ from maxlm.resolve import as_config_dict
 from maxlm.train import rollback
 from maxlm.train.goodput import Ledger
 from maxlm.train.home import SAVED, Home
-from maxlm.train.metrics import MetricsWriter, read_metrics
+from maxlm.train.metrics import FAILED_SAVE, MetricsWriter, read_metrics
+from maxlm.train.outlook import heaviest
 from maxlm.train.peak import Peak, describe_place, run_peak
 from maxlm.train.profile import FOLDER as PROFILE
 from maxlm.train.profile import Profiler
@@ -94,7 +95,7 @@ class Run:
     vocab_size: int  # without rows that are neither a token's nor the first weights'
     log: Log
     watermark: Watermark | None = None  # since the last program was compiled
-    device_bytes: float | None = None  # the most that steps held on a device, before the first save or evaluation
+    device_bytes: float | None = None  # the most that the heaviest steps held on a device, as `weigh` has found it
     copy_pace: Pace = dataclasses.field(init=False)
     agreement: Agreement = dataclasses.field(init=False)
     step_seconds: float = 0.0  # of a step, lately
@@ -173,6 +174,8 @@ class Run:
                 if step == start or self.loader.shape(step) != self.loader.shape(step - 1):
                     self.read(behind, progress)
                     behind = None
+                    if step > start:
+                        self.weigh(state, step - 1)
                     program = self.program(self.loader.shape(step), progress)
                     if step > start:
                         progress.renew(self.cost(step))
@@ -190,8 +193,7 @@ class Run:
                 if any(due) or done == total or profiler.closing(step):
                     self.read(behind, progress)
                     behind = None
-                    if self.device_bytes is None and self.watermark is not None:
-                        self.device_bytes = self.watermark.device_bytes(state)
+                    self.weigh(state, step)
                     profiler.after(step)
                     with progress.paused(), self.sentries.watchdog.between():
                         self.between(state, batch, done, due)
@@ -294,6 +296,14 @@ class Run:
             program = self.setup.compile(*shape, log=progress.note)
         self.watermark = Watermark()
         return program
+
+    def weigh(self, state: TrainState, step: int) -> None:
+        """Notes once what steps have held, after `step`, before a save, an evaluation or a compiler adds to it.
+
+        Of a run with phases the heaviest steps, which are those that a plan is of.
+        """
+        if self.device_bytes is None and self.watermark and self.loader.shape(step) == heaviest(self.config).shape:
+            self.device_bytes = self.watermark.device_bytes(state)
 
     def batch(self, step: int) -> Any:
         """The batch of a step, on the devices."""
@@ -420,7 +430,7 @@ class Run:
         """Writes down a save that has failed; too many of them in a row end the run."""
         error, in_row = self.checkpointer.pending_error(), self.checkpointer.failures
         if error:
-            self.writer.write("checkpoint_failed", step, {"reason": str(error), "in_row": in_row})
+            self.writer.write(FAILED_SAVE, step, {"reason": str(error), "in_row": in_row})
             self.log(f"saves that failed in a row: {in_row}, of {self.config.checkpoint.max_failures} that end the run")
         if in_row >= self.config.checkpoint.max_failures:
             raise TrainingStopped(

@@ -28,6 +28,7 @@ from maxlm.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 EVENTS = "tensorboard"  # folder
+FAILED_SAVE = "checkpoint_failed"  # the kind of a record, which stays when the run goes back: the report counts them
 FLUSH_SECONDS = 5.0  # between handing buffered lines to the operating system
 EVENTS_SECONDS = 30.0  # the same for TensorBoard, whose library waits for the disk each time
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -76,7 +77,10 @@ class MetricsWriter:
             self._log(f"the last records of {FILE_NAME} are lost: {lost}")  # what ends the run is the one to tell
 
     def truncate(self, step: int) -> Truncation:
-        """Drops all records of steps after `step` and goes on from there; tells TensorBoard to drop them too."""
+        """Drops the records of steps after `step` and goes on from there; tells TensorBoard to drop them too.
+
+        That a save failed stays true, of a step that is made again, too.
+        """
         if not self._active:
             return Truncation(kept=0, dropped=0, unreadable=0, last_step=step)
         self._begun = step
@@ -100,7 +104,7 @@ class MetricsWriter:
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                done = cut_metrics(path, step, without=without)
+                done = cut_metrics(path, step, without=without, always=FAILED_SAVE)
             self._lines = _Lines(path)
             self._events = _Events(self._workdir / EVENTS, purge_step=step + 1)
         except OSError as error:
@@ -109,7 +113,7 @@ class MetricsWriter:
                 "and that it may be written; the same command goes on from the newest checkpoint"
             ) from error
         for line in waiting:
-            if _stays(_parse(line), step, without):
+            if _stays(_parse(line), step, without, FAILED_SAVE):
                 self._lines.write(line)
         self._last_step = step
         return done
@@ -242,7 +246,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def cut_metrics(path: Path, step: int, *, without: str = "") -> Truncation:
+def cut_metrics(path: Path, step: int, *, without: str = "", always: str = "") -> Truncation:
     """Drops the records after `step`.
 
     Those that end the file are cut off, for which a full disk has room. If others go, a shorter file is written beside
@@ -250,14 +254,18 @@ def cut_metrics(path: Path, step: int, *, without: str = "") -> Truncation:
 
     Args:
       without: the kind of which those of `step` itself go, too.
+      always: the kind of which none go.
     """
     kept = dropped = unreadable = last_step = 0
-    read = end = kept_bytes = 0  # end: where the last line that stays ends
+    read = end = kept_bytes = 0  # end: where the last line up to `step` that stays ends
+    later = b""  # the lines of steps after it that stay and come behind that
     with path.open("rb") as lines:
         for line in lines:
             record, read = _parse(line), read + len(line)
-            if _stays(record, step, without):
-                kept, kept_bytes, end = kept + 1, kept_bytes + len(line), read
+            if _stays(record, step, without, always):
+                kept, later = kept + 1, later + line
+                if record["step"] <= step:
+                    kept_bytes, end, later = kept_bytes + len(later), read, b""
                 last_step = record["step"] if record["kind"] == "step" else last_step
             elif record is None:
                 unreadable += 1
@@ -266,18 +274,23 @@ def cut_metrics(path: Path, step: int, *, without: str = "") -> Truncation:
     if kept_bytes < end:
         beside = path.with_name(path.name + ".partial")
         with path.open("rb") as old, beside.open("wb") as new:
-            new.writelines(line for line in old if _stays(_parse(line), step, without))
+            new.writelines(line for line in old if _stays(_parse(line), step, without, always))
             new.flush()
             os.fsync(new.fileno())
         os.replace(beside, path)
-    elif end < read:
-        os.truncate(path, end)
+    elif end + len(later) < read:
+        with path.open("r+b") as file:  # over what was there, for which a full disk has room, too
+            file.seek(end)
+            file.write(later)
+            file.truncate()
     return Truncation(kept=kept, dropped=dropped, unreadable=unreadable, last_step=last_step)
 
 
-def _stays(record: dict[str, Any] | None, step: int, without: str) -> TypeGuard[dict[str, Any]]:
+def _stays(record: dict[str, Any] | None, step: int, without: str, always: str) -> TypeGuard[dict[str, Any]]:
     """Whether a record is there still when those after `step`, and of `step` those of a kind, are gone."""
-    return record is not None and (record["step"] < step or (record["step"] == step and record["kind"] != without))
+    if record is None or record["kind"] == always:
+        return record is not None
+    return record["step"] < step or (record["step"] == step and record["kind"] != without)
 
 
 def plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from maxlm.eval.baselines import Baselines
 from maxlm.files import write_atomically
 from maxlm.train.goodput import Summary
 from maxlm.train.lossplot import draw_loss
-from maxlm.train.metrics import read_metrics
+from maxlm.train.metrics import FAILED_SAVE, read_metrics
 from maxlm.train.progress import format_duration, utilisation
 
 
@@ -62,6 +62,7 @@ class Facts:
     generate_command: str
     extra: Mapping[str, str | int | float | None]  # further figures, such as compile_seconds
     foretold: Foretold | None = None  # None: no plan was made
+    foretold_steps: range | None = None  # the records of the steps that a plan is of, the heaviest; None: of all
 
 
 class Totals(NamedTuple):
@@ -71,7 +72,7 @@ class Totals(NamedTuple):
     updates: int
     tokens: int  # loss-bearing
     seconds: float  # on completed steps
-    median_seconds: float | None  # of a step
+    median_seconds: float | None  # of a step, of those that a plan is of
     last_loss: float | None  # of the last accepted step, nats a token
     tokens_per_second: float | None
     mfu_6n: float | None
@@ -86,7 +87,7 @@ def write_report(workdir: Path, facts: Facts) -> dict[str, Any]:
     """Writes loss.png, report.json and report.md, each whole or not at all; returns what report.json holds."""
     workdir = Path(workdir)
     records = list(read_metrics(workdir))
-    totals = add_up(records)
+    totals = add_up(records, foretold=facts.foretold_steps)
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     figures = _figures(facts, totals, evaluations)
     write_atomically(
@@ -98,8 +99,11 @@ def write_report(workdir: Path, facts: Facts) -> dict[str, Any]:
     return figures
 
 
-def add_up(records: Sequence[Mapping[str, Any]]) -> Totals:
+def add_up(records: Sequence[Mapping[str, Any]], *, foretold: range | None = None) -> Totals:
     """Sums over step records, each under the cost that was last recorded before it.
+
+    A machine counts where it has made a step that was kept: the cost of a start that was killed before that stays in
+    the records, too.
 
     MFU is the FLOPs of all tokens over what the devices could have done in the seconds of all steps; None when the peak
     was unknown for some of them, or is plainly too low.
@@ -110,16 +114,20 @@ def add_up(records: Sequence[Mapping[str, Any]]) -> Totals:
     taken: list[float] = []
     last_loss: float | None = None
     cost: Mapping[str, Any] = {"peak_flops": None, "peak_source": "", "flops_6n": 0.0, "flops_causal": 0.0}
+    used = cost
     devices: dict[str, None] = {}
     for record in records:
         if record["kind"] == "cost":
             cost = record
-            devices[record["devices"]] = None
         elif record["kind"] == "step":
             steps += 1
             tokens += record["tokens"]
             seconds += record["seconds"]
-            taken.append(record["seconds"])
+            if foretold is None or record["step"] in foretold:
+                taken.append(record["seconds"])
+            used = cost
+            if "devices" in cost:
+                devices[cost["devices"]] = None
             if record["accepted"]:
                 updates += 1
                 last_loss = record["loss"]
@@ -138,10 +146,10 @@ def add_up(records: Sequence[Mapping[str, Any]]) -> Totals:
         tokens_per_second=tokens / seconds if seconds else None,
         mfu_6n=utilisation(six_n, ceiling),
         mfu_causal=utilisation(causal, ceiling),
-        peak_flops=cost["peak_flops"],
-        peak_source=cost["peak_source"],
+        peak_flops=used["peak_flops"],
+        peak_source=used["peak_source"],
         devices=tuple(devices),
-        failed_saves=sum(record["kind"] == "checkpoint_failed" for record in records),
+        failed_saves=sum(record["kind"] == FAILED_SAVE for record in records),
     )
 
 

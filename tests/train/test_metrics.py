@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from maxlm.config import Config, TrainConfig
 from maxlm.errors import UserError
 from maxlm.train.goodput import Ledger
-from maxlm.train.metrics import FILE_NAME, MetricsWriter, Truncation, read_metrics
+from maxlm.train.metrics import FILE_NAME, MetricsWriter, Truncation, cut_metrics, read_metrics
 
 
 def writer(workdir, step=0, config=None):
@@ -108,6 +108,31 @@ def test_any_cut_of_the_file_is_survived(tmp_path_factory, step, cut):
     assert whole.startswith(after)
     expected = [line for line in whole[:cut].splitlines(keepends=True) if line.endswith(b"\n")]
     assert after.splitlines(keepends=True) == [line for line in expected if json.loads(line)["step"] <= step]
+
+
+def test_that_a_save_failed_is_kept_wherever_the_run_goes_back_to(tmp_path):
+    """Also once it stands between other records, and where nothing but the end of the file has to go."""
+    with writer(tmp_path) as out:
+        for step in range(1, 9):
+            out.write("step", step, {"loss": 1 / step})
+            if step in (3, 6):
+                out.write("checkpoint_failed", step, {"reason": "no room", "in_row": 1})
+    whole = lines(tmp_path)
+    with writer(tmp_path, 4):
+        pass
+    assert lines(tmp_path) == [*whole[:5], whole[7]]
+    with writer(tmp_path, 4) as out:
+        assert lines(tmp_path) == [*whole[:5], whole[7]]
+        out.write("step", 5, {"loss": 1 / 5})
+        out.write("step", 6, {"loss": 1 / 6})
+        out.truncate(5)
+    assert lines(tmp_path) == [*whole[:5], whole[7], whole[5]]
+    with writer(tmp_path, 2):
+        pass
+    assert lines(tmp_path) == [*whole[:2], whole[3], whole[7]]
+    # A branch of a study begins with its trunk's records, but the saves that failed are the trunk's.
+    assert cut_metrics(tmp_path / FILE_NAME, 2) == Truncation(kept=2, dropped=2, unreadable=0, last_step=2)
+    assert lines(tmp_path) == whole[:2]
 
 
 def test_what_is_written_again_is_taken_back_where_a_process_goes_on_and_nowhere_else(tmp_path):

@@ -214,6 +214,33 @@ def test_a_forecast_stands_beside_what_came(tmp_path):
     assert "Forecast" not in write_page(tmp_path, facts())
 
 
+def test_of_phases_the_steps_that_the_plan_is_of_are_measured(tmp_path):
+    with MetricsWriter(tmp_path, Config(), process_index=0) as out:
+        out.truncate(0)
+        out.write("cost", 0, COST)
+        for number, seconds in enumerate((1.0,) * 9 + (30.0, 4.0, 4.0, 4.0, 2.0), start=1):
+            step(out, number, seconds=seconds)
+    said = Foretold(hardware="cpu-8", seconds=4.0, device_bytes=3.0, device_bytes_held=None)
+    figures = write_report(tmp_path, facts(foretold=said, foretold_steps=range(10, 14)))
+    assert figures["foretold"]["seconds_taken"] == 4.0 and figures["train_seconds"] == 53.0
+
+
+def test_a_machine_counts_that_has_made_a_step_and_every_save_that_failed(tmp_path):
+    """A start that was killed before its first step has left its cost, at the step where the next one begins."""
+    for devices, failed in (("2 CPU cores", None), ("4 x H100", 7), ("8 x H100", None)):
+        with MetricsWriter(tmp_path, Config(), process_index=0) as out:
+            out.truncate(5 if devices == "8 x H100" else 0)
+            out.write("cost", 5 if devices == "8 x H100" else 0, {**COST, "devices": devices})
+            for number in range(1, 9) if failed else ():
+                step(out, number)
+                if number in (3, failed):
+                    out.write("checkpoint_failed", number, {"reason": "no room", "in_row": 1})
+    figures = write_report(tmp_path, facts())
+    assert figures["steps"] == 5 and figures["devices"] == ["4 x H100"]
+    assert figures["failed_saves"] == 2  # that after step 5, too, where the run went on
+    assert "**Saves that failed: 2**" in (tmp_path / "report.md").read_text()
+
+
 def test_a_plan_for_other_devices_is_no_forecast_of_the_run(tmp_path):
     said = []
     mesh = SimpleNamespace(size=1)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 
+import jax
 import pytest
 
 from maxlm.checkpoint.reader import CheckpointError, CheckpointReader
@@ -181,7 +182,23 @@ def test_later_phases_have_their_own_cost_and_the_first_step_does_not_wait_for_t
     monkeypatch.setattr(loop, "Progress", Clocked)
     monkeypatch.setattr(Proof, "check", check)
     monkeypatch.setattr(loop, "run_peak", lambda *args: peaks.append(run_peak(*args)) or peaks[-1])
+    watermarks, reports = [], []
+
+    class Watermark:
+        def __init__(self):
+            watermarks.append(self)
+
+        def device_bytes(self, state):
+            return 1.0 + watermarks.index(self)
+
+    monkeypatch.setattr(loop, "Watermark", Watermark)
+    monkeypatch.setattr(finish, "write_report", lambda workdir, facts: reports.append(facts))
+    plan = {"forecast": {"seconds": 0.4}, "memory": {"total": 3}, "topology": "cpu", "devices": jax.device_count()}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
     assert train(config, tmp_path, log=lambda line: None) == 0
+    # A plan is of the heaviest steps: the first two, though nothing stops the run before the phase that follows them.
+    assert reports[0].foretold.device_bytes_held == 1.0 and len(watermarks) == 2
+    assert reports[0].foretold_steps == range(1, 3)
     seconds = [record["seconds"] for record in read_metrics(tmp_path, "step")]
     assert now == [HEAD_START] and seconds == [0.0] * 3
     costs = [(record["step"], record["flops_causal"]) for record in read_metrics(tmp_path, "cost")]
