@@ -54,6 +54,6 @@ class Pace:
         self._steps = steps
         return steps
 
-    def go_back(self, step: int) -> None:
-        """The run is at `step` again, and counts from there on."""
+    def go_on_from(self, step: int) -> None:
+        """The run counts from `step` on, with the interval chosen before: it went back there, or nothing was saved."""
         self._next = step + self._steps

@@ -132,7 +132,7 @@ class Run:
         """The run is where a checkpoint was, and passes over other batches from there on."""
         self.goodput.begin_anew(restored.step)
         for pace in (self.checkpointer.pace, self.copy_pace):
-            pace.go_back(restored.step)
+            pace.go_on_from(restored.step)
         if self.copies:
             self.copies.forget_after(restored.step)
         self.loader = Loader(self.data.stores, self.config.data, seed=self.config.seed, skips=skips)
@@ -373,7 +373,10 @@ class Run:
             result = self.checkpointer.save(step, state, metadata=self.metadata())
             self.note_saved()
             self.goodput.checkpoint(step)
-            self.settle_pace(self.checkpointer.pace, step, result.stall_seconds, self.checkpointer.write_seconds)
+            if result.started:
+                self.settle_pace(self.checkpointer.pace, step, result.stall_seconds, self.checkpointer.write_seconds)
+            else:  # what was refused at once has cost next to nothing, which says nothing of what a save costs
+                self.checkpointer.pace.go_on_from(step)
         self.tell_failures(step)
 
     def note_saved(self) -> None:

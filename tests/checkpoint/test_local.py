@@ -237,5 +237,5 @@ def test_the_pace_is_fixed_or_follows_from_cost_and_failures():
     resumed = Pace(1000, mtbf=3600.0)
     assert [step for step in range(1201, 2300) if resumed.due(step)][0] == 2200
     for pace, first in ((measured, 50 + apart), (fixed, 60)):  # taken back by a rollback
-        pace.go_back(50)
+        pace.go_on_from(50)
         assert [step for step in range(51, 400) if pace.due(step)][0] == first

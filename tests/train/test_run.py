@@ -1,14 +1,18 @@
 """A run in one process: what comes after what, so that a failure or a signal at any moment costs next to nothing."""
 
+import contextlib
 import functools
 import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from maxlm.checkpoint.manager import SaveResult
+from maxlm.checkpoint.pace import Pace
 from maxlm.checkpoint.reader import CheckpointError, CheckpointReader
 from maxlm.config import PhaseConfig, StoreConfig, TokenizerConfig
 from maxlm.data.prepare import prepare_data
@@ -206,6 +210,30 @@ def test_later_phases_have_their_own_cost_and_the_first_step_does_not_wait_for_t
     assert costs == [(0, long), (2, short)] and len(peaks) == 1 and short < long
     tokens = 8 * (2 * 64 * long + 32 * short)
     assert outlook(config)["training FLOPs"]["in all, causal-exact"] == pytest.approx(tokens)
+
+
+def test_a_save_that_is_refused_at_once_says_nothing_of_what_one_costs():
+    """With a cost of next to nothing the next one would be due at once, and so would all that follow."""
+    pace, results = Pace(1000, mtbf=3600.0), iter([SaveResult(True, 2.0), SaveResult(False, 1e-6)])
+    nothing = SimpleNamespace(
+        bucket=lambda name: contextlib.nullcontext(), checkpoint=lambda step: None, write=lambda *record: None
+    )
+    run = SimpleNamespace(
+        config=SimpleNamespace(checkpoint=SimpleNamespace(mtbf_hours=1.0)),
+        checkpointer=SimpleNamespace(pace=pace, write_seconds=0.0, save=lambda *args, **kwargs: next(results)),
+        copy_pace=None, step_seconds=1.0, goodput=nothing, writer=nothing, rollbacks=[],
+        sentries=SimpleNamespace(refusals=SimpleNamespace(steps=[])),
+        flush=dict, metadata=dict, note_saved=dict, tell_failures=str,
+    )  # fmt: skip
+    run.settle_pace = functools.partial(loop.Run.settle_pace, run)
+
+    def next_due(step):
+        return next(later for later in range(step + 1, 9999) if pace.due(later))
+
+    loop.Run.save(run, None, 100)
+    apart = next_due(100) - 100
+    loop.Run.save(run, None, 100 + apart)
+    assert next_due(100 + apart) == 100 + 2 * apart and apart > 10
 
 
 def test_a_gap_in_the_metrics_is_told():
