@@ -63,6 +63,15 @@ class Staged:
         self.came_on()
         return copy
 
+    def again(self, name: str) -> None:
+        """Copies a file anew whose copy has proved damaged, where no SHA-256 is known that tells.
+
+        Raises: as `file`.
+        """
+        copy = self.folder / name
+        with on_this_machine(copy), locked(self.folder / f".{name}.lock"):
+            self._copy(name, copy, sha256="", size=0)
+
     def _copy(self, name: str, copy: Path, *, sha256: str, size: int) -> None:
         lines = Lines(f"copying {name} of {self.remote}", size)
 

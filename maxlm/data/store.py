@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from maxlm.data.staging import MANIFEST, Staged, read_manifest
-from maxlm.data.tokenizers import Ends, Tokenizer, load_tokenizer
+from maxlm.data.tokenizers import Ends, Tokenizer, TokenizerError, load_tokenizer
 from maxlm.errors import UserError
 from maxlm.files import file_digest
 from maxlm.storage import Folder, StorageError, is_bucket
@@ -224,7 +224,28 @@ class TokenStore:
         return self._splits[name]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the tokens, from its copy inside the store."""
+        """The tokenizer that made the tokens, from its copy inside the store.
+
+        Raises:
+          TokenizerError: Its file is missing or unfit.
+          StoreError: The bucket's file is another than the manifest says.
+          StorageError: The bucket cannot be read.
+        """
+        entry = self.manifest["tokenizer"]
+        if self._staged is None or not entry["file"]:
+            return self._load_tokenizer()
+        with contextlib.suppress(TokenizerError):
+            if (found := self._load_tokenizer()).fingerprint == entry["fingerprint"]:
+                return found
+        self._staged.again(entry["file"])  # the manifest has no SHA-256 of it, by which a damaged copy were found
+        if (found := self._load_tokenizer()).fingerprint != entry["fingerprint"]:
+            raise StoreError(
+                f"{self.place}/{entry['file']} is damaged: its fingerprint is {found.fingerprint[:12]}, the manifest "
+                f"says {entry['fingerprint'][:12]}; bring the file back, or prepare the store again"
+            )
+        return found
+
+    def _load_tokenizer(self) -> Tokenizer:
         entry = self.manifest["tokenizer"]
         ends = Ends.of(entry["bos_id"], entry.get("eos_id"))  # which is of no matter to the tokens: older ones lack it
         return load_tokenizer(entry["kind"], self._tokenizer_file or "", ends=ends)

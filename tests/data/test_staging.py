@@ -17,7 +17,7 @@ from maxlm.data import staging, workers
 from maxlm.data import store as stores
 from maxlm.data.prepare import prepare_data, prepare_store
 from maxlm.data.store import StoreError, StoreWriter, TokenStore
-from maxlm.data.tokenizers import ByteTokenizer
+from maxlm.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from maxlm.files import file_digest
 from maxlm.storage import Folder, StorageError, local_name
 from tests.tiny import tiny_config, write_corpus
@@ -147,6 +147,30 @@ def test_a_damaged_copy_is_made_again_and_a_damaged_object_is_named(store):
     store.remove("train-00002.bin")
     with pytest.raises(FileNotFoundError, match="train-00002.bin is not there"):
         again.split("train").read(128, 140)
+
+
+def test_a_damaged_copy_of_the_tokenizer_is_made_again_and_a_damaged_object_is_named(bucket, tmp_path):
+    """The manifest has no SHA-256 of that file, but the tokenizer's fingerprint."""
+    text, others = ([f"{word} {number} of some words and others" for number in range(200)] for word in ("one", "two"))
+    tokenizer, other = (
+        SentencePieceTokenizer(train_sentencepiece(iter(text), 300)),
+        train_sentencepiece(iter(others), 300),
+    )
+    StoreWriter(tmp_path / "store", tokenizer).finish(heldout_permille=25)
+    remote = Folder(f"{bucket}/store")
+    staging.publish(tmp_path / "store", remote)
+    opened = TokenStore.open(str(remote))
+    copy = opened.path / tokenizer.file_name
+    whole = copy.read_bytes()
+    assert other != whole  # a model like any other, and not the one of these tokens
+    for damaged in (other, whole[:100]):
+        copy.write_bytes(damaged)
+        assert TokenStore.open(str(remote)).tokenizer().fingerprint == tokenizer.fingerprint
+        assert copy.read_bytes() == whole
+    remote.write(tokenizer.file_name, other)
+    copy.write_bytes(other)
+    with pytest.raises(StoreError, match=f"store/{tokenizer.file_name} is damaged: its fingerprint is"):
+        opened.tokenizer()
 
 
 def test_what_is_no_store_is_said(store, server):
