@@ -156,6 +156,21 @@ def test_small_files_follow_a_run_and_the_buckets_count_unless_those_here_go_on(
         copied(f"{bucket}/none", log=print)
 
 
+def test_a_rollback_that_the_bucket_never_had_is_not_gone_where_the_run_went_on_without(bucket):
+    url, said = f"{bucket}/run", []
+    first_start(url)
+    with Home(url, log=said.append) as home:
+        (home.folder / "rollbacks.json").write_text('[{"at": 8, "to": 4}]')
+    assert Folder(url).read("rollbacks.json")
+    with Home(url, log=said.append) as home:
+        assert (home.folder / "rollbacks.json").exists() and not said
+    Folder(url).remove("rollbacks.json")  # as if the copy into the bucket had failed
+    with Home(url, log=said.append) as home:
+        assert not (home.folder / "rollbacks.json").exists()
+    assert "rollbacks.json" not in Folder(url).names()
+    assert len(said) == 1 and said[0].endswith(f"rollbacks.json: {url} has none, and the run goes on as it is there")
+
+
 def test_who_looks_at_a_run_or_prepares_it_leaves_the_files_of_its_training_alone(bucket):
     """After a rollback the bucket's metrics go further than those here, to which the training appends."""
     url = f"{bucket}/run"
@@ -310,9 +325,14 @@ def test_copies_that_nobody_asks_for_any_more_are_removed(bucket):
     os.utime(first, (month, month))
     assert copied(run.url, log=lines.append) == first  # asked for again, late
     os.utime(first, (month, month))
+    left, under_way = (first.with_name(f"{first.name[:-1]}{n}.partial-x") for n in (2, 3))
+    for folder in (left, under_way):
+        (folder / "checkpoints").mkdir(parents=True)
+    os.utime(left, (month, month))  # of a run that nobody asks for, either
     assert held(copied(other.url, log=lines.append), 7) == ["7-abc-1"] * 6
     assert not first.exists() and f"removed {first}: nobody has asked for it in 30 days" in lines
     assert not list(first.parent.glob("*unused*"))
+    assert not left.exists() and under_way.exists() and f"removed {left}: it was not copied to its end" in lines
 
 
 def test_a_checkpoint_that_is_retired_while_it_is_copied_gives_way_to_the_next(bucket, server):

@@ -30,6 +30,7 @@ from maxlm.files import locked, write_among_others, write_atomically
 from maxlm.storage import UNUSED_DAYS, Folder, cache_folder, is_bucket, local_name, on_this_machine
 from maxlm.train.metrics import EVENTS
 from maxlm.train.profile import FOLDER as PROFILE
+from maxlm.train.rollback import FILE_NAME as ROLLBACKS
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.json"
 PREPARED = "data/prepared.json"
@@ -127,7 +128,12 @@ class Home:
         if self._remote is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in self._remote.names():
+        names = self._remote.names()
+        if ROLLBACKS not in names and (RUN in names or CONFIG in names) and (self.folder / ROLLBACKS).exists():
+            # Written before the bucket refused it: whoever went on from the bucket meanwhile did not go back there.
+            (self.folder / ROLLBACKS).unlink(missing_ok=True)
+            self._log(f"removed {self.folder / ROLLBACKS}: {self.place} has none, and the run goes on as it is there")
+        for name in names:
             if not _is_small(name) or name.startswith(f"{PROFILE}/"):  # which nothing here reads
                 continue
             content, file = self._remote.read(name), self.folder / name
@@ -315,14 +321,19 @@ def _copies() -> Path:
 
 
 def _forget_unused(copies: Path, *, log: Log) -> None:
-    """Removes the copies that nobody has asked for in UNUSED_DAYS days."""
-    for folder in sorted(each for each in copies.iterdir() if each.is_dir() and ".partial-" not in each.name):
+    """Removes the copies that nobody has asked for in UNUSED_DAYS days, and those that were begun before and not ended.
+
+    What is being copied for another run, which its own lock guards, is younger.
+    """
+    for folder in sorted(each for each in copies.iterdir() if each.is_dir()):
         with contextlib.suppress(FileNotFoundError):  # somebody else has just removed it
             if time.time() - folder.stat().st_mtime < UNUSED_DAYS * 86400:
                 continue
-            aside = folder.rename(f"{folder}.partial-unused")  # whole or not there at all
+            whole = ".partial-" not in folder.name
+            aside = folder.rename(f"{folder}.partial-unused") if whole else folder  # whole or not there at all
             shutil.rmtree(aside, ignore_errors=True)
-            log(f"removed {folder}: nobody has asked for it in {UNUSED_DAYS} days")
+            why = f"nobody has asked for it in {UNUSED_DAYS} days" if whole else "it was not copied to its end"
+            log(f"removed {folder}: {why}")
 
 
 def _copy_checkpoint(source: Folder, folder: Path, *, log: Log) -> bool:
