@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +24,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_among_others(path: Path, content: str | bytes) -> None:
-    """Like `write_atomically`, where another process may be writing the same file; the folder is made if missing."""
+    """Like `write_atomically`, where another process may be writing the same file; the folder is made if missing.
+
+    What it writes beside has a number drawn for it: containers that share a disk have processes of the same number.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _move_written(path.with_name(f".{path.name}.{os.getpid()}"), path, content)
+    _move_written(path.with_name(f".{path.name}.{secrets.randbits(64)}"), path, content)
 
 
 def _move_written(beside: Path, path: Path, content: str | bytes) -> None:

@@ -25,6 +25,7 @@ from maxlm.data.sources import SourceError, list_source
 from maxlm.data.store import StoreError, StoreWriter, TokenStore
 from maxlm.data.tokenizers import ByteTokenizer, Ends, TokenizerError
 from maxlm.data.workers import Progress, WorkerError, WorkerPool
+from maxlm.files import write_among_others
 
 PERMILLE = 200
 
@@ -395,7 +396,7 @@ def test_what_a_run_reads_is_written_down_whole(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     run = config(f"text:{corpus}")
     prepare_data(run, tmp_path / "run")
-    names = [Path(path).name.removeprefix(".").removesuffix(f".{os.getpid()}") for path in synced]
+    names = [Path(path).name.removeprefix(".").rpartition(".")[0] for path in synced]
     assert "prepared.json" in names and any(name.startswith("tokenizer-") for name in names)
     (tmp_path / "run" / "data" / "prepared.json").write_bytes(b"")  # as a crash of the machine leaves what was not
     with pytest.raises(StoreError, match="prepared.json is not there, or not whole: the process that builds"):
@@ -441,6 +442,7 @@ def test_what_a_unit_reports_is_on_the_disk_before_its_report(tmp_path, monkeypa
 
     def fsync(number):
         synced.append((Path(os.readlink(f"/proc/self/fd/{number}")).name, os.fstat(number).st_size))
+        assert synced[-1][0].rpartition(".")[2].isdigit()  # by which it is known as one that is being written
         sync(number)
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -449,9 +451,26 @@ def test_what_a_unit_reports_is_on_the_disk_before_its_report(tmp_path, monkeypa
     out = tmp_path / "out"
     out.mkdir()
     report = pieces.tokenise_unit(unit, pieces.TokenizerFile("bytes", "", Ends()), str(out), "unit")
-    sizes = [(f".{path.name}.{os.getpid()}", path.stat().st_size) for path in out.iterdir()]
+    sizes = [(f".{path.name}", path.stat().st_size) for path in out.iterdir()]
     assert len(report.runs) == 1 and len(sizes) == 3 and all(size for _, size in sizes)
-    assert sorted(synced) == sorted(sizes) and synced[-1][0].startswith(".unit.json.")
+    written = [(name.rpartition(".")[0], size) for name, size in synced]
+    assert sorted(written) == sorted(sizes) and written[-1][0] == ".unit.json"
+
+
+def test_processes_of_one_number_that_write_the_same_file_each_write_a_whole_one(tmp_path, monkeypatch):
+    """As the first processes of two containers that share a disk: of what one writes the other takes nothing away."""
+    path, sync, beside = tmp_path / "file", os.fsync, []
+
+    def fsync(number):
+        beside.append(os.readlink(f"/proc/self/fd/{number}"))
+        if len(beside) == 1:
+            write_among_others(path, "the second")
+            assert path.read_text() == "the second"
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_among_others(path, "first")
+    assert path.read_text() == "first" and len(set(beside)) == 2 and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_bar_names_a_source_as_it_is(monkeypatch, capsys):
