@@ -27,8 +27,8 @@ _LOGICAL: dict[str, tuple[str | None, ...]] = {
     "head": ("embed", "vocab"),
 }
 PIECE = 2**26
-"""Bytes of the head's gradient that are added up over `fsdp` at a time. Of four times as many XLA:TPU makes an all-reduce
-in Llama 3.1 405B, twice the bytes on the wire, and needs 2.7 GiB more for the 70B, holes between the pieces."""
+"""Bytes of the head's gradient that are added up over `fsdp` at a time. Of four times as many XLA:TPU makes an
+all-reduce for Llama 3.1 405B, twice the bytes on the wire, and for the 70B holes in memory, 2.7 GiB of them."""
 _POSITIONS = RULES["batch"] + RULES["seq"]
 
 
