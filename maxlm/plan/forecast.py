@@ -22,9 +22,10 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.allocator import give_back_at_once
 from maxlm.config import Config
-from maxlm.kernels.attention import Mask, dispatch
+from maxlm.kernels.attention import Mask, choose, features
 from maxlm.kernels.chunked import chunked
 from maxlm.kernels.matmul import einsum
+from maxlm.model.flops import positions_seen
 from maxlm.model.layers import rms_norm
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.mlp import GATED, UNGATED
@@ -39,10 +40,13 @@ from maxlm.train.watermark import Watermark
 
 UNCACHED = 2**26  # bytes, more than a core's share of any cache
 SECONDS = 0.8  # of measuring each kernel, besides its compilation
+FLOPS = 1e10  # of a run of a kernel that is measured, about: some fifth of a second on two cores
+POSITIONS = 1024  # of such a run at least, where the step has as many: with fewer, each takes longer
+ROW = 4096  # positions of attention likewise: from there on its blocks are as large as they get
 
 
 class Rates(NamedTuple):
-    """Measured on all cores together.
+    """Measured on all cores together. Of kernels with more than `FLOPS` a part is, and counted up.
 
     products: FLOP/s of a layer's products, gradients among them.
     attend, attend_back: seconds of a layer's attention on a whole row with a device's heads, on average over the
@@ -53,7 +57,7 @@ class Rates(NamedTuple):
     meet: seconds of a collective of all devices that moves next to nothing, and besides, send: bytes of its payload a
       second. No collectives are priced (meet 0, send infinite) with one device or on a mesh larger than this process's.
     scratch: bytes that a device takes while a step runs, beside what the compiler plans: libraries behind products lay
-      their operands out anew.
+      their operands out anew. Of kernels that are measured in part it is that of the part, and too low.
     seconds: that measuring took, compilation included.
     """
 
@@ -94,44 +98,22 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
     shards = max(parallel.data * parallel.fsdp * parallel.expert, 1)
     rows = max(config.data.batch_size // config.train.accumulation // shards, 1)
     length, width = config.data.sequence_length // parallel.context, model.embed_dim
-    hidden = (model.moe.dim if model.moe.experts else model.mlp.dim) // parallel.tensor
-    x = jnp.ones((rows, length, width), dtype)
-    w = jnp.ones((width, hidden), jnp.float32)
-    y = jnp.ones((rows, length, hidden), dtype)
+    layer = _part(rows, length, width, (model.moe.dim if model.moe.experts else model.mlp.dim) // parallel.tensor)
+    x = jnp.ones((layer.rows, layer.length, width), dtype)
+    w = jnp.ones((width, layer.columns), jnp.float32)
+    y = jnp.ones((layer.rows, layer.length, layer.columns), dtype)
 
     def product(x: jax.Array, w: jax.Array, g: jax.Array) -> Any:
         out, pull = jax.vjp(lambda x, w: einsum("bsd,df->bsf", x, w, dtype=dtype), x, w)
         return out, pull(g)
 
-    attention = model.attention
-    heads = attention.q_heads // parallel.tensor, attention.kv_heads // parallel.tensor
-    # Over `context` every shard's queries meet the keys of all shards: together what a whole row takes, in blocks.
-    row, kernel = config.data.sequence_length, dispatch("cpu")
-    if parallel.context > 1:
-        kernel = functools.partial(chunked, together=False)
-    q = jnp.ones((1, row, heads[0], attention.head_dim), dtype)
-    k = jnp.ones((1, row, heads[1], attention.head_dim), dtype)
-    v = jnp.ones((1, row, heads[1], attention.value_dim), dtype)
-    segments = jnp.zeros((1, row), jnp.int32) if config.data.mask_documents else None
-
-    def attend(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mask = Mask(scale=attention.head_dim**-0.5, window=window, segments_q=segments, segments_k=segments)
-        return kernel(q, k, v, mask)
-
-    def attend_and_back(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        out, pull = jax.vjp(functools.partial(attend, window), q, k, v)
-        return out, pull(out)
-
-    def attention_seconds(function: Callable[..., Any]) -> float:
-        return sum(
-            share * _measured(functools.partial(function, window), q, k, v, seconds=seconds)
-            for window, share in _windows(config).items()
-        )
-
-    head = jnp.ones((width, model.vocab_size // parallel.tensor), jnp.float32) / width
+    vocab = model.vocab_size // parallel.tensor
+    judged = _part(rows, length, width, vocab)
+    stream = jnp.ones((judged.rows, judged.length, width), dtype)
+    head = jnp.ones((width, judged.columns), jnp.float32) / width
 
     def loss(x: jax.Array, head: jax.Array) -> jax.Array:
-        targets, weights = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length), jnp.float32)
+        targets, weights = jnp.zeros(x.shape[:2], jnp.int32), jnp.ones(x.shape[:2], jnp.float32)
         sums = chunked_cross_entropy(
             x, head, targets, weights, chunk=config.train.loss_chunk, softcap=model.logits_softcap, z_loss=0.0
         )
@@ -144,7 +126,7 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
 
     # As a step's arrays, these are in no cache when their turn comes.
     copies = max(round(UNCACHED / (x.nbytes + y.nbytes)), 1)
-    wide, gated = (jnp.ones((copies * rows, *array.shape[1:]), dtype) for array in (x, y))
+    wide, gated = (jnp.ones((copies * layer.rows, *array.shape[1:]), dtype) for array in (x, y))
     numbers = [jnp.ones((2**20,), jnp.float32)] * 4
 
     def update(p: jax.Array, g: jax.Array, m: jax.Array, s: jax.Array) -> Any:
@@ -153,12 +135,13 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
 
     few, many = _exchanges(math.prod(parallel.sizes.values()), seconds)
     loss_and_gradients = jax.value_and_grad(loss, argnums=(0, 1))
-    forward, both = attention_seconds(attend), attention_seconds(attend_and_back)
+    forward, both = _attention_seconds(config, seconds)
+    loss_seconds = _measured(loss_and_gradients, stream, head, seconds=seconds)
     timed = Rates(
-        products=6.0 * x.size * hidden / _measured(product, x, w, y, seconds=seconds),
+        products=6.0 * x.size * layer.columns / _measured(product, x, w, y, seconds=seconds),
         attend=forward,
         attend_back=max(both - forward, forward),
-        loss=_measured(loss_and_gradients, x, head, seconds=seconds) / (rows * length),
+        loss=loss_seconds / (judged.rows * judged.length) * (vocab / judged.columns),
         # Of each array the forward pass reads one and writes one; the backward pass reads two and writes one.
         elementwise=5.0 * (wide.nbytes + gated.nbytes) / _measured(elementwise, wide, gated, seconds=seconds),
         optimizer=_measured(update, *numbers, seconds=seconds) / numbers[0].size,
@@ -168,8 +151,77 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
         seconds=0.0,
     )
     give_back_at_once()  # after all that is timed
-    scratch = max(_beside(product, x, w, y), _beside(loss_and_gradients, x, head))
+    scratch = max(_beside(product, x, w, y), _beside(loss_and_gradients, stream, head))
     return timed._replace(scratch=scratch, seconds=time.perf_counter() - begun)
+
+
+class _Part(NamedTuple):
+    """Of a product (rows, length, width) x (width, columns)."""
+
+    rows: int
+    length: int
+    columns: int
+
+
+def _part(rows: int, length: int, width: int, columns: int) -> _Part:
+    """What is measured of a product with both its gradients: all of it up to `FLOPS`.
+
+    Of more, fewer rows and positions are, as long as there are `POSITIONS`, and then fewer columns.
+    """
+
+    def room(*others: int) -> int:
+        return int(FLOPS // (6 * width * math.prod(others)))
+
+    rows = min(rows, max(room(length, columns), -(-POSITIONS // length)))
+    length = min(length, max(room(rows, columns), POSITIONS))
+    fit = room(rows, length)
+    return _Part(rows, length, columns if fit >= columns else min(columns, max(fit // 64, 1) * 64))
+
+
+def _attention_seconds(config: Config, seconds: float) -> tuple[float, float]:
+    """Of a layer's attention on a whole row with a device's heads, on average: forward, and with the backward pass."""
+    attention, parallel, dtype = config.model.attention, config.parallel, jnp.dtype(config.train.precision)
+    heads, groups = attention.kv_heads // parallel.tensor, attention.q_heads // attention.kv_heads
+    whole, dims = config.data.sequence_length, {"head_dim": attention.head_dim, "value_dim": attention.value_dim}
+
+    def kernel(mask: Mask) -> Callable[..., jax.Array]:
+        """That of the whole row, wherever a part of it is measured."""
+        # Over `context` every shard's queries meet the keys of all shards: together what a whole row takes, in blocks.
+        if parallel.context > 1:
+            return functools.partial(chunked, together=False)
+        needs, head_dim = features(mask, **dims), attention.head_dim
+        asked = choose(platform="cpu", dtype=dtype, head_dim=head_dim, needs=needs, queries=whole, keys=whole)
+        return asked.function
+
+    def attend(window: int, segments: jax.Array | None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mask = Mask(scale=attention.head_dim**-0.5, window=window, segments_q=segments, segments_k=segments)
+        return kernel(mask)(q, k, v, mask)
+
+    def attend_and_back(window: int, segments: jax.Array | None, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        out, pull = jax.vjp(functools.partial(attend, window, segments), q, k, v)
+        return out, pull(out)
+
+    def flops(window: int, row: int) -> float:
+        """Of one kv head, with the backward pass: seven products of which two are the forward pass's."""
+        return 7.0 * row * positions_seen(window, row) * groups * sum(dims.values())
+
+    def taken(function: Callable[..., Any], window: int) -> float:
+        row, of_all = whole, flops(window, whole) * heads
+        while row >= 2 * ROW and flops(window, row) > FLOPS:
+            row //= 2
+        measured = min(heads, max(int(FLOPS // flops(window, row)), 1))
+        q = jnp.ones((1, row, measured * groups, attention.head_dim), dtype)
+        k = jnp.ones((1, row, measured, attention.head_dim), dtype)
+        v = jnp.ones((1, row, measured, attention.value_dim), dtype)
+        segments = jnp.zeros((1, row), jnp.int32) if config.data.mask_documents else None
+        took = _measured(functools.partial(function, window, segments), q, k, v, seconds=seconds)
+        return took * (of_all / (flops(window, row) * measured))
+
+    forward, both = (
+        sum(share * taken(function, window) for window, share in _windows(config).items())
+        for function in (attend, attend_and_back)
+    )
+    return forward, both
 
 
 def _windows(config: Config) -> dict[int, float]:

@@ -1,6 +1,7 @@
 """A step's time and memory on this machine's CPUs: what is measured in small, and what is made of it."""
 
 import dataclasses
+import runpy
 import time
 
 import jax
@@ -8,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.model.flops import count_matmul_flops
 from maxlm.plan import forecast as forecasting
 from maxlm.plan.collectives import Traffic
 from maxlm.plan.forecast import Rates, calibrate, forecast
+from maxlm.resolve import resolve
 from maxlm.train.watermark import Watermark
 from tests.plan.test_analytic import LENGTH, ROWS, config
+from tests.runs import ROOT
 
 RATES = Rates(
     products=1e9,
@@ -109,3 +113,67 @@ def test_attention_on_cpus_is_measured_with_every_window_of_the_layers(monkeypat
     assert rates.attend == pytest.approx(2 / 3 * 1 + 1 / 3 * 4)
     assert rates.attend + rates.attend_back == pytest.approx(2 / 3 * 3 + 1 / 3 * 10)
     assert next(took, None) is None
+
+
+def counted(monkeypatch, resolved):
+    """The rates of a machine that makes 1e9 products' FLOPs a second and does all else at once, with what it ran."""
+    ran = []
+
+    def measured(function, *args, seconds):
+        flops = count_matmul_flops(jax.make_jaxpr(function)(*args))
+        ran.append(([x.shape for x in args], flops))
+        return flops / 1e9 or 1.0
+
+    monkeypatch.setattr(forecasting, "_measured", measured)
+    monkeypatch.setattr(forecasting, "_beside", lambda *_: 0.0)
+    return calibrate(resolved, seconds=0.0), ran
+
+
+def recipe(name, *, devices, **changes):
+    """A config of the house on so many devices."""
+    given = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    for section, values in changes.items():
+        given[section].update(values)
+    return resolve(given, devices=devices)
+
+
+@pytest.mark.parametrize(("window", "length"), [(0, LENGTH), (0, 8192), (64, 8192)])
+def test_what_is_measured_in_part_has_the_rates_of_the_whole(window, length, monkeypatch):
+    base = config(mesh={"fsdp": 2})
+    attention = dataclasses.replace(base.model.attention, windows=(window,))
+    resolved = dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, attention=attention),
+        data=dataclasses.replace(base.data, sequence_length=length),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(forecasting, "FLOPS", 1e15)
+        whole, ran = counted(monkeypatch, resolved)
+    with monkeypatch.context() as patch:
+        patch.setattr(forecasting, "FLOPS", 4e6)
+        patch.setattr(forecasting, "POSITIONS", 64)
+        part, less = counted(monkeypatch, resolved)
+    assert part.products == pytest.approx(whole.products) and part.loss == pytest.approx(whole.loss)
+    for name in ("attend", "attend_back"):  # but for the first positions of a row
+        assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=0.05)
+    assert all(a[1] < b[1] for a, b in zip(less, ran, strict=True) if b[1])
+
+
+def test_calibrating_a_large_model_takes_no_longer_than_the_recipe_that_it_is_tuned_on(monkeypatch):
+    large = recipe("gpt2_124m", devices=8, train={"precision": "float32"})
+    _, ran = counted(monkeypatch, large)
+    assert max(flops for _, flops in ran) < 2 * forecasting.FLOPS
+    assert max(int(np.prod(shape)) for shapes, _ in ran for shape in shapes) * 4 < 2 * forecasting.UNCACHED
+    longest = dataclasses.replace(large, data=dataclasses.replace(large.data, sequence_length=32_768))
+    _, ran = counted(monkeypatch, longest)
+    assert max(flops for _, flops in ran) < 2 * forecasting.FLOPS
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_model_as_small_as_the_quickstarts_is_measured_whole(devices, monkeypatch):
+    _, ran = counted(monkeypatch, recipe("quickstart", devices=devices, parallel={"data": devices}))
+    rows = 8 // devices
+    shapes = [shapes for shapes, _ in ran]
+    assert [(rows, 256, 128), (128, 384), (rows, 256, 384)] in shapes
+    assert [(rows, 256, 128), (128, 4096)] in shapes
+    assert [(1, 256, 2, 64)] * 3 in shapes
