@@ -32,7 +32,7 @@ from maxlm.model.mlp import GATED, UNGATED
 from maxlm.plan.analytic.backends import names_results
 from maxlm.plan.analytic.memory import facts, state_bytes, state_leaves
 from maxlm.plan.analytic.symbols import PLACE, values
-from maxlm.plan.analytic.walk import KINDS
+from maxlm.plan.analytic.walk import KINDS, TOKENS, Work
 from maxlm.plan.collectives import Traffic
 from maxlm.plan.plan import Plan
 from maxlm.train.outlook import at_heaviest
@@ -302,10 +302,9 @@ def forecast(config: Config, rates: Rates, *, device_bytes: float, traffic: Sequ
     devices = math.prod(parallel.sizes.values())
     anatomy = facts(config, named=names_results(config, "cpu")).anatomy
     amounts = anatomy.amounts(values(config)) * devices
-    of_loss = [bool(work.size.exponents[PLACE["vocab"]]) for work in anatomy.work]
     done = {kind: 0.0 for kind in KINDS}
-    for work, amount, is_loss in zip(anatomy.work, amounts.tolist(), of_loss, strict=True):
-        if not is_loss or work.kind != "product":
+    for work, amount in zip(anatomy.work, amounts.tolist(), strict=True):
+        if not _of_loss(work):
             done[work.kind] += amount
     # Layers are counted on all devices. On each of them they meet a microbatch's rows of its shard of the batch; the
     # `context` devices of a row share out its positions, and those of `tensor` its heads, of which `rates` are.
@@ -316,12 +315,21 @@ def forecast(config: Config, rates: Rates, *, device_bytes: float, traffic: Sequ
     parts = {
         "products": done["product"] / rates.products,
         "attention": rows * (done["attention_forward"] * rates.attend + done["attention_backward"] * rates.attend_back),
-        "loss": tokens * parallel.tensor * rates.loss,
+        "loss": (1 + config.model.mtp_layers) * tokens * parallel.tensor * rates.loss,
         "elementwise": done["traffic"] / rates.elementwise,
         "optimizer": held["parameters"] / 4 * devices * rates.optimizer,
         "collectives": sum(row.count * rates.meet + row.payload / rates.send for row in traffic),
     }
     return Forecast(parts, (device_bytes + rates.scratch) * devices)
+
+
+def _of_loss(work: Work) -> bool:
+    """Whether it is within what was measured of the loss: its products, and what is done to logits and in each chunk.
+
+    What is done once to as many entries as the head has may be the optimizer's, or a cast of the table.
+    """
+    of_tokens = any(work.size.exponents[PLACE[name]] or work.trips.exponents[PLACE[name]] for name in TOKENS)
+    return bool(work.size.exponents[PLACE["vocab"]]) and (work.kind == "product" or of_tokens)
 
 
 def compiled_bytes(program: jax.stages.Compiled) -> float:

@@ -177,3 +177,25 @@ def test_a_model_as_small_as_the_quickstarts_is_measured_whole(devices, monkeypa
     assert [(rows, 256, 128), (128, 384), (rows, 256, 384)] in shapes
     assert [(rows, 256, 128), (128, 4096)] in shapes
     assert [(1, 256, 2, 64)] * 3 in shapes
+
+
+def test_what_is_done_to_logits_is_of_the_loss_alone():
+    """Which is measured with it: elementwise work grows with the vocabulary by the head's entries, not by a token's."""
+
+    def elementwise(vocab, rows):
+        given = config()
+        model = dataclasses.replace(given.model, vocab_size=vocab)
+        data = dataclasses.replace(given.data, batch_size=rows)
+        resolved = dataclasses.replace(given, model=model, data=data)
+        return forecast(resolved, RATES, device_bytes=0.0, traffic=[]).parts["elementwise"]
+
+    grown = [elementwise(8192, rows) - elementwise(512, rows) for rows in (ROWS, 4 * ROWS)]
+    assert grown[0] == pytest.approx(grown[1]) and grown[0] >= 0
+    assert elementwise(512, 4 * ROWS) > 2 * elementwise(512, ROWS)
+
+
+def test_every_layer_that_predicts_further_tokens_has_a_loss():
+    rates, tokens = RATES._replace(loss=1e-6), ROWS * LENGTH
+    for more in (0, 2):
+        parts = forecast(config(mtp=more), rates, device_bytes=0.0, traffic=[]).parts
+        assert parts["loss"] == pytest.approx((1 + more) * tokens * 1e-6)

@@ -57,7 +57,8 @@ class Work(NamedTuple):
     trips: Size
 
 
-_TOKENS = ("rows", "chunks", "chunk")
+TOKENS = ("rows", "chunks", "chunk")
+"""Symbols of which what there is for each token, or row, has one."""
 Moments = list[tuple[str, "Counter[Held]"]]
 ONE = size_of((), 1, {})
 
@@ -115,7 +116,7 @@ class Walker:
 
     def of_tokens(self, size: Size) -> bool:
         """Whether there is some of it for each token, or row."""
-        return any(size.exponents[PLACE[name]] for name in _TOKENS)
+        return any(size.exponents[PLACE[name]] for name in TOKENS)
 
     def is_weight(self, size: Size) -> bool:
         """Whether it is a parameter, or a gradient of one, that `fsdp` spreads."""
