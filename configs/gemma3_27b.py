@@ -7,7 +7,7 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-128. 
 prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
 google/gemma-3-27b-pt, on Hugging Face.
 
-Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 70.6 of 95.7 GiB a chip,
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 69.8 of 95.7 GiB a chip,
 attention_qkv, attention_out and mlp_up kept for the backward pass, 5.8 s a step, 1,410 tokens/s a chip.
 """
 
