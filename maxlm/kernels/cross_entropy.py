@@ -9,7 +9,6 @@ normalisers, and the logits of targets, along the mesh axes that it is told of, 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,9 +19,18 @@ from jax import lax
 from maxlm.kernels.matmul import product
 
 Axes = tuple[str, ...]
-LocalFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Axes], Any]
-"""(hidden (B,S,D), head (D,V) in hidden's dtype, targets (B,S), weights (B,S), axes of the vocabulary) -> results."""
 SpreadFn = Callable[..., Any]
+
+
+class Device(NamedTuple):
+    """Where the positions are. vocab: mesh axes along which others have parts of the vocabulary. cpu: what it is."""
+
+    vocab: Axes
+    cpu: bool
+
+
+LocalFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Device], Any]
+"""(hidden (B,S,D), head (D,V) in hidden's dtype, targets (B,S), weights (B,S), the device) -> results."""
 
 
 class Sums(NamedTuple):
@@ -71,7 +79,7 @@ def alone(
       kinds: what each of the results is: `sum`, of positions; `token`, one a position; `hidden` or `head`, a gradient.
     """
     del kinds
-    return local(hidden, head.astype(hidden.dtype), targets, weights, ())
+    return local(hidden, head.astype(hidden.dtype), targets, weights, Device((), jax.default_backend() == "cpu"))
 
 
 def capped_logits(hidden: jax.Array, head: jax.Array, *, softcap: float) -> jax.Array:
@@ -86,9 +94,9 @@ def capped_logits(hidden: jax.Array, head: jax.Array, *, softcap: float) -> jax.
 def local_nll(settings: Settings) -> LocalFn:
     """Of kind `token`: -log p(target) of every position, (B, S) float32. Weights are not looked at."""
 
-    def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, _: jax.Array, axes: Axes) -> jax.Array:
+    def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, _: jax.Array, device: Device) -> jax.Array:
         chunks = _split(settings, hidden, 2), _split(settings, targets, 2)
-        nll = lax.map(lambda part: _scores(settings, part[0], head, part[1], axes).nll, chunks)
+        nll = lax.map(lambda part: _scores(settings, part[0], head, part[1], device.vocab).nll, chunks)
         return nll.reshape(-1)[: targets.size].reshape(targets.shape)
 
     return run
@@ -97,10 +105,11 @@ def local_nll(settings: Settings) -> LocalFn:
 def local_sums(settings: Settings) -> LocalFn:
     """`Sums`, of kind `sum` both; one product a chunk."""
 
-    def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, axes: Axes) -> Sums:
+    def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, device: Device) -> Sums:
         def add(total: Sums, part: Any) -> tuple[Sums, None]:
             hidden, targets, weights = part
-            return jax.tree.map(jnp.add, total, _sums(_scores(settings, hidden, head, targets, axes), weights)), None
+            scores = _scores(settings, hidden, head, targets, device.vocab)
+            return jax.tree.map(jnp.add, total, _sums(scores, weights)), None
 
         chunks = tuple(_split(settings, x, 2) for x in (hidden, targets, weights))
         return lax.scan(add, Sums(jnp.zeros(()), jnp.zeros(())), chunks)[0]
@@ -111,30 +120,26 @@ def local_sums(settings: Settings) -> LocalFn:
 def local_gradients(settings: Settings) -> LocalFn:
     """`Gradients`, of kinds `sum`, `hidden` and `head`; three products a chunk, and nothing kept but the gradients."""
 
-    def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, axes: Axes) -> Gradients:
+    def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, device: Device) -> Gradients:
+        axes = device.vocab
         dtype = jnp.float32 if axes else hidden.dtype
 
-        def add(spec: str, total: Any, part: Any) -> tuple[Any, jax.Array]:
+        def add(total: Any, part: Any) -> tuple[Any, jax.Array]:
             (hidden, targets, weights), left = part
             scores = _scores(settings, hidden, head, targets, axes)
             slope = _slope(settings, scores, targets, weights, axes).astype(hidden.dtype)
             d_hidden = product("sv,dv->sd", slope, head, dtype=hidden.dtype, out_dtype=dtype)
+            spec = "ds,sv->dv" if device.cpu else "sd,sv->dv"
             d_head = product(spec, left, slope, dtype=hidden.dtype, out_dtype=jnp.float32)
             sums, d_total = total
             return (jax.tree.map(jnp.add, sums, _sums(scores, weights)), d_total + d_head), d_hidden
 
         chunks = tuple(_split(settings, x, 2) for x in (hidden, targets, weights))
         start = (Sums(jnp.zeros(()), jnp.zeros(())), jnp.zeros(head.shape, jnp.float32))
-
-        def straight(*chunks: jax.Array) -> Any:
-            return lax.scan(functools.partial(add, "sd,sv->dv"), start, (chunks, chunks[0]))
-
-        def turned(*chunks: jax.Array) -> Any:
-            return lax.scan(functools.partial(add, "ds,sv->dv"), start, (chunks, chunks[0].swapaxes(1, 2)))
-
         # XLA:CPU sums over rows of a left operand slowly, and in bfloat16 only after a cast of both to float32. It is
         # turned ahead of the scan, as within it XLA would take that back; elsewhere it would be memory for nothing.
-        (sums, d_head), d_hidden = lax.platform_dependent(*chunks, cpu=turned, default=straight)
+        left = chunks[0].swapaxes(1, 2) if device.cpu else chunks[0]
+        (sums, d_head), d_hidden = lax.scan(add, start, (chunks, left))
         d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
         return Gradients(sums, d_hidden, d_head)
 

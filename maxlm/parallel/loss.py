@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from maxlm.kernels.cross_entropy import LocalFn, SpreadFn
+from maxlm.kernels.cross_entropy import Device, LocalFn, SpreadFn
 from maxlm.parallel.islands import island
 from maxlm.parallel.sharding import RULES, partition
 
@@ -46,7 +46,8 @@ def sharded_loss(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> SpreadFn:
         def on_device(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
             (vocab,), (embed,) = RULES["vocab"], RULES["embed"]
             wide = lax.all_gather(head.astype(hidden.dtype), embed, axis=0, tiled=True)
-            out = local(hidden, wide, targets, weights, (vocab,) if mesh.shape[vocab] > 1 else ())
+            device = Device((vocab,) if mesh.shape[vocab] > 1 else (), mesh.devices.flat[0].platform == "cpu")
+            out = local(hidden, wide, targets, weights, device)
             return jax.tree.map(lambda kind, x: together[kind](x).astype(_dtype(kind, x, hidden)), kinds, out)
 
         inner = [partition(_LOGICAL[kind]) for kind in ("hidden", "head", "token", "token")]
