@@ -28,7 +28,7 @@ from maxlm.parallel.mesh import make_mesh
 from maxlm.plan.analytic import Estimator, timing
 from maxlm.plan.analytic.memory import facts, memory, state_bytes, state_leaves
 from maxlm.plan.analytic.symbols import COLUMNS, values
-from maxlm.plan.analytic.timing import _attention_flops, axis_spans
+from maxlm.plan.analytic.timing import SCORE_BYTES, _attention_flops, _scores_bytes, axis_spans
 from maxlm.plan.analytic.walk import KINDS
 from maxlm.plan.topology import parse_topology
 from maxlm.resolve import resolve
@@ -155,6 +155,15 @@ def test_attention_of_layers_that_predict_further_tokens_counts_once():
     for platform, backward in (("tpu", 3.5), ("cpu", 2.5)):
         found = _attention_flops(resolved, amounts, platform)
         assert found == pytest.approx((1 + backward) * scores * ROWS * LENGTH / 8)
+
+
+def test_scores_that_no_kernel_keeps_go_through_memory():
+    """Else a ring, whose blocks XLA multiplies, looks faster than the kernel that it takes the place of."""
+    fused, ring = config(remat="none"), config(remat="none", mesh={"fsdp": 4, "context": 2})
+    assert _scores_bytes(fused, done(fused), "tpu") == 0
+    assert _scores_bytes(ring, done(ring), "cpu") == 0
+    seen = 2 * 8 * (LENGTH + 1) / 2  # layers, heads, and positions that a query sees on average
+    assert _scores_bytes(ring, done(ring), "tpu") == pytest.approx(sum(SCORE_BYTES) * seen * ROWS * LENGTH / 8)
 
 
 def test_work_is_shared_out_and_done_again_as_the_mesh_and_the_policy_say():

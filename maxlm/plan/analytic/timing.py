@@ -54,6 +54,12 @@ BACKWARD = 2.5
 """Products of attention's backward pass over those of the forward: five for two. The back ends of `TWICE` make the
 scores, and what comes to them, again for the gradient of the queries: seven for two."""
 TWICE = {"splash": 3.5, "triton": 3.5}
+KERNELS = {"splash", "triton", "cudnn"}
+"""Attention back ends that keep scores on the chip."""
+SCORE_BYTES = 12.0, 26.0
+"""Bytes that XLA moves through memory for a score of a head without such a kernel, forwards and backwards: it writes
+and reads scores, and their gradient, in float32, and weights in the compute dtype. Together they are what an 8B step
+over a ring of two shows when it is compiled (`plan.predict`): 38."""
 
 
 class Time(NamedTuple):
@@ -98,14 +104,14 @@ def step_time(config: Config, topology: Topology, known: Facts) -> Time:
     amounts = known.anatomy.amounts(values(config))
     done = dict(zip(KINDS, np.maximum(known.anatomy.kinds @ amounts, 0.0).tolist(), strict=True))
 
-    attention = _attention_flops(config, done, chip.platform)
+    attention, scores = _attention_flops(config, done, chip.platform), _scores_bytes(config, done, chip.platform)
     state = state_bytes(config, known.state)
     # Products run at the rate of the slower of the two; the optimizer reads and writes the state, and reads gradients.
     products = max(done["product"] / (peak * rates.products), done["operands"] / (chip.hbm_bandwidth * rates.memory))
     parts = {
         "products": products,
         "attention": attention / (peak * rates.attention),
-        "memory": (done["traffic"] + 2.5 * sum(state.values())) / (chip.hbm_bandwidth * rates.memory),
+        "memory": (done["traffic"] + scores + 2.5 * sum(state.values())) / (chip.hbm_bandwidth * rates.memory),
     }
     busy = sum(parts.values())
     bubble = 0.0
@@ -121,12 +127,26 @@ def _attention_flops(config: Config, done: Mapping[str, float], platform: str) -
     backward = BACKWARD
     if config.parallel.context == 1:
         backward = max(TWICE.get(name, BACKWARD) for name in attention_backends(config, platform))
+    return _over_scores(config, done, 1.0, backward)
+
+
+def _scores_bytes(config: Config, done: Mapping[str, float], platform: str) -> float:
+    """That scores cost a device's memory; on CPUs they stay in caches."""
+    if platform == "cpu" or (config.parallel.context == 1 and attention_backends(config, platform) <= KERNELS):
+        return 0.0
+    forward, backward = SCORE_BYTES
+    flops = 2.0 * (config.model.attention.head_dim + config.model.attention.value_dim)  # of a score of a head
+    return _over_scores(config, done, forward / flops, backward / flops)
+
+
+def _over_scores(config: Config, done: Mapping[str, float], forward: float, backward: float) -> float:
+    """Of a device, recomputation included, so much for each FLOP of a forward pass's scores in either direction."""
     model, parallel = config.model, config.parallel
     devices = math.prod(parallel.sizes.values())
     tokens = config.data.batch_size * config.data.sequence_length / devices
-    forward = _scores(model, config.data.sequence_length) * tokens
+    flops = _scores(model, config.data.sequence_length) * tokens
     layers = (model.num_layers + model.mtp_layers) / parallel.pipeline * max(config.train.accumulation, 1)
-    return forward * (done["attention_forward"] + backward * done["attention_backward"]) / layers
+    return flops * (forward * done["attention_forward"] + backward * done["attention_backward"]) / layers
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------
