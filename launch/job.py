@@ -243,7 +243,7 @@ def unpack_code(commit: str, folder: Path, *, root: Path = ROOT) -> Path:
         staged = place.with_name(f".{commit}.{os.getpid()}.partial")
         staged.mkdir(parents=True)
         with tarfile.open(fileobj=io.BytesIO(code_archive(commit, root=root))) as archive:
-            archive.extractall(staged, filter="data")
+            _extract(archive, staged)
         staged.replace(place)
     return place
 
@@ -252,8 +252,15 @@ def commit_digest(commit: str, *, root: Path = ROOT) -> str:
     """`rollcall.tree_digest` of a commit."""
     content = io.BytesIO(_git(root, "archive", "--format=tar", commit, "maxlm", "configs"))
     with tarfile.open(fileobj=content) as archive, tempfile.TemporaryDirectory() as folder:
-        archive.extractall(folder, filter="data")
+        _extract(archive, Path(folder))
         return tree_digest(Path(folder))
+
+
+def _extract(archive: tarfile.TarFile, folder: Path) -> None:
+    if hasattr(tarfile, "data_filter"):  # Python 3.11 has it from 3.11.4 on
+        archive.extractall(folder, filter="data")
+    else:
+        archive.extractall(folder)
 
 
 def _git(root: Path, *words: str) -> bytes:

@@ -54,6 +54,12 @@ def changed(**leaf_values):
     return given
 
 
+def test_a_phase_of_short_rows_has_tokens_as_far_as_the_layers_predict():
+    given = changed(model__mtp_layers=64, data__phases={"warm": {"from_step": 10, "sequence_length": 64}})
+    expected = "no token of a row of data.phases.warm.sequence_length 64 is that far from the next; use less"
+    assert any(expected in problem for problem in problems(given))
+
+
 def test_round_trip():
     resolved = resolve(as_config_dict(config()), devices=8)
     assert resolve(resolved, devices=8) == resolved
@@ -90,6 +96,18 @@ def test_config_dict_is_locked_and_typed():
         ("model__attention__latent__value_dim", 8, "kv_dim is 0, which means no latent attention"),
         ("model__attention__latent__kv_dim", 8, "use an even number between 2 and 31"),
         ("model__rope__turns", (4.0, 1.0), "model.rope.turns is (4.0, 1.0), but has to be two, rising"),
+        ("model__rope", {"scaling": "yarn", "original_length": 64, "turns": (0.0, 32.0)}, "use turns above 0, such as"),
+        ("model__rope", {"scaling": "yarn", "original_length": 64, "theta": 1.0}, "and theta above 1"),
+        (
+            "model__rope",
+            {"scaling": "dynamic", "original_length": 64, "fraction": 0.0625},
+            "but 2 dims of a head do (model.attention.head_dim 32 with model.rope.fraction 0.0625); use 4 or more",
+        ),
+        (
+            "model__rope",
+            {"scaling": "longrope", "original_length": 64, "short_factors": (0.0,) * 16, "long_factors": (1.0,) * 16},
+            "model.rope.short_factors has 0, but positions are divided by them; use numbers above 0",
+        ),
         ("train__profile", (3,), "train.profile is (3,), but it is (first step, steps)"),
         ("train__profile", (1000, 3), "train.profile is (1000, 3), but the last step is 999, counted from 0"),
         ("model__learned_positions", 100, "rows have up to 512 positions (data.sequence_length)"),

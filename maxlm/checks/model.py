@@ -36,16 +36,17 @@ def check_model(config: Config) -> Iterator[str]:
             f"model.head_init is {model.head_init:g}, but with model.tie_embeddings there is no head of its own; type "
             "model.head_init=1 or model.tie_embeddings=False"
         )
-    if model.mtp_layers >= config.data.sequence_length:
-        yield (
-            f"model.mtp_layers is {model.mtp_layers}, but no token of a row of data.sequence_length "
-            f"{config.data.sequence_length} is that far from the next; use less"
-        )
-    lengths = {
+    trained = {
         "data.sequence_length": config.data.sequence_length,
         **{f"data.phases.{name}.sequence_length": phase.sequence_length for name, phase in config.data.phases.items()},
-        "eval.sequence_length": config.eval.sequence_length,
     }
+    for path, length in trained.items():
+        if 0 < length <= model.mtp_layers:
+            yield (
+                f"model.mtp_layers is {model.mtp_layers}, but no token of a row of {path} {length} is that far from "
+                "the next; use less"
+            )
+    lengths = {**trained, "eval.sequence_length": config.eval.sequence_length}
     longest = max(lengths, key=lengths.__getitem__)
     if 0 < model.learned_positions < lengths[longest]:
         yield (
@@ -74,7 +75,19 @@ def _check_rope(model: ModelConfig) -> Iterator[str]:
         )
     if len(rope.turns) != 2 or rope.turns[0] >= rope.turns[1]:
         yield f"model.rope.turns is {rope.turns}, but has to be two, rising; llama3 uses (1.0, 4.0), yarn (1.0, 32.0)"
+    elif rope.scaling == "yarn" and (rope.turns[0] <= 0 or rope.theta <= 1):
+        yield (
+            f"model.rope.scaling 'yarn' takes logarithms of model.rope.turns {rope.turns} and model.rope.theta "
+            f"{rope.theta:g}: use turns above 0, such as (1.0, 32.0), and theta above 1"
+        )
+    if rope.scaling == "dynamic" and dims <= 2:
+        yield (
+            f"model.rope.scaling 'dynamic' makes the base larger by the pairs that turn, but {dims} dims of a head do "
+            f"(model.attention.{path} {head_dim} with model.rope.fraction {rope.fraction:g}); use 4 or more"
+        )
     for name, factors in (("short_factors", rope.short_factors), ("long_factors", rope.long_factors)):
+        if min(factors, default=1.0) <= 0:
+            yield f"model.rope.{name} has {min(factors):g}, but positions are divided by them; use numbers above 0"
         wanted = dims // 2 if rope.scaling == "longrope" else 0
         if len(factors) != wanted:
             yield (

@@ -49,7 +49,7 @@ class Runtime:
     lookup: as `take`, which it is on one device.
     arrange: brings a tree of (B, S) arrays into the order of positions that `attend` expects. Whoever calls the model
       with whole rows hands every array of the batch to it first; nothing else may depend on the order.
-    attend: (q (B,S,H,h), k (B,T,K,h), v (B,T,K,h), Mask) -> (B,S,H,h).
+    attend: (q (B,S,H,h), k (B,T,K,h), v (B,T,K,v), Mask) -> (B,S,H,v).
     experts: as `kernels.experts.local_experts`, which it is on one device.
     spread_loss: as `kernels.cross_entropy.alone`, which it is on one device.
     experts_limited: whether experts refuse tokens beyond `model.moe.capacity_factor`: in training they do.

@@ -76,6 +76,8 @@ def sharded_experts(
     """
     tokens = partition((rows, "seq" if rows else None, None))
     ragged = mesh.devices.flat[0].platform in RAGGED_PLATFORMS
+    if mesh.shape[FSDP] == 1:  # nothing is added up there, and nothing is to be rounded for it
+        reduce_dtype = jnp.float32
 
     def run(
         x: jax.Array, routes: Routes, experts: Experts, *, hidden: Hidden, capacity: int = 0, dtype: Any

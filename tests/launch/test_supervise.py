@@ -161,8 +161,16 @@ def test_what_was_stopped_is_looked_at_again_once_it_is_allowed():
     assert go() == 0 and machines.did == ["allow", "prepare", "start"]
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's background jobs, such as a test run in one, begin with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_what_follows_the_log_too(number, code):
+def test_a_signal_ends_what_follows_the_log_too(number, code, interruptible):
     machines, followers, said = Machines(["absent", *["running"] * 9]), [], []
 
     def follow():

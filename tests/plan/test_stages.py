@@ -86,7 +86,8 @@ def test_a_pipelines_step_costs_the_work_of_one_without_and_the_bubble(unpiped):
     found = report(stages.table_of(piped))
     # The last stage's head makes its ticks longer than the others', here by the products of about one layer.
     least = alone.parts["products"] / (1 - found.bubble)
-    assert least < staged.parts["products"] < 1.35 * least
+    # Products of this size are priced by bytes, of which the two programs' differ by a few percent.
+    assert 0.97 * least < staged.parts["products"] < 1.35 * least
     sent = collectives.find(stages.weighted(hlo.parse(text), piped), piped.parallel.sizes)
     ticks = len(stages.table_of(piped).ticks)
     assert {c.times for c in sent if c.axes == ("pipeline",) and "hand_over" in c.op_name} == {ticks}
