@@ -1,6 +1,9 @@
 """Attention for CPUs: one head at a time, in blocks of queries, with a gradient of its own.
 
-XLA runs batched matrix products several times slower than plain ones on a CPU; here every product is a plain one.
+XLA runs batched matrix products several times slower than plain ones on a CPU; here every product is a plain one. Of
+floats of 16 bits it moves parts of an array by way of the whole of it in float32, and multiplies in float32 too where a
+product sums over the rows of its left operand: they enter and leave the loop over heads as integers, and what the
+gradients of keys and values are made of is turned ahead of it, as within the loop XLA would take that back.
 
 Shapes: B batch, S query positions, T key positions, H query heads, K kv heads, G = H / K queries a kv head, h head dim,
 v head dim of values.
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +72,13 @@ class _Head(NamedTuple):
     v: jax.Array
     segments_q: jax.Array | None
     segments_k: jax.Array | None
+
+
+class _Turned(NamedTuple):
+    """What a head's gradients of k and v sum over queries: q (G, h, S), and g of the result (G, v, S)."""
+
+    q: jax.Array
+    g: jax.Array
 
 
 class _Gradients(NamedTuple):
@@ -131,15 +141,32 @@ def _join_blocks(tiers: Sequence[jax.Array], groups: int) -> jax.Array:
 
 
 def _head_backward(
-    mask: Mask, head: _Head, out: jax.Array, normaliser: jax.Array, g: jax.Array, g_normaliser: jax.Array
+    mask: Mask,
+    head: _Head,
+    out: jax.Array,
+    normaliser: jax.Array,
+    g: jax.Array,
+    g_normaliser: jax.Array,
+    turned: _Turned | None,
 ) -> _Gradients:
-    """Gradients of one head's q, k and v; scores are formed again (Dao et al. 2022, algorithm 4)."""
+    """Gradients of one head's q, k and v; scores are formed again (Dao et al. 2022, algorithm 4).
+
+    With `turned` those of k and v come out turned too, (h, T) and (v, T).
+    """
     (groups, queries, _), keys, dtype = head.q.shape, head.k.shape[0], head.q.dtype
     delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), axis=-1) - g_normaliser
 
+    axis = 0 if turned is None else 1  # of keys
+
     def add(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-        part += jax.lax.dynamic_slice_in_dim(total, start, part.shape[0])
-        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=0)
+        part += jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=axis)
+
+    def over_queries(scores: jax.Array, rows: jax.Array, turned: jax.Array | None, row: jax.Array) -> jax.Array:
+        if turned is None:
+            return dot("qk,qh->kh", scores, rows)
+        columns = jax.lax.dynamic_slice_in_dim(turned, row, rows.shape[0] // groups, axis=2).swapaxes(0, 1)
+        return dot("hq,qk->hk", columns.reshape(rows.shape[::-1]), scores)
 
     def block(tier: _Tier, sums: tuple[jax.Array, jax.Array], index: jax.Array) -> Any:
         row, start = tier.starts(index, keys)
@@ -149,11 +176,12 @@ def _head_backward(
         weights = jnp.exp(scores - _rows(normaliser, row, tier.size)[:, None])
         dscores = weights * (dot("qh,kh->qk", g_rows, v) - delta_rows[:, None]) * slope * mask.scale
         dscores, weights = dscores.astype(dtype), weights.astype(dtype)
-        dk = add(sums[0], dot("qk,qh->kh", dscores, q_rows), start)
-        dv = add(sums[1], dot("qk,qh->kh", weights, g_rows), start)
+        dk = add(sums[0], over_queries(dscores, q_rows, turned and turned.q, row), start)
+        dv = add(sums[1], over_queries(weights, g_rows, turned and turned.g, row), start)
         return (dk, dv), dot("qk,kh->qh", dscores, k).astype(dtype)
 
-    sums, dq = (jnp.zeros(head.k.shape, jnp.float32), jnp.zeros(head.v.shape, jnp.float32)), []
+    shapes = (x.shape if turned is None else x.shape[::-1] for x in (head.k, head.v))
+    sums, dq = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes), []
     for tier in _tiers(mask, queries, keys):
         sums, part = jax.lax.scan(functools.partial(block, tier), sums, jnp.arange(tier.blocks))
         dq.append(part)
@@ -187,6 +215,26 @@ def _heads(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> _Head:
     return _Head(_split_heads(q, kv_heads), k, v, repeat(mask.segments_q), repeat(mask.segments_k))
 
 
+def _map(function: Callable[[Any], Any], operands: Any) -> Any:
+    """`lax.map` over trees of arrays, with floats of 16 bits as integers on their way in and out."""
+
+    def bits(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if _narrow(x.dtype) else x
+
+    def floats(x: jax.Array, like: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, like.dtype) if _narrow(like.dtype) else x
+
+    def one(given: Any) -> Any:
+        return jax.tree.map(bits, function(jax.tree.map(floats, given, operands)))
+
+    results = jax.eval_shape(lambda: jax.lax.map(function, operands))
+    return jax.tree.map(floats, jax.lax.map(one, jax.tree.map(bits, operands)), results)
+
+
+def _narrow(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 2
+
+
 def heads_loop(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """Attention one head at a time, in blocks of queries that leave out the keys none of them sees.
 
@@ -203,7 +251,7 @@ def _loop(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Arr
 
 
 def _loop_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> Any:
-    run = opaque(lambda heads: jax.lax.map(functools.partial(_head_forward, static(mask)), heads))
+    run = opaque(lambda heads: _map(functools.partial(_head_forward, static(mask)), heads))
     # A remat policy that saves these need not run the loop again.
     out, normaliser = checkpoint_name(run(_heads(q, k, v, mask)), ATTENTION_NAME)
     batch = q.shape[0]
@@ -221,8 +269,12 @@ def _loop_backward(kept: Any, g: tuple[jax.Array, jax.Array]) -> tuple[jax.Array
     q, k, v, mask, out, normaliser = kept
     kv_heads = k.shape[2]
     cotangents = _split_heads(g[0], kv_heads), _split_heads(g[1][..., None], kv_heads)[..., 0]
-    operands = (_heads(q, k, v, mask), out, normaliser, *cotangents)
-    d = jax.lax.map(lambda x: _head_backward(mask, *x), operands)
+    heads, turned = _heads(q, k, v, mask), None
+    if _narrow(q.dtype):
+        turned = _Turned(heads.q.swapaxes(2, 3), cotangents[0].swapaxes(2, 3))
+    d = _map(lambda x: _head_backward(mask, *x), (heads, out, normaliser, *cotangents, turned))
+    if turned:
+        d = d._replace(k=d.k.swapaxes(1, 2), v=d.v.swapaxes(1, 2))
     batch = q.shape[0]
     return _join_heads(d.q, batch), _join_heads(d.k[:, None], batch), _join_heads(d.v[:, None], batch), None
 

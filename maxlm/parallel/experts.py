@@ -33,6 +33,7 @@ from maxlm.kernels.experts import (
     weighted,
 )
 from maxlm.kernels.grouped import Backend
+from maxlm.parallel import collectives
 from maxlm.parallel.islands import island
 from maxlm.parallel.sharding import RULES, partition, shards
 
@@ -51,12 +52,13 @@ class _Settings:
     capacity: int
     dtype: Any
     backend: Backend
+    gathered: str
     reduce_dtype: Any
 
     @property
     def products(self) -> dict[str, Any]:
         """What the products are told."""
-        cut = {"gathered": FSDP, "reduce_dtype": self.reduce_dtype}
+        cut = {"gathered": self.gathered, "reduce_dtype": self.reduce_dtype}
         return {"hidden": self.hidden, "dtype": self.dtype, "backend": self.backend, **cut}
 
 
@@ -76,15 +78,15 @@ def sharded_experts(
     """
     tokens = partition((rows, "seq" if rows else None, None))
     ragged = mesh.devices.flat[0].platform in RAGGED_PLATFORMS
-    if mesh.shape[FSDP] == 1:  # nothing is added up there, and nothing is to be rounded for it
-        reduce_dtype = jnp.float32
+    gathered = FSDP if mesh.shape[FSDP] > 1 else ""  # else nothing is added up there, nor rounded for it
 
     def run(
         x: jax.Array, routes: Routes, experts: Experts, *, hidden: Hidden, capacity: int = 0, dtype: Any
     ) -> jax.Array:
         # The sum over `tensor` leaves each of its devices a part of the positions, as the stream has them.
         scattered = rows is not None and x.shape[1] % shards(mesh, "residual") == 0
-        settings = _Settings(mesh.shape["expert"], ragged, scattered, hidden, capacity, dtype, backend, reduce_dtype)
+        how = (hidden, capacity, dtype, backend, gathered, reduce_dtype)
+        settings = _Settings(mesh.shape["expert"], ragged, scattered, *how)
         place: Any = Routes
         specs = (
             tokens,
@@ -116,17 +118,15 @@ def _logical(experts: Experts) -> Any:
 def _on_device(settings: _Settings, x: jax.Array, routes: Routes, experts: Experts) -> jax.Array:
     """(B, S, D) of this device -> the same, float32, or the device's part of its positions."""
     if experts.down.bias is not None:
-        bias = lax.all_gather(experts.down.bias, FSDP, axis=1, tiled=True)
+        bias = collectives.gather(experts.down.bias, FSDP, dim=1)
         # is added by one of those whose parts are summed
-        bias = jnp.where(lax.axis_index("tensor") == 0, bias, 0.0)
+        bias = jnp.where(collectives.index("tensor") == 0, bias, 0.0)
         experts = experts._replace(down=experts.down._replace(bias=bias))
     if settings.devices == 1:
         y = local_experts(x, routes, experts, **settings.products)
     else:
         y = _travelling(settings, x, routes, experts)
-    if settings.scattered:
-        return lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)
-    return lax.psum(y, "tensor")
+    return collectives.scatter(y, "tensor", dim=1) if settings.scattered else collectives.add(y, "tensor")
 
 
 def _travelling(settings: _Settings, x: jax.Array, routes: Routes, experts: Experts) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from maxlm.kernels.attention import Mask
+from maxlm.parallel import collectives
 from maxlm.parallel.sharding import RULES, partition, shards
 
 LookupFn = Callable[..., jax.Array]
@@ -26,8 +27,11 @@ AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
 def island(function: Callable[..., Any], mesh: Mesh, *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`shard_map` of the function over all axes of the mesh that are not manual yet where it is called.
 
-    Inside a pipeline `pipeline` is manual already, and an island there is cut along the other axes.
+    Inside a pipeline `pipeline` is manual already, and an island there is cut along the other axes. On one device the
+    function is called as it is: it speaks to others through `collectives`.
     """
+    if mesh.size == 1:
+        return function
 
     def call(*args: Any) -> Any:
         context = jax.sharding.get_abstract_mesh()
@@ -75,7 +79,7 @@ def sharded_lookup(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> LookupFn:
 
     def placed(tokens: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
         """Which rows of this device's part the tokens have, and whether they have one."""
-        own = tokens - jax.lax.axis_index(vocab) * rows
+        own = tokens - collectives.index(vocab) * rows
         held = (own >= 0) & (own < rows)
         return jnp.where(held, own, 0), held[..., None]
 
@@ -91,14 +95,12 @@ def sharded_lookup(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> LookupFn:
         split = scattered(tokens.shape[1])
 
         def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
-            wide = jax.lax.all_gather((table * scale).astype(dtype), embed, axis=1, tiled=True)
+            wide = collectives.gather((table * scale).astype(dtype), embed, dim=1)
             own, held = placed(tokens, table.shape[0])
             known = (tokens >= 0) & (tokens < table.shape[0] * mesh.shape[vocab])
             rows = jnp.where(held, jnp.take(wide, own, axis=0), 0.0)
             rows = jnp.where(known[..., None], rows, jnp.nan)
-            if split:
-                return jax.lax.psum_scatter(rows, vocab, scatter_dimension=1, tiled=True)
-            return jax.lax.psum(rows, vocab)
+            return collectives.scatter(rows, vocab, dim=1) if split else collectives.add(rows, vocab)
 
         specs = (whole, of_tokens)
         return island(local, mesh, in_specs=specs, out_specs=of_rows(tokens.shape[1]))(table, tokens)
@@ -112,12 +114,12 @@ def sharded_lookup(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> LookupFn:
         split = scattered(tokens.shape[1])
 
         def local(tokens: jax.Array, g: jax.Array) -> jax.Array:
-            g = jax.lax.all_gather(g, vocab, axis=1, tiled=True) if split else g
+            g = collectives.gather(g, vocab, dim=1) if split else g
             rows = count // mesh.shape[vocab]
             own, held = placed(tokens, rows)
             wide = jnp.zeros((rows, g.shape[-1]), jnp.float32).at[own].add(jnp.where(held, g.astype(jnp.float32), 0.0))
-            part = jax.lax.psum_scatter(wide.astype(reduce_dtype), embed, scatter_dimension=1, tiled=True)
-            return jax.lax.psum(part, others).astype(jnp.float32) * scale
+            part = collectives.scatter(wide.astype(reduce_dtype), embed, dim=1)
+            return collectives.add(part, others).astype(jnp.float32) * scale
 
         specs = (of_tokens, of_rows(tokens.shape[1]))
         return island(local, mesh, in_specs=specs, out_specs=whole)(tokens, g), None

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import Mesh
 
 from maxlm.kernels.cross_entropy import Device, LocalFn, SpreadFn
+from maxlm.parallel import collectives
 from maxlm.parallel.islands import island
 from maxlm.parallel.sharding import RULES, partition
 
@@ -38,14 +38,14 @@ def sharded_loss(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> SpreadFn:
     Args:
       reduce_dtype: in which the head's gradient is added up over the mesh.
     """
-    together = _TOGETHER | {"head": functools.partial(_head_gradient, dtype=reduce_dtype)}
+    together = _TOGETHER | {"head": functools.partial(_head_gradient, mesh=mesh, dtype=reduce_dtype)}
 
     def spread(
         local: LocalFn, hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, kinds: Any
     ) -> Any:
         def on_device(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
             (vocab,), (embed,) = RULES["vocab"], RULES["embed"]
-            wide = lax.all_gather(head.astype(hidden.dtype), embed, axis=0, tiled=True)
+            wide = collectives.gather(head.astype(hidden.dtype), embed, dim=0)
             device = Device((vocab,) if mesh.shape[vocab] > 1 else (), mesh.devices.flat[0].platform == "cpu")
             out = local(hidden, wide, targets, weights, device)
             return jax.tree.map(lambda kind, x: together[kind](x).astype(_dtype(kind, x, hidden)), kinds, out)
@@ -61,7 +61,7 @@ def _dtype(kind: str, x: jax.Array, hidden: jax.Array) -> Any:
     return hidden.dtype if kind == "hidden" else x.dtype
 
 
-def _head_gradient(x: jax.Array, *, dtype: Any) -> jax.Array:
+def _head_gradient(x: jax.Array, *, mesh: Mesh, dtype: Any) -> jax.Array:
     """(D, V) of a device's positions -> its part of the sum, added up in `dtype`.
 
     In pieces, of which one at a time is there twice. What is scattered along its first dim, XLA:TPU fills up by an
@@ -73,16 +73,19 @@ def _head_gradient(x: jax.Array, *, dtype: Any) -> jax.Array:
 
     def scattered(part: jax.Array) -> jax.Array:
         halves = jnp.split(part.astype(dtype), 1 if part.shape[1] % 2 else 2, axis=1)
-        own = lax.psum_scatter(jnp.stack(halves), embed, scatter_dimension=1, tiled=True)
+        own = collectives.scatter(jnp.stack(halves), embed, dim=1)
         return jnp.concatenate(own, axis=1)
 
-    own = [scattered(part) for part in jnp.split(x, cuts, axis=1)]
-    return lax.psum(jnp.concatenate(own, axis=1), tuple(axis for axis in _POSITIONS if axis != embed)).astype(x.dtype)
+    if mesh.shape[embed] > 1:
+        own = jnp.concatenate([scattered(part) for part in jnp.split(x, cuts, axis=1)], axis=1)
+    else:
+        own = x.astype(dtype)
+    return collectives.add(own, [axis for axis in _POSITIONS if axis != embed]).astype(x.dtype)
 
 
 _TOGETHER: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "sum": lambda x: lax.psum(x, _POSITIONS),
+    "sum": lambda x: collectives.add(x, _POSITIONS),
     "token": lambda x: x,
-    "hidden": lambda x: lax.psum(x, RULES["vocab"]),
+    "hidden": lambda x: collectives.add(x, RULES["vocab"]),
 }
 """How the results of the devices make the whole, by kind; of `head` it is `_head_gradient`."""
