@@ -87,7 +87,7 @@ WORKS: Mapping[str, Work] = {
         4096,
         4,
         "mixtral-8x7b",
-        ("ici_expert_parallelism=8", "ici_fsdp_parallelism=8"),
+        ("ici_expert_parallelism=8", "ici_fsdp_parallelism=8", "allow_split_physical_axes=true"),
         {},
         "no figures: this tool has not compiled it yet",
     ),

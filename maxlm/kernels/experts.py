@@ -8,6 +8,7 @@ given to no expert (the number E) before it comes here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,18 +59,19 @@ Hidden = Callable[[jax.Array | None, jax.Array], jax.Array]
 """(x gate or None, x up) -> hidden, elementwise."""
 
 
-def order(groups: jax.Array, count: int, *, region: int = 0) -> Order:
+def order(groups: jax.Array, count: int, *, within: jax.Array | None = None, region: int = 0) -> Order:
     """Sorts entries by group, keeping the order within a group.
 
     Args:
       groups: (n,) int32 the group of each entry, `count` for none.
+      within: (n,) int32 finer groups, each within one of `groups`, to sort by instead.
       region: rows of a group's region of the buffer, which has `count * region` in all; 0: groups lie one right after
         the other, in a buffer of n rows.
     """
     n = groups.shape[0]
     total = count * region or n
     sizes = jnp.zeros(count, jnp.int32).at[groups].add(1, mode="drop")
-    sorted_entries = jnp.argsort(groups, stable=True)
+    sorted_entries = jnp.argsort(groups if within is None else within, stable=True)
     ends = jnp.cumsum(sizes)
     begins = jnp.arange(count) * region if region else ends - sizes
     shift = jnp.append(begins - (ends - sizes), total)  # entries of no group go beyond the end
@@ -79,43 +81,48 @@ def order(groups: jax.Array, count: int, *, region: int = 0) -> Order:
     return Order(rows, entries, sizes)
 
 
-@jax.custom_vjp
-def moved(x: jax.Array, forward: jax.Array, back: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def moved(fill: bool, x: jax.Array, forward: jax.Array, back: jax.Array) -> jax.Array:
     """Rows x[forward], zero where `forward` is beyond the end.
 
     The gradient is a gather too, where automatic differentiation would make a scatter of it.
 
     Args:
+      fill: write those zeros, and in the gradient too; else what stands there is undefined.
       x: (n, D).
       forward: (m,) int32 the row of x that each row of the result takes.
       back: (n, c) int32 the rows of the result that take each row of x; m for none.
     """
     del back
-    return jnp.take(x, forward, axis=0, mode="fill", fill_value=0)
+    return _rows(fill, x, forward)
 
 
-def _moved_forward(x: jax.Array, forward: jax.Array, back: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return moved(x, forward, back), back
+def _rows(fill: bool, x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0) if fill else jnp.take(x, index, axis=0, mode="clip")
 
 
-def _moved_backward(back: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:
-    parts = jnp.take(g, back, axis=0, mode="fill", fill_value=0)
+def _moved_forward(fill: bool, x: jax.Array, forward: jax.Array, back: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return moved(fill, x, forward, back), back
+
+
+def _moved_backward(fill: bool, back: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:
+    parts = _rows(fill, g, back)
     return jnp.sum(parts, axis=1, dtype=jnp.promote_types(g.dtype, jnp.float32)).astype(g.dtype), None, None
 
 
 moved.defvjp(_moved_forward, _moved_backward)
 
 
-def to_rows(x: jax.Array, place: Order) -> jax.Array:
-    """Copies tokens (T, D) to the rows (N, D) of their n = T k entries."""
+def to_rows(x: jax.Array, place: Order, *, fill: bool = True) -> jax.Array:
+    """Copies tokens (T, D) to the rows (N, D) of their n = T k entries; `fill` as of `moved`."""
     tokens, choices = x.shape[0], place.rows.shape[0] // x.shape[0]
     sources = jnp.where(place.entries < place.rows.shape[0], place.entries // choices, tokens)
-    return moved(x, sources, place.rows.reshape(tokens, choices))
+    return moved(fill, x, sources, place.rows.reshape(tokens, choices))
 
 
-def from_rows(y: jax.Array, place: Order) -> jax.Array:
-    """The rows (N, D) of the n entries, in the entries' order: (n, D), zero for entries that have none."""
-    return moved(y, place.rows, place.entries[:, None])
+def from_rows(y: jax.Array, place: Order, *, fill: bool = True) -> jax.Array:
+    """The rows (N, D) of the n entries, in the entries' order: (n, D), zero for entries that have none with `fill`."""
+    return moved(fill, y, place.rows, place.entries[:, None])
 
 
 def weighted(parts: jax.Array, weights: jax.Array) -> jax.Array:

@@ -22,13 +22,23 @@ SAVED_NAME = "matmul"  # what a remat policy calls the products' results, in the
 ATTENTION_NAME = "attention_out"  # and attention's, its normalisers with them where a kernel's gradient needs those
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, reduce_dtype: Any = jnp.float32) -> jax.Array:
+def einsum(
+    spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, reduce_dtype: Any = jnp.float32, outermost: str = ""
+) -> jax.Array:
     """Multiplies activations `x` by a weight `w`, e.g. `"bsd,dhk->bshk"`: a `product` that remat can save by name."""
-    return checkpoint_name(product(spec, x, w, dtype=dtype, reduce_dtype=reduce_dtype), SAVED_NAME)
+    y = product(spec, x, w, dtype=dtype, reduce_dtype=reduce_dtype, outermost=outermost)
+    return checkpoint_name(y, SAVED_NAME)
 
 
 def product(
-    spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, out_dtype: Any = None, reduce_dtype: Any = jnp.float32
+    spec: str,
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    dtype: Any,
+    out_dtype: Any = None,
+    reduce_dtype: Any = jnp.float32,
+    outermost: str = "",
 ) -> jax.Array:
     """Multiplies two arrays as `spec` says.
 
@@ -39,6 +49,8 @@ def product(
 
     Args:
       reduce_dtype: in which the gradient of `w` leaves the product, and devices that share the sum add up their parts.
+      outermost: a label; if `w` has it, its gradient leaves the product with that dim first, and is turned behind the
+        devices' sum.
 
     Raises:
       ValueError: a label stands twice in one term, or is summed over in one operand alone (the gradient of such a
@@ -47,7 +59,7 @@ def product(
     _check(spec)
     # The cast of the input is outside the custom gradient, so the input's own dtype is given back by `astype`.
     dtypes = _Dtypes(jnp.dtype(dtype), jnp.dtype(out_dtype or dtype), jnp.dtype(reduce_dtype))
-    return _multiply(spec, dtypes, x.astype(dtype), w)
+    return _multiply(spec, dtypes, outermost, x.astype(dtype), w)
 
 
 class _Dtypes(NamedTuple):
@@ -110,22 +122,26 @@ def _dot(spec: str, x: jax.Array, w: jax.Array, *, dtype: Any, out_dtype: Any) -
     return dot(spec, x.astype(dtype), w.astype(dtype)).astype(out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _multiply(spec: str, dtypes: _Dtypes, x: jax.Array, w: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _multiply(spec: str, dtypes: _Dtypes, outermost: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    del outermost
     return _dot(spec, x, w, dtype=dtypes.operands, out_dtype=dtypes.out)
 
 
-def _forward(spec: str, dtypes: _Dtypes, x: jax.Array, w: jax.Array) -> Any:
+def _forward(spec: str, dtypes: _Dtypes, outermost: str, x: jax.Array, w: jax.Array) -> Any:
     # The weight is kept as it came: a copy in the compute dtype would be a second copy of the parameters.
-    return _multiply(spec, dtypes, x, w), (x, w)
+    return _multiply(spec, dtypes, outermost, x, w), (x, w)
 
 
-def _backward(spec: str, dtypes: _Dtypes, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(spec: str, dtypes: _Dtypes, outermost: str, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = kept
     left, right, out = _terms(spec)
     dx = _dot(f"{out},{right}->{left}", g, w, dtype=dtypes.operands, out_dtype=x.dtype)
     # XLA adds the devices' parts up right behind the product, in the dtype that that writes: a cast comes too late.
-    dw = dot(f"{left},{out}->{right}", x.astype(dtypes.operands), g.astype(dtypes.operands), out_dtype=dtypes.reduced)
+    written = "".join(sorted(right, key=lambda label: label != outermost))
+    dw = dot(f"{left},{out}->{written}", x.astype(dtypes.operands), g.astype(dtypes.operands), out_dtype=dtypes.reduced)
+    if written != right:  # XLA would write the product as it is wanted, were it not for the barrier
+        dw = jnp.einsum(f"{written}->{right}", jax.lax.optimization_barrier(dw))
     return dx, dw.astype(w.dtype)
 
 

@@ -45,6 +45,7 @@ class Runtime:
 
     dtype: of activations and of the operands of products; parameters, norms, softmax and loss are float32 regardless.
     reduce_dtype: in which the gradients of weights are added up over the mesh.
+    outermost: as of `kernels.matmul.product`, of `multiply`'s labels.
     constrain: pins an activation with these logical axes, e.g. ('batch', 'seq', None), to its devices.
     lookup: as `take`, which it is on one device.
     arrange: brings a tree of (B, S) arrays into the order of positions that `attend` expects. Whoever calls the model
@@ -60,6 +61,7 @@ class Runtime:
 
     dtype: Any = jnp.float32
     reduce_dtype: Any = jnp.float32
+    outermost: str = ""
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = _unconstrained
     lookup: LookupFn = take
     arrange: Callable[[Any], Any] = _as_it_is
@@ -70,8 +72,9 @@ class Runtime:
     remat: str = "none"
 
     def multiply(self, spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-        """Activations by a weight, as of `kernels.matmul.einsum`."""
-        return einsum(spec, x, w, dtype=self.dtype, reduce_dtype=self.reduce_dtype)
+        """Activations by a weight, as of `kernels.matmul.einsum`; `d` labels the model's width, and nothing else."""
+        how: dict[str, Any] = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
+        return einsum(spec, x, w, outermost=self.outermost, **how)
 
 
 def rematerialised(block: BlockFn, runtime: Runtime, *, prevent_cse: bool = False) -> BlockFn:

@@ -69,7 +69,8 @@ def sharded_experts(
 
     Each pair of devices exchanges up to C rows, which is enough for whatever is asked of it: T min(k, E / p), or with
     a capacity what that lets through, if it is less. Nothing is dropped here. On TPU and GPU only the rows that there
-    are cross the network; the CPU's XLA has no such collective, and whole regions are sent.
+    are cross the network, out of T k rows and back into them; the CPU's XLA has no such collective, and whole regions
+    are sent.
 
     Args:
       rows: the logical axis of the batch; None: every device has all rows, whole, and is given the whole result.
@@ -136,29 +137,58 @@ def _travelling(settings: _Settings, x: jax.Array, routes: Routes, experts: Expe
     if settings.capacity:
         region = min(region, x.shape[0] * held * settings.capacity)
 
-    # Experts are numbered device by device; the number E, nowhere, becomes device p, which is none.
-    outbound = order(chosen // held, settings.devices, region=region)
-    wanted = jnp.take(chosen % held, outbound.entries, mode="fill", fill_value=held)
-    arrived = lax.all_to_all(outbound.sizes, "expert", 0, 0, tiled=True)
-    wanted = lax.all_to_all(wanted, "expert", 0, 0, tiled=True)
-    rows = _exchanged(settings, to_rows(tokens, outbound), outbound.sizes, arrived)
+    # Experts are numbered device by device; the number E, nowhere, becomes device p, which is none. Within a region
+    # rows lie by expert, so that their numbers say which are whose.
+    counts = jnp.zeros(settings.devices * held, jnp.int32).at[chosen].add(1, mode="drop").reshape(-1, held)
+    arriving = lax.all_to_all(counts, "expert", 0, 0, tiled=True)
+    ends = jnp.cumsum(arriving, axis=1)
+    wanted = jnp.sum(ends[:, :, None] <= jnp.arange(region), axis=1, dtype=jnp.int32).reshape(-1)
 
-    place = order(wanted, held)
-    sorted_rows = to_rows(rows, place)
+    outbound = order(chosen // held, settings.devices, within=chosen, region=0 if settings.ragged else region)
+    regions = (jnp.arange(settings.devices) * region).astype(jnp.int32)
+    there = _Buffer(settings.devices * region, regions, ends[:, -1])
+    begins = jnp.cumsum(outbound.sizes) - outbound.sizes if settings.ragged else regions
+    here = _Buffer(outbound.entries.shape[0], begins, outbound.sizes)
+    rows = _exchanged(settings.ragged, to_rows(tokens, outbound), here, there)
+
+    place = order(wanted, held)  # of the rows of none nothing comes back: what they hold does not matter
+    sorted_rows = to_rows(rows, place, fill=False)
     y = through_experts(sorted_rows, place.sizes, experts, **settings.products)
-    y = _exchanged(settings, from_rows(y, place), arrived, outbound.sizes)
+    y = _exchanged(settings.ragged, from_rows(y, place, fill=False), there, here)
     return weighted(from_rows(y, outbound), routes.weights.reshape(-1, choices)).reshape(x.shape)
 
 
-def _exchanged(settings: _Settings, rows: jax.Array, sent: jax.Array, received: jax.Array) -> jax.Array:
-    """Region j of each device's rows (p C, D) goes to device j, which has it as the region of its sender.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["begins", "sizes"], meta_fields=["rows"])
+@dataclasses.dataclass(frozen=True)
+class _Buffer:
+    """Where rows to or from each device lie: from row begins[j] on sizes[j] of them, both (p,) int32."""
 
-    Args:
-      sent, received: (p,) int32: rows in use at the beginning of each region, before and after.
+    rows: int
+    begins: jax.Array
+    sizes: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _exchanged(ragged: bool, x: jax.Array, source: _Buffer, target: _Buffer) -> jax.Array:
+    """Each device's rows for device j, (rows, D), go to device j, which has them where its rows from the sender lie.
+
+    What lies between them is undefined, and so it is in the gradient: to fill it with zeros takes XLA:TPU longer, by
+    its own count, than any product of a layer.
     """
-    if not settings.ragged:
-        return lax.all_to_all(rows, "expert", 0, 0, tiled=True)
-    region = rows.shape[0] // settings.devices
-    begins = (jnp.arange(settings.devices) * region).astype(jnp.int32)
-    own = jnp.full(settings.devices, lax.axis_index("expert") * region, jnp.int32)
-    return lax.ragged_all_to_all(rows, jnp.zeros_like(rows), begins, sent, own, received, axis_name="expert")
+    if not ragged:
+        return lax.all_to_all(x, "expert", 0, 0, tiled=True)
+    places = lax.all_to_all(target.begins, "expert", 0, 0, tiled=True)
+    into = lax.empty((target.rows, x.shape[1]), x.dtype)
+    return lax.ragged_all_to_all(x, into, source.begins, source.sizes, places, target.sizes, axis_name="expert")
+
+
+def _exchanged_forward(ragged: bool, x: jax.Array, source: _Buffer, target: _Buffer) -> Any:
+    return _exchanged(ragged, x, source, target), (source, target)
+
+
+def _exchanged_backward(ragged: bool, kept: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+    source, target = kept
+    return _exchanged(ragged, g, target, source), None, None
+
+
+_exchanged.defvjp(_exchanged_forward, _exchanged_backward)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,9 @@ from maxlm.model.decoder import split_model
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.parallel.mesh import make_mesh
 from maxlm.resolve import resolve
+from maxlm.train import setup
 from maxlm.train.compare import drawn_params, example_batch, loss_and_gradients
-from maxlm.train.setup import make_runtime
+from maxlm.train.setup import make_runtime, outermost_label
 from tests.tiny import MODEL
 
 ROWS, LENGTH = 16, 16
@@ -56,8 +58,9 @@ def config_of(reduce_dtype, mesh, *, experts, model=MODEL):
     )
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_gradients_are_those_of_wide_sums_but_for_one_rounding(name):
+@pytest.mark.parametrize("name, outermost", [*((name, "") for name in MESHES), ("fsdp", "d"), ("tensor", "d")])
+def test_gradients_are_those_of_wide_sums_but_for_one_rounding(monkeypatch, name, outermost):
+    monkeypatch.setattr(setup, "outermost_label", lambda *_: outermost)
     found = {}
     for dtype in ("float32", "bfloat16"):
         config = config_of(dtype, MESHES[name], experts=name == "experts")
@@ -122,6 +125,41 @@ def test_nothing_is_rounded_where_nothing_is_added_up():
         config = config_of("bfloat16", mesh, experts=False, model=model)
         runtime, _ = make_runtime(config, make_mesh(config.parallel), segments=False)
         assert runtime.reduce_dtype == expected
+
+
+@pytest.mark.parametrize(
+    "platform, fsdp, dtype, expected",
+    [
+        ("tpu", 64, "bfloat16", "d"),
+        ("tpu", 32, "bfloat16", ""),
+        ("tpu", 64, "float32", ""),
+        ("gpu", 64, "bfloat16", ""),
+    ],
+)
+def test_what_would_be_summed_whole_is_written_with_the_width_outermost(platform, fsdp, dtype, expected):
+    """Llama 3 70B, 8,192 wide."""
+    device = types.SimpleNamespace(platform=platform)
+    mesh = types.SimpleNamespace(devices=np.array([device], dtype=object), shape={"fsdp": fsdp})
+    assert outermost_label(8192, mesh, dtype) == expected
+
+
+@pytest.mark.parametrize("spec, order", [("bsf,fd->bsd", "8x16"), ("bsd,df->bsf", "8x16"), ("bsnh,nhd->bsd", "8x2x8")])
+def test_a_gradient_that_is_written_with_another_dim_outermost_is_the_same(spec, order):
+    """`d` is 8; what the products write is looked at too."""
+    sizes = {"b": 2, "s": 4, "d": 8, "f": 16, "n": 2, "h": 8}
+    left, right = spec.split("->")[0].split(",")
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = (jax.random.normal(key, [sizes[c] for c in term]) for key, term in zip(keys, (left, right), strict=True))
+
+    def gradient(outermost):
+        def total(w):
+            y = einsum(spec, x, w, dtype=jnp.bfloat16, reduce_dtype="bfloat16", outermost=outermost)
+            return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+        return jax.jit(jax.grad(total))
+
+    np.testing.assert_allclose(gradient("d")(w), gradient("")(w), rtol=1e-2)
+    assert f"-> tensor<{order}xbf16>" in gradient("d").lower(w).as_text()
 
 
 @pytest.mark.parametrize("dtype, written", [("float32", "f32"), ("bfloat16", "bf16")])
