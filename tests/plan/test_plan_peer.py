@@ -90,19 +90,19 @@ def test_a_side_that_fails_loses_nothing_of_the_others(monkeypatch, tmp_path, ca
     kept = json.loads((tmp_path / "peer.json").read_text())
     assert list(kept) == ["llama3-8b-v5p", "llama3-8b-v6e", "mixtral-8x7b-v5p"]
     given = plan_peer.WORKS["llama3-8b-v5p"].given
-    assert kept["llama3-8b-v5p"]["peer"] == given | {"by": "found by this tool before, jax 0.11.2, libtpu 0.0.48.1"}
+    assert kept["llama3-8b-v5p"]["peer"] == given | {"by": plan_peer.FOUND}
     said = capsys.readouterr().out
     assert "llama3-8b-v5p: ours / found by this tool before" in said and "llama3-70b-v5p of ours (" in said
 
 
-def test_figures_that_were_not_found_side_by_side_are_said_to_be_of_another_measure(monkeypatch, tmp_path, capsys):
+def test_without_maxtext_ours_stand_beside_what_was_found_before(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(plan_peer, "run_side", lambda python, side, name, *, folder: {"memory": 2**30, "by": side})
     monkeypatch.setattr(plan_peer, "interpreter", lambda asked: "")
     assert plan_peer.main([f"--folder={tmp_path}"]) == 0
-    said = {line.partition(":")[0]: line for line in capsys.readouterr().out.splitlines() if ": ours / " in line}
-    for name in ("llama3-70b-v5p", "llama3-8b-v6e"):
-        assert "by another measure, not side by side" in said[name]
-    assert "no figures" in said["mixtral-8x7b-v5p"] and "another measure" not in said["llama3-8b-v5p"]
+    said = capsys.readouterr().out
+    for name, work in plan_peer.WORKS.items():
+        assert f"{name}: ours / {plan_peer.FOUND}" in said
+        assert f"{work.given['memory'] / 2**30:12.4g}" in said
 
 
 def test_only_a_python_of_the_right_version_is_taken(tmp_path):
