@@ -6,9 +6,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from maxlm.chips import Chip
@@ -24,6 +25,11 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     for chip, limit in {"v5p": "98304", "v6e": "98304"}.items()
 }
 """Options of XLA by chip (`maxlm.chips`): name -> (value, why)."""
+
+SPLASH_BLOCKS: Mapping[str, tuple[int, int]] = {"v5p": (2048, 1024), "v6e": (2048, 1024)}
+"""The longest blocks of splash attention with operands of 16 and of 32 bits, by chip, in steps that are compiled with
+the options above: those that MaxText's recipes for these chips run with, and for 32 bits what fits at head dims up to
+256. Elsewhere, and in evaluation and generation, which are compiled without, `splash.GRANTED`."""
 
 ACCUMULATION_OPTIONS: Mapping[str, tuple[str, str]] = {
     "xla_disable_hlo_passes": (
@@ -46,6 +52,12 @@ def compiler_options(chip: Chip, *, accumulation: int) -> dict[str, str]:
     if chip.platform == "tpu" and accumulation > 1:
         options |= ACCUMULATION_OPTIONS
     return {name: value for name, (value, _) in options.items()}
+
+
+def longest_block(chip: Chip | None, dtype: Any) -> int:
+    """Of splash attention in a training step with operands of `dtype`, by `SPLASH_BLOCKS`; 0: what fits anywhere."""
+    wide = jnp.dtype(dtype).itemsize > 2
+    return SPLASH_BLOCKS[chip.kind][wide] if chip is not None and chip.kind in SPLASH_BLOCKS else 0
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -85,11 +85,11 @@ def triton(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     return triton.triton(q, k, v, mask)
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, longest: int = 0) -> jax.Array:
     """`kernels/splash.py`, imported where it is used: Pallas takes a while to load."""
     from maxlm.kernels import splash
 
-    return splash.splash(q, k, v, mask)
+    return splash.splash(q, k, v, mask, longest=longest or splash.GRANTED)
 
 
 def features(mask: Mask, *, head_dim: int = 0, value_dim: int = 0) -> frozenset[str]:
@@ -227,8 +227,12 @@ def choose(*, platform: str, dtype: Any, head_dim: int, needs: frozenset[str], q
     raise ValueError("no attention back end can serve: " + "; ".join(f"{k} {v}" for k, v in refusals.items()))
 
 
-def dispatch(platform: str) -> AttentionFn:
-    """Attention on devices of `platform`, by the back end that `choose` names for each call's mask and shapes."""
+def dispatch(platform: str, *, longest_block: int = 0) -> AttentionFn:
+    """Attention on devices of `platform`, by the back end that `choose` names for each call's mask and shapes.
+
+    Args:
+      longest_block: of splash attention; 0: of what fits without options of the compiler.
+    """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         backend = choose(
@@ -239,6 +243,8 @@ def dispatch(platform: str) -> AttentionFn:
             queries=q.shape[1],
             keys=k.shape[1],
         )
+        if backend.name == "splash":
+            backend = dataclasses.replace(backend, kernel=functools.partial(splash, longest=longest_block))
         return backend.function(q, k, v, mask)
 
     return attend

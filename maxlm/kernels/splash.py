@@ -15,20 +15,24 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from maxlm.kernels.mask import Mask
 from maxlm.kernels.matmul import ATTENTION_NAME, exact
 
-# The longest that fit into the vector memory that XLA grants a kernel by default, on v4 and later; longer ones gain
-# about a fifth of the cycles and need --xla_tpu_scoped_vmem_limit_kib, which training steps are compiled with on some
-# chips (`compilation.COMPILER_OPTIONS`), but evaluation and generation, which run this kernel too, are not.
-BLOCKS = (512, 384, 256, 128)
+BLOCKS = (2048, 1024, 512, 384, 256, 128)
+GRANTED = 512
+"""The longest block that fits into the vector memory that XLA grants a kernel by default, on v4 and later."""
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, interpret: bool = False) -> jax.Array:
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, longest: int = GRANTED, interpret: bool = False
+) -> jax.Array:
     """Attention of q (B, S, H, h) over k (B, S, K, h) and v (B, S, K, v), to (B, S, H, v), as `attention.plain`.
 
     S is a multiple of 128. `interpret` runs the kernel on any platform, slowly. The sinks' gradient alone is not summed
     in float32: the kernel sums it over positions in q's dtype, so that in bfloat16 it is right to about 2**-8.
+
+    Args:
+      longest: as of `block_size`, by chip in `compilation.SPLASH_BLOCKS`.
     """
     heads, length = q.shape[2], q.shape[1]
-    block = next(size for size in BLOCKS if length % size == 0)
+    block = block_size(length, window=mask.window, longest=longest)
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -61,6 +65,15 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, interpret: b
     if mask.segments_q is not None and mask.segments_k is not None:
         segments = kernels.SegmentIds(mask.segments_q, mask.segments_k)
     return exact(rows, q.dtype)(q, k, v, segments, mask.sinks).swapaxes(1, 2)
+
+
+def block_size(length: int, *, window: int, longest: int) -> int:
+    """Positions of a block: the most of `BLOCKS` that divide the row, up to `longest`.
+
+    A block that a window leaves little of is multiplied whole: above `GRANTED` none is longer than the window.
+    """
+    most = min(longest, max(window, GRANTED)) if window else longest
+    return next(size for size in BLOCKS if size <= most and length % size == 0)
 
 
 def _seen(mask: Mask, length: int) -> masks.Mask:

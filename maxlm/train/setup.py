@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from maxlm.chips import chip_of_kind
 from maxlm.cluster import meet
-from maxlm.compilation import compiler_options
+from maxlm.compilation import compiler_options, longest_block
 from maxlm.config import Config, OptimConfig
 from maxlm.data.batch import Batch
 from maxlm.kernels import grouped
@@ -129,14 +129,17 @@ class Setup:
         return compiled
 
 
-def make_runtime(config: Config, mesh: Mesh, *, segments: bool, experts_limited: bool = False) -> tuple[Runtime, str]:
+def make_runtime(
+    config: Config, mesh: Mesh, *, segments: bool, experts_limited: bool = False, training: bool = False
+) -> tuple[Runtime, str]:
     """How the model is run on this mesh, and the name of its attention back end.
 
     Args:
       segments: whether rows hold several documents that must not see each other.
       experts_limited: as of `Runtime`.
+      training: whether it is compiled with the options of a training step.
     """
-    attend, name = _make_attention(config, mesh, segments=segments)
+    attend, name = _make_attention(config, mesh, segments=segments, training=training)
     devices = mesh.shape["context"]
     # Where no devices share the batch's positions nothing is added up, and nothing is to be rounded for it.
     together = shards(mesh, "batch") * shards(mesh, "seq") > 1
@@ -168,7 +171,7 @@ def outermost_label(width: int, mesh: Mesh, reduced: Any) -> str:
     return "d" if narrow and (width // mesh.shape["fsdp"]) % 256 else ""
 
 
-def _make_attention(config: Config, mesh: Mesh, *, segments: bool) -> tuple[AttentionFn, str]:
+def _make_attention(config: Config, mesh: Mesh, *, segments: bool, training: bool) -> tuple[AttentionFn, str]:
     """The attention of this mesh, and its name; that of several back ends where layers or phases differ."""
     attention, platform = config.model.attention, mesh.devices.flat[0].platform
     devices, method = mesh.shape["context"], config.parallel.context_method
@@ -190,7 +193,9 @@ def _make_attention(config: Config, mesh: Mesh, *, segments: bool) -> tuple[Atte
             keys=length,
         )
         names[backend.name] = None
-    return sharded_attention(dispatch(platform), mesh), " and ".join(names)
+    chip = chip_of_kind(mesh.devices.flat[0].device_kind) if training else None
+    kernel = dispatch(platform, longest_block=longest_block(chip, config.train.precision))
+    return sharded_attention(kernel, mesh), " and ".join(names)
 
 
 def attention_needs(config: Config, *, window: int, segments: bool) -> frozenset[str]:
@@ -223,7 +228,11 @@ def make_setup(
     parts = split_model(config.model)
     optimizer = make_optimizer(config.optim, parts.specs)
     own_runtime, backend = make_runtime(
-        config, mesh, segments=separates_documents(config.data), experts_limited=bool(config.model.moe.capacity_factor)
+        config,
+        mesh,
+        segments=separates_documents(config.data),
+        experts_limited=bool(config.model.moe.capacity_factor),
+        training=True,
     )
     runtime = runtime or own_runtime
     pipeline = make_pipeline(config, parts, runtime, mesh)

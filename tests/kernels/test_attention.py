@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
+from maxlm.chips import CHIPS
+from maxlm.compilation import longest_block
 from maxlm.kernels import attention
 from maxlm.kernels import chunked as chunked_module
 from maxlm.kernels import heads_loop as loop_module
@@ -226,6 +228,31 @@ def test_interpreted_kernels_equal_plain(monkeypatch, name, case, length, dtype)
         else:  # operands are rounded to 8 bits
             assert got.dtype == dtype
             assert jnp.linalg.norm(got.astype(jnp.float32) - want) < 0.015 * jnp.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+    "length, window, longest, expected",
+    [
+        (8192, 0, 512, 512),
+        (8192, 0, 2048, 2048),
+        (3072, 0, 2048, 1024),
+        (8192, 1024, 2048, 1024),
+        (8192, 64, 2048, 512),  # a window that is shorter than the usual block
+        (384, 0, 2048, 384),
+    ],
+)
+def test_a_blocks_length_divides_the_row_and_respects_the_window(length, window, longest, expected):
+    assert splash_module.block_size(length, window=window, longest=longest) == expected
+
+
+def test_only_a_training_step_on_a_chip_with_the_memory_for_it_has_long_blocks(monkeypatch):
+    asked = []
+    monkeypatch.setattr(splash_module, "splash", lambda q, *_, longest: asked.append(longest) or q)
+    q = jnp.zeros((1, 2048, 1, 128), jnp.bfloat16)
+    for chip, dtype in (("v5p", "bfloat16"), ("v5p", "float32"), ("v5e", "bfloat16"), (None, "bfloat16")):
+        longest = longest_block(CHIPS[chip] if chip else None, dtype)
+        attention.dispatch("tpu", longest_block=longest)(q, q, q, Mask(scale=1.0))
+    assert asked == [2048, 1024, 512, 512]
 
 
 def test_choice_by_platform():
