@@ -19,6 +19,8 @@ from tests.plan.test_plan import fake_step, tiny
 
 MICROBATCHES, LAYERS = 4, 4
 TOPOLOGY = parse_topology("v5p:2x2x2")
+# On which products take the time of their FLOPs: at these sizes their bytes would be most of it.
+QUICK = dataclasses.replace(TOPOLOGY, chip=dataclasses.replace(TOPOLOGY.chip, hbm_bandwidth=1e18))
 PLACES = tuple((0, x, y, z) for x in range(2) for y in range(2) for z in range(2))
 
 
@@ -49,7 +51,7 @@ def program(given):
 
 def planned(given, text):
     step = fake_step(mesh=given.parallel.sizes, places=PLACES)
-    return make_plan(given, TOPOLOGY, dataclasses.replace(step, program=text))
+    return make_plan(given, QUICK, dataclasses.replace(step, program=text))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +88,7 @@ def test_a_pipelines_step_costs_the_work_of_one_without_and_the_bubble(unpiped):
     found = report(stages.table_of(piped))
     # The last stage's head makes its ticks longer than the others', here by the products of about one layer.
     least = alone.parts["products"] / (1 - found.bubble)
-    # Products of this size are priced by bytes, of which the two programs' differ by a few percent.
-    assert 0.97 * least < staged.parts["products"] < 1.35 * least
+    assert 0.99 * least < staged.parts["products"] < 1.6 * least
     sent = collectives.find(stages.weighted(hlo.parse(text), piped), piped.parallel.sizes)
     ticks = len(stages.table_of(piped).ticks)
     assert {c.times for c in sent if c.axes == ("pipeline",) and "hand_over" in c.op_name} == {ticks}
