@@ -86,8 +86,9 @@ def sharded_experts(
     ) -> jax.Array:
         # The sum over `tensor` leaves each of its devices a part of the positions, as the stream has them.
         scattered = rows is not None and x.shape[1] % shards(mesh, "residual") == 0
-        how = (hidden, capacity, dtype, backend, gathered, reduce_dtype)
-        settings = _Settings(mesh.shape["expert"], ragged, scattered, *how)
+        settings = _Settings(
+            mesh.shape["expert"], ragged, scattered, hidden, capacity, dtype, backend, gathered, reduce_dtype
+        )
         place: Any = Routes
         specs = (
             tokens,

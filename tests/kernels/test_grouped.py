@@ -124,6 +124,20 @@ def test_a_nan_row_stays_by_itself():
         np.testing.assert_array_equal(np.delete(y, 4, axis=0), np.delete(clean, 4, axis=0))
 
 
+@pytest.mark.parametrize("backend", EVERY, ids=lambda backend: backend.name)
+def test_rows_of_no_group_may_hold_anything(backend):
+    """As memory that nothing was written to does, behind an exchange of experts."""
+    x, w, g, counts = case(SIZES["rows of no group"])
+    used = sum(SIZES["rows of no group"])
+    clean, got = (
+        value_and_gradients(x.at[used:].set(rest), w, g.at[used:].set(rest), counts, backend=backend)
+        for rest in (0.0, jnp.nan)
+    )
+    np.testing.assert_array_equal(got["y"][:used], clean["y"][:used])
+    np.testing.assert_array_equal(got["gradients"][0][:used], clean["gradients"][0][:used])
+    np.testing.assert_array_equal(got["gradients"][1], clean["gradients"][1])
+
+
 def test_platforms_choose():
     chosen = [grouped.choose(platform, jnp.bfloat16).name for platform in ("tpu", "cpu", "gpu")]
     assert chosen == ["megablox", "blocked", "ragged"]
