@@ -25,7 +25,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maxlm.plan.hlo import Module
 
 ROOT = Path(__file__).parent.parent
 PEER = ("maxtext[tpu]==0.2.5", "jax[tpu]==0.11.2")  # jax pins the libtpu that belongs to it, MaxText does not
@@ -120,7 +123,9 @@ VMEM = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 def ours(work: Work) -> dict[str, Any]:
     """Figures of MaxLM's step."""
     from maxlm.plan.compile import compile_step
+    from maxlm.plan.hlo import parse
     from maxlm.plan.topology import parse_topology
+    from maxlm.plan.uneven import settled
     from maxlm.resolve import resolve
 
     spec = importlib.util.spec_from_file_location(work.recipe, ROOT / "configs" / f"{work.recipe}.py")
@@ -136,7 +141,7 @@ def ours(work: Work) -> dict[str, Any]:
     step = compile_step(config, topology, cache=None, options=VMEM, log=print)
     if step.refused:
         raise SystemExit(f"{work.recipe} on {work.topology}: {step.refused}")
-    return figures(step.program, step.mesh, memory=step.analysis["peak_memory"])
+    return figures(settled(parse(step.program), config), step.mesh, memory=step.analysis["peak_memory"])
 
 
 def peers(work: Work) -> dict[str, Any]:
@@ -144,6 +149,8 @@ def peers(work: Work) -> dict[str, Any]:
     import maxtext
     from absl import flags
     from maxtext.trainers.pre_train import train_compile
+
+    from maxlm.plan.hlo import parse
 
     caught: list[Any] = []
     compile_it = train_compile.jit_and_compile
@@ -174,13 +181,14 @@ def peers(work: Work) -> dict[str, Any]:
     flags.FLAGS.mark_as_parsed()
     train_compile.main(["train_compile", str(base), *settings])
     compiled, mesh = caught
-    return figures(compiled.as_text(), dict(mesh.shape), memory=compiled.memory_analysis().peak_memory_in_bytes)
+    return figures(parse(compiled.as_text()), dict(mesh.shape), memory=compiled.memory_analysis().peak_memory_in_bytes)
 
 
-def figures(program: str, mesh: Mapping[str, int], *, memory: int) -> dict[str, Any]:
+def figures(module: Module, mesh: Mapping[str, int], *, memory: int) -> dict[str, Any]:
     """What is compared, of a step that was compiled to the end; the same reading for both sides.
 
     Args:
+      module: of ours with the shares of what is not done in every step, the norms; MaxText's step has no such part.
       memory: the compiler's peak of a device, in bytes.
     """
     from importlib.metadata import version
@@ -188,9 +196,8 @@ def figures(program: str, mesh: Mapping[str, int], *, memory: int) -> dict[str, 
     import jax
 
     from maxlm.plan.collectives import by_kind_and_axes, find
-    from maxlm.plan.hlo import parse, total_flops
+    from maxlm.plan.hlo import total_flops
 
-    module = parse(program)
     sent = find(module, mesh)
     rows = by_kind_and_axes(sent)
     found: dict[str, Any] = {

@@ -104,7 +104,9 @@ def scale_by_factored_moment(specs: Mapping[str, ParamSpec], *, b2: float) -> op
                 rows[path] = decay * old_rows[path] + (1.0 - decay) * square.mean(fan_out)
                 cols[path] = decay * old_cols[path] + (1.0 - decay) * square.mean(fan_in)
                 row, col = jnp.expand_dims(rows[path], fan_out), jnp.expand_dims(cols[path], fan_in)
-                scaled = gradient * jax.lax.rsqrt(row / row.mean(fan_in, keepdims=True)) * jax.lax.rsqrt(col)
+                # In this order: the quotient of a row and their mean may be too small for float32, and 0 * inf is nan.
+                mean = row.mean(fan_in, keepdims=True)
+                scaled = gradient * jax.lax.rsqrt(row) * jnp.sqrt(mean) * jax.lax.rsqrt(col)
             else:
                 full[path] = decay * old_full[path] + (1.0 - decay) * square
                 scaled = gradient * jax.lax.rsqrt(full[path])

@@ -74,18 +74,18 @@ def restart(guard: GuardState, where: jax.Array) -> GuardState:
 
 
 def judge(
-    config: GuardConfig, guard: GuardState, *, loss: jax.Array, grad_norm: jax.Array, updates: Any, excused: jax.Array
+    config: GuardConfig, guard: GuardState, *, loss: jax.Array, grad_norm: jax.Array, excused: jax.Array
 ) -> Verdict:
-    """Judges a step by its loss, its gradient norm before clipping (float32 scalars) and its updates (a tree of them).
+    """Judges a step by its loss and its gradient norm before clipping (float32 scalars).
 
-    Refused are a value or an update that is not finite, always, and from `min_history` accepted steps on a value more
-    than `threshold` deviations above the window's median. A refusal with `excused` (bool ()) set, an overflow that
-    loss scaling will mend, is not counted.
+    Refused is a value that is not finite, always, and from `min_history` accepted steps on one that lies more than
+    `threshold` deviations above the window's median. A refusal with `excused` (bool ()) set, an overflow that loss
+    scaling will mend, is not counted.
     """
     loss, grad_norm = loss.astype(jnp.float32), grad_norm.astype(jnp.float32)
     loss_limit = _limit(config, guard.losses, guard.accepted, floor=LOSS_FLOOR)
     norm_limit = _limit(config, guard.norms, guard.accepted, floor=NORM_FLOOR)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     accept = finite & (loss <= loss_limit) & (grad_norm <= norm_limit)
     counted = (~accept & ~jnp.asarray(excused)).astype(jnp.int32)
     slot = guard.accepted % config.window
@@ -97,11 +97,6 @@ def judge(
         total=guard.total + counted,
     )
     return Verdict(accept, state, loss_limit, norm_limit)
-
-
-def all_finite(arrays: Any) -> jax.Array:
-    """Whether no number of a tree of float arrays is nan or infinite, bool (): their sum tells, in one reduction."""
-    return jnp.isfinite(sum((jnp.sum(x) for x in jax.tree.leaves(arrays)), start=jnp.float32(0.0)))
 
 
 def select(accept: jax.Array, new: Any, old: Any) -> Any:

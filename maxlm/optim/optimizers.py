@@ -3,6 +3,9 @@
 Each rule is a chain of optax transforms that turns gradients into a direction d. The update of a parameter p is then
 -lr * m * (d + decay * p) for every rule alike, with m its multiplier and the learning rate lr handed in, so that the
 schedule is driven by the step and not by the optimizer's own count of updates.
+
+Every rule makes finite updates of gradients whose global norm is finite, from a state that such gradients made: what is
+divided by has an epsilon. The guard relies on it, and judges a step by its loss and its norm alone.
 """
 
 from __future__ import annotations
@@ -45,13 +48,6 @@ class Updated(NamedTuple):
 
     updates: dict[str, Any]
     opt_state: dict[str, Any]
-
-
-class Clipped(NamedTuple):
-    """grads: after clipping, float32; norm: the global norm before it, float32 ()."""
-
-    grads: dict[str, Any]
-    norm: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,17 +139,19 @@ def make_optimizer(optim: OptimConfig, specs: dict[str, Any]) -> Optimizer:
     return Optimizer(declared, assignments, {rule: RULES[rule](optim, own[rule]) for rule in rules})
 
 
-def clip_by_global_norm(grads: dict[str, Any], max_norm: float) -> Clipped:
-    """Scales gradients down to the global norm `max_norm` (0: leaves them), in float32.
+def global_norm(grads: dict[str, Any]) -> jax.Array:
+    """The norm of all gradients together, float32 ()."""
+    squares = (jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
+    return jnp.sqrt(sum(squares, start=jnp.float32(0.0)))
+
+
+def clip(grads: dict[str, Any], norm: jax.Array, *, most: float) -> dict[str, Any]:
+    """Gradients whose global norm is `norm`, scaled down to the norm `most` (0: as they are), in float32.
 
     A gradient with a norm that is not finite comes back not finite: refusing it is the guard's part.
     """
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    norm = jnp.sqrt(sum((jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)), start=jnp.float32(0.0)))
-    if not max_norm:
-        return Clipped(grads, norm)
-    factor = max_norm / jnp.maximum(norm, max_norm)
-    return Clipped(jax.tree.map(lambda g: g * factor, grads), norm)
+    factor = most / jnp.maximum(norm, most) if most else 1.0
+    return jax.tree.map(lambda g: g.astype(jnp.float32) * factor, grads)
 
 
 def moments_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:

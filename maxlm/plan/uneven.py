@@ -1,4 +1,6 @@
-"""How often parts of a compiled step run that depend on where a device stands, or on the data: their averages.
+"""How often parts of a compiled step run that depend on where a device stands, on the step, or on the data: averages.
+
+Norms are made in one of `train.norms_every` steps, by a conditional (`train.step.every`).
 
 Attention in blocks passes over a pair of blocks in which no query sees a key, by a conditional (`kernels/chunked.py`).
 The pairs that meet follow from the blocks' places in the row; over all devices and hops of a row, every block of
@@ -30,7 +32,7 @@ _GROUPED = re.compile(rf"\b({'|'.join(grouped.NAMES)})\b")
 
 
 def settled(module: Module, config: Config) -> Module:
-    """The module with the shares of attention's branches and the turns of the experts' loops.
+    """The module with the shares of the norms' and of attention's branches and the turns of the experts' loops.
 
     Args:
       config: resolved, of which the module is the step.
@@ -52,14 +54,19 @@ def even_rows(config: Config) -> float:
     return tokens * config.model.moe.active / spread
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
+# --- norms and attention ---------------------------------------------------------------------------------------------
 
 
 def _shares(module: Module, config: Config) -> dict[str, float]:
-    """Of the two branches of attention's conditionals, one of which leaves everything as it is."""
+    """Of the branches of the norms' conditional, and of attention's, one of which leaves everything as it is."""
     found: dict[str, float] = {}
     for instruction in _all(module):
-        if instruction.opcode != "conditional" or not re.search(r"\battention\b", instruction.op_name):
+        if instruction.opcode != "conditional":
+            continue
+        if instruction.op_name.endswith("/metrics/cond"):
+            made = 1.0 / config.train.norms_every
+            found |= dict(zip(instruction.called, (1.0 - made, made), strict=True))  # the false branch is the first
+        if not re.search(r"\battention\b", instruction.op_name):
             continue
         work = {branch: _multiplies(module, branch) for branch in instruction.called}
         if sorted(work.values()) == [False, True]:

@@ -20,7 +20,7 @@ from maxlm.model.decoder import STACKS, Decoder, ModelParts, longest_row, merge
 from maxlm.model.loss import chunked_cross_entropy
 from maxlm.model.runtime import Runtime
 from maxlm.optim import average, guard, scaling
-from maxlm.optim.optimizers import Optimizer, clip_by_global_norm
+from maxlm.optim.optimizers import Optimizer, Updated, clip, global_norm
 from maxlm.optim.schedules import Rates, learning_rate
 from maxlm.train.state import TrainState
 
@@ -74,25 +74,24 @@ def make_train_step(
         terms, grads, tokens = gradients(state.params, batch, state.scale.scale)
 
         with jax.named_scope("optimizer"):
-            clipped = clip_by_global_norm(grads, config.optim.clip_norm)
+            norm = global_norm(grads)
             lr = learning_rate(config.optim.schedule, rates, state.step)
-            updates, opt_state = optimizer.update(clipped.grads, state.opt_state, state.params, lr=lr)
+
+            def update() -> Updated:
+                clipped = clip(grads, norm, most=config.optim.clip_norm)
+                return optimizer.update(clipped, state.opt_state, state.params, lr=lr)
+
+            updates, opt_state = update()
             params = jax.tree.map(jnp.add, state.params, updates)
             if config.model.moe.selection_bias:
                 params = moe.moved_biases(params, terms["experts"]["load"], rate=config.model.moe.bias_rate)
 
         with jax.named_scope("guard"):
-            overflow = scaling.overflowed(state.scale, clipped.norm)
+            overflow = scaling.overflowed(state.scale, norm)
             # A phase of other data has other losses: what was usual before says nothing about them.
             history = guard.restart(state.guard, jnp.isin(state.step, shifts))
-            verdict = guard.judge(
-                config.optim.guard,
-                history,
-                loss=terms["loss"],
-                grad_norm=clipped.norm,
-                updates=updates,
-                excused=overflow,
-            )
+            # Before any update is there: the selection is then a part of the pass that writes the new state, in place.
+            verdict = guard.judge(config.optim.guard, history, loss=terms["loss"], grad_norm=norm, excused=overflow)
             accept = verdict.accept
             new = TrainState(
                 step=state.step + 1,
@@ -109,7 +108,7 @@ def make_train_step(
         with jax.named_scope("metrics"):
             metrics = {
                 **loss_metrics(terms),
-                "grad_norm": clipped.norm,
+                "grad_norm": norm,
                 "lr": lr,
                 "tokens": tokens,
                 "batch": digest_array(batch.tokens)[0],  # which tokens these were, on any mesh
@@ -121,7 +120,7 @@ def make_train_step(
                 "updates": new.updates,
                 "loss_scale": state.scale.scale,
                 "norms": every(
-                    config.train.norms_every, state.step, layer_norms(state.params, grads, updates, terms=terms)
+                    config.train.norms_every, state.step, layer_norms(state.params, grads, update, terms=terms)
                 ),
                 **(watch(terms) if watch else {}),
             }
@@ -167,7 +166,8 @@ def make_gradients(
         with jax.named_scope("loss_and_gradients"):
             denominators, longest = jnp.maximum(counted, 1.0), longest_row(batch.positions)
             terms, grads = whole(params, runtime.arrange(batches), denominators, scale, longest)
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
+            # Exact, as the scale is a power of two; and a product, unlike a quotient, XLA fuses into all that reads it.
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32) * (1.0 / scale), grads)
         return Gradients(terms, grads, counted[0])
 
     return gradients
@@ -214,13 +214,16 @@ def loss_metrics(terms: Metrics) -> Metrics:
 
 
 def layer_norms(
-    params: dict[str, Any], grads: dict[str, Any], updates: dict[str, Any], *, terms: Metrics
+    params: dict[str, Any], grads: dict[str, Any], update: Callable[[], Updated], *, terms: Metrics
 ) -> dict[str, Callable[[], Any]]:
-    """What computes the per-layer norms of a step, by kind."""
+    """What computes the per-layer norms of a step, by kind; those of the updates out of updates made once more.
+
+    Operands of a conditional are arrays in memory: the step's own updates would be, in every step, for one of many.
+    """
     norms: dict[str, Callable[[], Any]] = {
         "weights": lambda: layer_rms(params),
         "gradients": lambda: layer_rms(grads),
-        "updates": lambda: layer_rms(updates),
+        "updates": lambda: layer_rms(update().updates),
         "activations": lambda: terms["activations"],
     }
     if experts := terms["experts"]:

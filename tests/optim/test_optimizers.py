@@ -10,7 +10,7 @@ from maxlm import tree
 from maxlm.config import AttentionConfig, MlpConfig, ModelConfig, OptimConfig
 from maxlm.model.decoder import split_model
 from maxlm.model.param import ParamSpec
-from maxlm.optim.optimizers import Updated, assign, clip_by_global_norm, make_optimizer
+from maxlm.optim.optimizers import Updated, assign, clip, global_norm, make_optimizer
 from maxlm.optim.rules import RuleError
 
 LR = 0.01
@@ -287,20 +287,48 @@ def test_a_sharded_update_equals_the_unsharded_one(specs, draw, rule):
 def test_clipping_is_by_the_global_norm_in_float32():
     grads = {"a": jnp.full((4,), 300.0, jnp.float16), "b": {"c": jnp.full((9,), 400.0, jnp.float16)}}
     norm = np.sqrt(4 * 300.0**2 + 9 * 400.0**2)  # 1342: its square is beyond float16
-    clipped = clip_by_global_norm(grads, 2.0)
-    np.testing.assert_allclose(clipped.norm, norm, rtol=1e-6)
-    np.testing.assert_allclose(clipped.grads["a"], 300.0 * 2.0 / norm, rtol=1e-6)
-    assert clipped.grads["b"]["c"].dtype == jnp.float32
-    np.testing.assert_allclose(clip_by_global_norm(clipped.grads, 0.0).norm, 2.0, rtol=1e-6)
+    found = global_norm(grads)
+    np.testing.assert_allclose(found, norm, rtol=1e-6)
+    clipped = clip(grads, found, most=2.0)
+    np.testing.assert_allclose(clipped["a"], 300.0 * 2.0 / norm, rtol=1e-6)
+    assert clipped["b"]["c"].dtype == jnp.float32
+    np.testing.assert_allclose(global_norm(clipped), 2.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("limit", (0.0, 10.0))
 def test_a_gradient_within_the_limit_is_left_bit_for_bit(draw, limit):
     grads = jax.tree.map(lambda g: g * 1e-3, draw(3))
-    clipped = clip_by_global_norm(grads, limit)
-    assert all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (clipped.grads, grads)), strict=True))
+    clipped = clip(grads, global_norm(grads), most=limit)
+    assert all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (clipped, grads)), strict=True))
 
 
 def test_clipping_of_zeros_and_nan():
-    assert (clip_by_global_norm({"a": jnp.zeros(3)}, 1.0).grads["a"] == 0).all()
-    assert np.isnan(clip_by_global_norm({"a": jnp.asarray([jnp.nan, 1.0])}, 1.0).norm)
+    zeros, bad = {"a": jnp.zeros(3)}, {"a": jnp.asarray([jnp.nan, 1.0])}
+    assert (clip(zeros, global_norm(zeros), most=1.0)["a"] == 0).all()
+    assert np.isnan(global_norm(bad)) and np.isnan(clip(bad, global_norm(bad), most=1.0)["a"]).all()
+
+
+@pytest.mark.parametrize("moments", ("float32", "bfloat16"))
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_of_a_finite_norm_make_finite_updates(specs, draw, rule, moments):
+    """The guard looks at the norm alone. Unclipped, with the least epsilon: zeros, all sizes that have a norm, rows and
+    single numbers of another size than the rest."""
+    optimizer = make_optimizer(config(rule, epsilon=1e-15, moments_dtype=moments), specs)
+    params, update = draw(0), jax.jit(optimizer.update)
+
+    def rows(g):
+        return g.at[..., 0].set(0.0)
+
+    def single(g):
+        return jnp.zeros_like(g).at[(0,) * g.ndim].set(1e17)
+
+    sizes = [lambda g, size=size: size * g for size in (0.0, 1e-38, 1e-20, 1.0, 1e10, 1e16)]
+    kinds = [*sizes, rows, single]
+    for order in (kinds, kinds[::-1], [sizes[-1], sizes[0], sizes[0], single, sizes[1]]):
+        state = optimizer.init(params)
+        for i, kind in enumerate(order):
+            grads = jax.tree.map(kind, draw(i))
+            assert np.isfinite(global_norm(grads))
+            updates, state = update(grads, state, params, lr=jnp.float32(LR))
+            for path, found in tree.paths(updates).items():
+                assert np.isfinite(found).all(), (path, i)

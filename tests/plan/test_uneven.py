@@ -119,8 +119,8 @@ def test_an_exchange_sends_the_rows_that_there_are_at_even_load():
 DOT = "dot(X, X), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
 
 
-def conditional(one, other):
-    """A program that runs one of two bodies under attention."""
+def conditional(one, other, *, op_name="jit(train_step)/layers/attention/cond"):
+    """A program that runs one of two bodies."""
     bodies = "".join(
         f"%{name} (x.{name}: f32[8,8]) -> f32[8,8] {{\n  %x.{name} = f32[8,8]{{1,0}} parameter(0)\n"
         f"  ROOT %y.{name} = f32[8,8]{{1,0}} {line.replace('X', f'%x.{name}')}\n}}\n\n"
@@ -129,7 +129,7 @@ def conditional(one, other):
     return hlo.parse(
         f"HloModule m\n\n{bodies}ENTRY %main (p: s32[], q: f32[8,8]) -> f32[8,8] {{\n  %p = s32[] parameter(0)\n"
         "  %q = f32[8,8]{1,0} parameter(1)\n  ROOT %c = f32[8,8]{1,0} conditional(%p, %q, %q), "
-        'branch_computations={%one, %other}, metadata={op_name="jit(train_step)/layers/attention/cond"}\n}\n'
+        f'branch_computations={{%one, %other}}, metadata={{op_name="{op_name}"}}\n}}\n'
     )
 
 
@@ -139,3 +139,21 @@ def test_only_a_conditional_that_passes_work_over_has_a_share(spread):
     assert dict(passing.shares) == {"one": 1 - met, "other": met} and 0 < met < 0.6
     assert hlo.total_flops(passing) == pytest.approx(met * 2 * 8**3)
     assert not uneven.settled(conditional(DOT, DOT), spread).shares
+
+
+def test_norms_count_for_as_many_steps_as_they_are_made_in(spread):
+    given = dataclasses.replace(spread, train=dataclasses.replace(spread.train, norms_every=10))
+    module = uneven.settled(conditional("copy(X)", DOT, op_name="jit(train_step)/metrics/cond"), given)
+    assert dict(module.shares) == {"one": 0.9, "other": 0.1}
+    assert hlo.total_flops(module) == pytest.approx(0.1 * 2 * 8**3)
+
+
+def test_the_step_writes_norms_as_the_planner_reads_them():
+    """The false branch first, and under that name."""
+    base = tiny(data=8)
+    config = resolve(dataclasses.replace(base, train=dataclasses.replace(base.train, norms_every=4)), devices=8)
+    module = hlo.parse(program(config))
+    (one,) = [i for i, _, _ in module.scheduled() if i.opcode == "conditional" and "metrics" in i.op_name]
+    idle, makes = (sum(i.opcode == "fusion" for i in module.computations[name]) for name in one.called)
+    shares = uneven.settled(module, config).shares
+    assert makes > 5 * idle and [shares[name] for name in one.called] == [0.75, 0.25]
