@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 SAVED_NAME = "matmul"  # what a remat policy calls the products' results, in their final dtype
 ATTENTION_NAME = "attention_out"  # and attention's, its normalisers with them where a kernel's gradient needs those
@@ -140,7 +141,8 @@ def _backward(spec: str, dtypes: _Dtypes, outermost: str, kept: Any, g: jax.Arra
     # XLA adds the devices' parts up right behind the product, in the dtype that that writes: a cast comes too late.
     written = "".join(sorted(right, key=lambda label: label != outermost))
     dw = dot(f"{left},{out}->{written}", x.astype(dtypes.operands), g.astype(dtypes.operands), out_dtype=dtypes.reduced)
-    if written != right:  # XLA would write the product as it is wanted, were it not for the barrier
+    if written != right:  # XLA would write the product as it is wanted, were it not for the barrier and the layout
+        dw = with_layout_constraint(dw, Layout(major_to_minor=tuple(range(dw.ndim))))
         dw = jnp.einsum(f"{written}->{right}", jax.lax.optimization_barrier(dw))
     return dx, dw.astype(w.dtype)
 

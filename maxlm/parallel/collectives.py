@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -26,9 +27,19 @@ def gather(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
     return lax.all_gather(x, axis, axis=dim, tiled=True) if _size(axis) > 1 else x
 
 
-def scatter(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
-    """This device's part along `dim` of the sum of the devices' `x`."""
-    return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if _size(axis) > 1 else x
+def scatter(x: jax.Array, axis: str, *, dim: int, pieces: bool = False) -> jax.Array:
+    """This device's part along `dim` of the sum of the devices' `x`.
+
+    Args:
+      pieces: whether the parts are written one behind the other first: of narrow ones along the last dim XLA:TPU makes
+        an all-reduce (`train.setup.outermost_label`).
+    """
+    if (size := _size(axis)) == 1:
+        return x
+    if not pieces:
+        return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+    apart = jnp.moveaxis(x.reshape(*x.shape[:dim], size, -1, *x.shape[dim + 1 :]), dim, 0)
+    return lax.psum_scatter(apart, axis, scatter_dimension=0, tiled=False)
 
 
 def add(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:

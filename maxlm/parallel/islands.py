@@ -62,7 +62,7 @@ def sharded_attention(kernel: AttentionFn, mesh: Mesh) -> AttentionFn:
     return attend
 
 
-def sharded_lookup(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> LookupFn:
+def sharded_lookup(mesh: Mesh, *, reduce_dtype: Any = jnp.float32, pieces: bool = False) -> LookupFn:
     """`model.runtime.take` of a table that is spread over `vocab` and `embed`, without gathering the vocabulary.
 
     The table comes together along `embed` in the dtype of the result. Every device of a tensor group looks up what its
@@ -72,6 +72,7 @@ def sharded_lookup(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> LookupFn:
     Args:
       reduce_dtype: in which the table's gradient is added up over the mesh; a device adds up its own in float32, as a
         frequent row has many summands.
+      pieces: as of `collectives.scatter`, of that sum.
     """
     (embed,), (vocab,) = RULES["embed"], RULES["vocab"]
     others = tuple(axis for axis in RULES["batch"] + RULES["seq"] if axis != embed)
@@ -118,7 +119,7 @@ def sharded_lookup(mesh: Mesh, *, reduce_dtype: Any = jnp.float32) -> LookupFn:
             rows = count // mesh.shape[vocab]
             own, held = placed(tokens, rows)
             wide = jnp.zeros((rows, g.shape[-1]), jnp.float32).at[own].add(jnp.where(held, g.astype(jnp.float32), 0.0))
-            part = collectives.scatter(wide.astype(reduce_dtype), embed, dim=1)
+            part = collectives.scatter(wide.astype(reduce_dtype), embed, dim=1, pieces=pieces)
             return collectives.add(part, others).astype(jnp.float32) * scale
 
         specs = (of_tokens, of_rows(tokens.shape[1]))

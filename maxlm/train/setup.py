@@ -144,13 +144,14 @@ def make_runtime(
     # Where no devices share the batch's positions nothing is added up, and nothing is to be rounded for it.
     together = shards(mesh, "batch") * shards(mesh, "seq") > 1
     reduced = jnp.dtype(config.train.reduce_dtype if together else "float32")
+    outermost = outermost_label(config.model.embed_dim, mesh, reduced)
     backend = grouped.choose(mesh.devices.flat[0].platform, config.train.precision)
     runtime = Runtime(
         dtype=jnp.dtype(config.train.precision),
         reduce_dtype=reduced,
-        outermost=outermost_label(config.model.embed_dim, mesh, reduced),
+        outermost=outermost,
         constrain=constrainer(mesh),
-        lookup=sharded_lookup(mesh, reduce_dtype=reduced),
+        lookup=sharded_lookup(mesh, reduce_dtype=reduced, pieces=bool(outermost)),
         attend=attend,
         arrange=functools.partial(arrange, devices=devices),
         experts=sharded_experts(backend, mesh, reduce_dtype=reduced),

@@ -15,7 +15,8 @@ from maxlm.parallel.mesh import make_mesh
 
 
 @pytest.mark.parametrize("positions", [6, 5], ids=["scattered over tensor", "odd"])
-def test_lookup_equals_a_plain_one(positions):
+@pytest.mark.parametrize("pieces", [False, True])
+def test_lookup_equals_a_plain_one(positions, pieces):
     mesh = make_mesh(ParallelConfig(data=2, fsdp=2, tensor=2))
     keys = jax.random.split(jax.random.key(0), 3)
     table, g = jax.random.normal(keys[0], (12, 4)), jax.random.normal(keys[1], (4, positions, 4))
@@ -25,7 +26,7 @@ def test_lookup_equals_a_plain_one(positions):
     def run(lookup):
         return jax.jit(lambda table: jax.vjp(lambda t: lookup(t, tokens, **how), table)[1](g)[0])(table)
 
-    sharded = sharded_lookup(mesh)
+    sharded = sharded_lookup(mesh, pieces=pieces)
     assert np.array_equal(jax.jit(functools.partial(sharded, **how))(table, tokens), take(table, tokens, **how))
     np.testing.assert_allclose(run(sharded), run(take), rtol=1e-6, atol=1e-6)
     strangers = tokens.at[0, 0].set(12).at[1, 1].set(-1)
