@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from maxlm.kernels.bits import as_floats, as_integers, is_narrow
 from maxlm.kernels.mask import MASKED, Mask, static, visible, with_sinks
 from maxlm.kernels.matmul import ATTENTION_NAME, dot
 from maxlm.kernels.opaque import opaque
@@ -218,21 +219,11 @@ def _heads(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> _Head:
 def _map(function: Callable[[Any], Any], operands: Any) -> Any:
     """`lax.map` over trees of arrays, with floats of 16 bits as integers on their way in and out."""
 
-    def bits(x: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(x, jnp.uint16) if _narrow(x.dtype) else x
-
-    def floats(x: jax.Array, like: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(x, like.dtype) if _narrow(like.dtype) else x
-
     def one(given: Any) -> Any:
-        return jax.tree.map(bits, function(jax.tree.map(floats, given, operands)))
+        return as_integers(function(as_floats(given, operands)))
 
     results = jax.eval_shape(lambda: jax.lax.map(function, operands))
-    return jax.tree.map(floats, jax.lax.map(one, jax.tree.map(bits, operands)), results)
-
-
-def _narrow(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 2
+    return as_floats(jax.lax.map(one, as_integers(operands)), results)
 
 
 def heads_loop(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
@@ -270,7 +261,7 @@ def _loop_backward(kept: Any, g: tuple[jax.Array, jax.Array]) -> tuple[jax.Array
     kv_heads = k.shape[2]
     cotangents = _split_heads(g[0], kv_heads), _split_heads(g[1][..., None], kv_heads)[..., 0]
     heads, turned = _heads(q, k, v, mask), None
-    if _narrow(q.dtype):
+    if is_narrow(q.dtype):
         turned = _Turned(heads.q.swapaxes(2, 3), cotangents[0].swapaxes(2, 3))
     d = _map(lambda x: _head_backward(mask, *x), (heads, out, normaliser, *cotangents, turned))
     if turned:

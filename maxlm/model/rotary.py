@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, H heads, h head dim, p pairs of dims that are turne
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config import RopeConfig
+from maxlm.kernels.matmul import dot
 
 
 def rotated_dims(rope: RopeConfig, head_dim: int) -> int:
@@ -20,7 +22,13 @@ def rotated_dims(rope: RopeConfig, head_dim: int) -> int:
 
 
 def rotary(
-    x: jax.Array, rope: RopeConfig, *, positions: jax.Array, windowed: bool, longest: jax.Array | None = None
+    x: jax.Array,
+    rope: RopeConfig,
+    *,
+    positions: jax.Array,
+    windowed: bool,
+    longest: jax.Array | None = None,
+    by_products: bool = False,
 ) -> jax.Array:
     """Turns pair i of a head's dims by position * frequency i.
 
@@ -33,23 +41,77 @@ def rotary(
       windowed: whether the layer sees a window only; such a layer may have a base of its own, which is not stretched.
       longest: int32, () or what spreads over (B, S): positions that the rows, or the row or document of each position,
         have or may come to have, by which longrope and dynamic go; None: as many as in pretraining.
+      by_products: whether dims change places by products with matrices of zeros and ones, exact in 16 bits: on a TPU,
+        whose registers hold 128 dims side by side, halves of a head are dear to move, and such products are not.
     """
     dims = rotated_dims(rope, x.shape[-1])
     if not dims:
         return x
-    turned, rest = x[..., :dims].astype(jnp.float32), x[..., dims:]
     if windowed and rope.local_theta:
         bands, scale = jnp.asarray(_plain(rope.local_theta, dims), jnp.float32), 1.0
     else:
         bands, scale = _bands(rope, dims, longest), amplitude(rope)
     angles = positions.astype(jnp.float32)[:, :, None, None] * bands
     cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    if by_products:
+        return _turned(rope.interleaved, x, cos, sin)
+    turned, rest = x[..., :dims].astype(jnp.float32), x[..., dims:]
     if rope.interleaved:
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
         first, second = jnp.split(turned, 2, axis=-1)
     parts = [(first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype), rest]
     return jnp.concatenate(parts, axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _turned(interleaved: bool, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x (B, S, H, h) turned by angles of these cosines and sines, float32 (B, S, 1, p): see `rotary`, by products."""
+    own, other = _orders(interleaved, x.shape[-1], cos.shape[-1])
+    by_own, by_other = _beside(cos, cos, x, 1.0), _beside(-sin, sin, x, 0.0)
+    return (_moved(x, own) * by_own + _moved(x, other) * by_other).astype(x.dtype)
+
+
+def _turned_forward(
+    interleaved: bool, x: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _turned(interleaved, x, cos, sin), (cos, sin)
+
+
+def _turned_backward(
+    interleaved: bool, kept: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, None, None]:
+    """Turned back. The gradient changes places before it is multiplied, while it has 16 bits."""
+    cos, sin = kept
+    own, other = map(np.argsort, _orders(interleaved, g.shape[-1], cos.shape[-1]))
+    by_own, by_other = (_beside(a, b, g, rest, interleaved) for a, b, rest in ((cos, cos, 1.0), (sin, -sin, 0.0)))
+    return (_moved(g, own) * by_own + _moved(g, other) * by_other).astype(g.dtype), None, None
+
+
+_turned.defvjp(_turned_forward, _turned_backward)
+
+
+def _orders(interleaved: bool, dims: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which dim comes out where: the firsts of all pairs, their seconds, the rest; and with the seconds in front."""
+    all_dims, turned = np.arange(dims), np.arange(2 * pairs)
+    first, second = (turned[0::2], turned[1::2]) if interleaved else np.split(turned, 2)
+    rest = all_dims[2 * pairs :]
+    return np.concatenate([first, second, rest]), np.concatenate([second, first, rest])
+
+
+def _moved(x: jax.Array, order: np.ndarray) -> jax.Array:
+    """x[..., order] in float32."""
+    if np.array_equal(order, np.arange(order.size)):
+        return x.astype(jnp.float32)
+    return dot("bsnh,hk->bsnk", x, jnp.asarray(np.eye(order.size)[:, order], x.dtype))
+
+
+def _beside(first: jax.Array, second: jax.Array, x: jax.Array, rest: float, in_turn: bool = False) -> jax.Array:
+    """Factors of the dims of x: of all pairs those of the first and the second dim, as halves or in turn; of the others
+    `rest`."""
+    both = jnp.stack([first, second], axis=-1) if in_turn else jnp.concatenate([first, second], axis=-1)
+    both = both.reshape(*first.shape[:-1], -1)
+    return jnp.pad(both, [(0, 0)] * 3 + [(0, x.shape[-1] - both.shape[-1])], constant_values=rest)
 
 
 def amplitude(rope: RopeConfig) -> float:

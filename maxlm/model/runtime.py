@@ -57,6 +57,8 @@ class Runtime:
     remat: what the backward pass finds saved: `none` (everything), `full` (block inputs only), `matmuls` (the products
       of `kernels.matmul.einsum` and attention's result besides), or names out of config.ACTIVATION_NAMES joined by `+`
       (block inputs and these).
+    turn_by_products: as of `model.rotary.rotary`.
+    integers: whether a scan over layers keeps 16-bit floats for the backward pass as integers (`kernels.bits`).
     """
 
     dtype: Any = jnp.float32
@@ -70,6 +72,8 @@ class Runtime:
     spread_loss: SpreadFn = alone
     experts_limited: bool = False
     remat: str = "none"
+    turn_by_products: bool = False
+    integers: bool = False
 
     def multiply(self, spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
         """Activations by a weight, as of `kernels.matmul.einsum`; `d` labels the model's width, and nothing else."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm.kernels.bits import kept_as_integers
 from maxlm.model.attention import KeyValues, Sight
 from maxlm.model.runtime import Runtime, rematerialised
 
@@ -73,7 +74,8 @@ def run_stack(
         folded = params
         if len(windows) > 1:
             folded = jax.tree.map(lambda p: p[:scanned].reshape(cycles, len(windows), *p.shape[1:]), params)
-        x, (rms, memories, aux) = jax.lax.scan(make(), x, (folded, jax.tree.map(lambda m: m[:cycles], memory)))
+        cycle = kept_as_integers(make()) if runtime.integers else make()
+        x, (rms, memories, aux) = jax.lax.scan(cycle, x, (folded, jax.tree.map(lambda m: m[:cycles], memory)))
         outs.append(jax.tree.map(lambda y: y.reshape(scanned, *y.shape[2:]), (rms, aux)))
         kept.append(memories)
     if rest:

@@ -21,6 +21,7 @@ from maxlm.config import Config, OptimConfig
 from maxlm.data.batch import Batch
 from maxlm.kernels import grouped
 from maxlm.kernels.attention import AttentionFn, choose, dispatch
+from maxlm.kernels.bits import is_narrow
 from maxlm.model.decoder import ModelParts, split_model
 from maxlm.model.runtime import Runtime
 from maxlm.optim.optimizers import Optimizer, make_optimizer
@@ -145,7 +146,8 @@ def make_runtime(
     together = shards(mesh, "batch") * shards(mesh, "seq") > 1
     reduced = jnp.dtype(config.train.reduce_dtype if together else "float32")
     outermost = outermost_label(config.model.embed_dim, mesh, reduced)
-    backend = grouped.choose(mesh.devices.flat[0].platform, config.train.precision)
+    platform = mesh.devices.flat[0].platform
+    backend = grouped.choose(platform, config.train.precision)
     runtime = Runtime(
         dtype=jnp.dtype(config.train.precision),
         reduce_dtype=reduced,
@@ -158,6 +160,8 @@ def make_runtime(
         spread_loss=sharded_loss(mesh, reduce_dtype=reduced),
         experts_limited=experts_limited,
         remat=config.train.remat,
+        turn_by_products=platform == "tpu" and is_narrow(config.train.precision),
+        integers=platform == "cpu" and is_narrow(config.train.precision),
     )
     return runtime, name
 
