@@ -10,8 +10,8 @@ deepseek-ai/DeepSeek-V3-Base, on Hugging Face.
 An expert takes at most twice its even share of a row (capacity_factor): the buffers of 32 devices that may each send
 all their tokens to one would take 15 GB apiece. Balance is the selection bias's work, and hardly that of the loss.
 
-Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 58.4 of 95.7 GiB a chip; at even
-load 16.8 s a step, 488 tokens/s a chip, a fifth of it waiting for rows that travel to experts.
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 57.8 of 95.7 GiB a chip; at even
+load 16.8 s a step, 489 tokens/s a chip, a fifth of it waiting for rows that travel to experts.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-1024.
 prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
 meta-llama/Llama-3.1-405B, on Hugging Face.
 
-Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 50.3 of 95.7 GiB a chip, 53.5 s a step, 77
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 50.2 of 95.7 GiB a chip, 53.4 s a step, 77
 tokens/s a chip.
 """
 

@@ -7,8 +7,8 @@ The word after the colon is the hardware, one of `PLACES`; without it, v5p-256. 
 prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder that holds the tokenizer.json of
 meta-llama/Meta-Llama-3-70B, on Hugging Face.
 
-Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 77.1 of 95.7 GiB a chip,
-attention_out and mlp_up kept for the backward pass, 14.4 s a step, 570 tokens/s a chip.
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 76.8 of 95.7 GiB a chip,
+attention_out and mlp_up kept for the backward pass, 14.3 s a step, 570 tokens/s a chip.
 """
 
 from maxlm.config import (

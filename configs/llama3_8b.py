@@ -8,8 +8,8 @@ prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder
 meta-llama/Meta-Llama-3-8B, on Hugging Face.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): on v5p-128 52.9 of 95.7 GiB a chip,
-attention_qkv, attention_out, mlp_gate and mlp_up kept for the backward pass, 3.1 s a step, 5,280 tokens/s a chip; on
-v6e-256 26.5 of 31.2 GiB, attention_out kept, 3.7 s, 8,790 tokens/s a chip. By the analytical model alone
+attention_qkv, attention_out, mlp_gate and mlp_up kept for the backward pass, 3.1 s a step, 5,300 tokens/s a chip; on
+v6e-256 26.0 of 31.2 GiB, attention_out kept, 3.7 s, 8,920 tokens/s a chip. By the analytical model alone
 (docs/plan.md), on h100x8 24.3 of 75.7 GiB a GPU, 1.95 s, 8,420 tokens/s a GPU.
 """
 

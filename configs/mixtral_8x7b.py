@@ -8,7 +8,7 @@ prepared first: docs/data.md), and --config.data.tokenizer.path=DIR for a folder
 mistralai/Mixtral-8x7B-v0.1, on Hugging Face.
 
 Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 46.9 of 95.7 GiB a chip, a third of it for
-rows that experts might get and, where load is even, do not: no token is dropped; at even load 7.1 s a step, 2,300
+rows that experts might get and, where load is even, do not: no token is dropped; at even load 7.1 s a step, 2,310
 tokens/s a chip.
 """
 

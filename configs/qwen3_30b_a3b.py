@@ -10,8 +10,8 @@ Qwen/Qwen3-30B-A3B-Base, on Hugging Face.
 An expert takes at most twice its even share of a row (capacity_factor): with 8 choices and 16 experts a device, buffers
 for all that might come would be eight times what does come.
 
-Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 31.6 of 95.7 GiB a chip; at even load
-3.7 s a step, 4,410 tokens/s a chip.
+Planned (`maxlm plan --memory_only`, libtpu 0.0.42; no run stands behind it): 31.3 of 95.7 GiB a chip; at even load
+3.7 s a step, 4,450 tokens/s a chip.
 """
 
 import dataclasses
