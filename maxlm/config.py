@@ -278,7 +278,7 @@ class OptimConfig:
     final_lr_ratio: float = leaf(0.1, "learning rate at the end over peak_lr (cosine, linear, wsd)", low=0.0)
     b1: float = leaf(0.9, "decay of the first moment", low=0.0)
     b2: float = leaf(0.95, "decay of the second moment", low=0.0)
-    epsilon: float = leaf(1e-8, "added to the root of the second moment", low=1e-15)
+    epsilon: float = leaf(1e-8, "added to the root of the second moment", low=0.0)
     weight_decay: float = leaf(0.1, "decoupled decay a step, times the learning rate", low=0.0)
     decay_rules: tuple[tuple[str, float], ...] = leaf(
         ((".*(norm|bias).*", 0.0), (".*", 1.0)), "(path regex, multiplier of weight_decay), the first match counts"

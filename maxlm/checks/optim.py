@@ -16,8 +16,10 @@ STORED_MOMENTS = {
     "lion": ("b2",),
     "muon": ("b1", "b2", "muon_momentum"),
 }
-# What is added to a root that may be zero; a float32 below this may be zero itself, and 0 / 0 is no update.
-SMALLEST_EPSILON = 1e-30
+# What is added to a root that may be zero, by optimizer: updates of gradients that have a norm, which are then at most
+# 1.8e19, have to be finite numbers of float32. Of Muon also where their squares are all too small for float32: a matrix
+# of any size over its epsilon is then still small enough for its polynomial to converge.
+SMALLEST_EPSILON = {"adamw": 1e-18, "muon": 1e-12}
 
 
 def check_optim(config: Config) -> Iterator[str]:
@@ -84,10 +86,10 @@ def _check_moments(optim: OptimConfig) -> Iterator[str]:
     for path in ("b1", "b2", "ema_decay", "muon_momentum"):
         if (decay := getattr(optim, path)) >= 1:
             yield f"optim.{path} is {decay}, but a decay has to be below 1"
-    if optim.epsilon < SMALLEST_EPSILON and optim.optimizer in ("adamw", "muon"):
+    if optim.epsilon < (least := SMALLEST_EPSILON.get(optim.optimizer, 0.0)):
         yield (
             f"optim.epsilon is {optim.epsilon:g}, but {optim.optimizer} divides by a root that is 0 where a gradient "
-            "is; type optim.epsilon=1e-8"
+            f"is, and needs {least:g} or more; type optim.epsilon=1e-8"
         )
 
 

@@ -27,6 +27,7 @@ from maxlm.infer.sampling import Sampling
 from maxlm.kernels import grouped
 from maxlm.kernels.attention import dispatch
 from maxlm.model.decoder import split_model
+from maxlm.model.rotary import pays_by_products
 from maxlm.model.runtime import Runtime
 from maxlm.parallel.experts import sharded_experts
 from maxlm.parallel.mesh import make_mesh
@@ -75,7 +76,13 @@ def generation_runtime(mesh: Mesh, dtype: Any) -> Runtime:
 
     platform = mesh.devices.flat[0].platform
     experts = sharded_experts(grouped.choose(platform, dtype), mesh, rows=None)
-    return Runtime(dtype=dtype, constrain=constrain, attend=dispatch(platform), experts=experts)
+    return Runtime(
+        dtype=dtype,
+        constrain=constrain,
+        attend=dispatch(platform),
+        experts=experts,
+        turn_by_products=pays_by_products(platform, dtype),
+    )
 
 
 def load_model(path: Path, *, dtype: str, log: Log, devices: Sequence[jax.Device] | None = None) -> RunnableModel:

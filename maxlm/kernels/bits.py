@@ -31,7 +31,11 @@ def as_floats(tree: Any, like: Any) -> Any:
 
 
 def kept_as_integers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, of arrays and trees of them, keeping for its gradient integers in place of 16-bit floats."""
+    """The function, of arrays and trees of them, keeping for its gradient integers in place of 16-bit floats.
+
+    All arrays that it needs are to be among its arguments: it may be traced once more when its gradient is taken, and a
+    traced array that it closed over may be gone by then.
+    """
 
     @jax.custom_vjp
     def run(*args: Any) -> Any:

@@ -102,8 +102,14 @@ class GroupedQueryAttention(nnx.Module):
             return runtime.constrain(y, ("batch", "seq", axis, None))
 
         def turned(y: jax.Array) -> jax.Array:
-            how: dict[str, Any] = {"longest": sight.longest, "by_products": runtime.turn_by_products}
-            return rotary(y, self.rope, positions=sight.positions, windowed=bool(window), **how)
+            return rotary(
+                y,
+                self.rope,
+                positions=sight.positions,
+                windowed=bool(window),
+                longest=sight.longest,
+                by_products=runtime.turn_by_products,
+            )
 
         query = turned(heads(self.query, self.query_bias, self.query_norm, "q_heads"))
         key = turned(heads(self.key, self.key_bias, self.key_norm, "kv_heads"))

@@ -10,8 +10,6 @@ c latent dim of keys and values, q that of queries.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -55,8 +53,14 @@ class LatentAttention(nnx.Module):
         """See `GroupedQueryAttention.__call__`."""
 
         def turned(y: jax.Array) -> jax.Array:
-            how: dict[str, Any] = {"longest": sight.longest, "by_products": runtime.turn_by_products}
-            return rotary(y, self.rope, positions=sight.positions, windowed=bool(window), **how)
+            return rotary(
+                y,
+                self.rope,
+                positions=sight.positions,
+                windowed=bool(window),
+                longest=sight.longest,
+                by_products=runtime.turn_by_products,
+            )
 
         def on_heads(y: jax.Array) -> jax.Array:
             return runtime.constrain(y, ("batch", "seq", "q_heads", None))

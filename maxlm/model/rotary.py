@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,7 @@ def rotary(
       windowed: whether the layer sees a window only; such a layer may have a base of its own, which is not stretched.
       longest: int32, () or what spreads over (B, S): positions that the rows, or the row or document of each position,
         have or may come to have, by which longrope and dynamic go; None: as many as in pretraining.
-      by_products: whether dims change places by products with matrices of zeros and ones, exact in 16 bits: on a TPU,
-        whose registers hold 128 dims side by side, halves of a head are dear to move, and such products are not.
+      by_products: whether dims change places by products with matrices of zeros and ones (`pays_by_products`).
     """
     dims = rotated_dims(rope, x.shape[-1])
     if not dims:
@@ -62,6 +62,12 @@ def rotary(
         first, second = jnp.split(turned, 2, axis=-1)
     parts = [(first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype), rest]
     return jnp.concatenate(parts, axis=-1)
+
+
+def pays_by_products(platform: str, dtype: Any) -> bool:
+    """Whether dims had better change places by products: on a TPU, whose registers hold 128 of them side by side,
+    halves of a head are dear to move, and such products, exact for finite numbers of 16 bits, are not."""
+    return platform == "tpu" and jnp.dtype(dtype).itemsize == 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -58,7 +58,7 @@ class Runtime:
       of `kernels.matmul.einsum` and attention's result besides), or names out of config.ACTIVATION_NAMES joined by `+`
       (block inputs and these).
     turn_by_products: as of `model.rotary.rotary`.
-    integers: whether a scan over layers keeps 16-bit floats for the backward pass as integers (`kernels.bits`).
+    keep_integers: whether a scan over layers keeps 16-bit floats for the backward pass as integers (`kernels.bits`).
     """
 
     dtype: Any = jnp.float32
@@ -73,7 +73,7 @@ class Runtime:
     experts_limited: bool = False
     remat: str = "none"
     turn_by_products: bool = False
-    integers: bool = False
+    keep_integers: bool = False
 
     def multiply(self, spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
         """Activations by a weight, as of `kernels.matmul.einsum`; `d` labels the model's width, and nothing else."""

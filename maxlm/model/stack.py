@@ -64,9 +64,12 @@ def run_stack(
     graphdef, state = nnx.split(stacked)
     params = nnx.to_pure_dict(state)
     count = jax.tree.leaves(params)[0].shape[0]
-    make = functools.partial(
-        make_cycle, graphdef, sight=sight, windows=windows, runtime=runtime, in_turn=len(windows) > 1
-    )
+    make = functools.partial(make_cycle, graphdef, windows=windows, runtime=runtime, in_turn=len(windows) > 1)
+
+    def cycle(x: jax.Array, layers: Any, sight: Sight) -> tuple[jax.Array, Any]:
+        return make(sight=sight)(x, layers)
+
+    turn = kept_as_integers(cycle) if runtime.keep_integers else cycle
 
     cycles, rest = divmod(count, len(windows))
     scanned, outs, kept = cycles * len(windows), [], []
@@ -74,13 +77,15 @@ def run_stack(
         folded = params
         if len(windows) > 1:
             folded = jax.tree.map(lambda p: p[:scanned].reshape(cycles, len(windows), *p.shape[1:]), params)
-        cycle = kept_as_integers(make()) if runtime.integers else make()
-        x, (rms, memories, aux) = jax.lax.scan(cycle, x, (folded, jax.tree.map(lambda m: m[:cycles], memory)))
+        each = (folded, jax.tree.map(lambda m: m[:cycles], memory))
+        x, (rms, memories, aux) = jax.lax.scan(lambda x, layers: turn(x, layers, sight), x, each)
         outs.append(jax.tree.map(lambda y: y.reshape(scanned, *y.shape[2:]), (rms, aux)))
         kept.append(memories)
     if rest:
         last = jax.tree.map(lambda m: m[cycles], memory[:rest]) if memory else None
-        x, (rms, memories, aux) = make(scanned=False)(x, (jax.tree.map(lambda p: p[scanned:], params), last))
+        x, (rms, memories, aux) = make(sight=sight, scanned=False)(
+            x, (jax.tree.map(lambda p: p[scanned:], params), last)
+        )
         outs.append((rms, aux))
         kept.append(jax.tree.map(lambda m: m[None], memories))
     rms, aux = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)

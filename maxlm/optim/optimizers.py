@@ -5,7 +5,8 @@ Each rule is a chain of optax transforms that turns gradients into a direction d
 schedule is driven by the step and not by the optimizer's own count of updates.
 
 Every rule makes finite updates of gradients whose global norm is finite, from a state that such gradients made: what is
-divided by has an epsilon. The guard relies on it, and judges a step by its loss and its norm alone.
+divided by has an epsilon (`checks.optim.SMALLEST_EPSILON`). The guard relies on it, and judges a step by its loss and
+that norm alone.
 """
 
 from __future__ import annotations
@@ -145,12 +146,12 @@ def global_norm(grads: dict[str, Any]) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.float32(0.0)))
 
 
-def clip(grads: dict[str, Any], norm: jax.Array, *, most: float) -> dict[str, Any]:
-    """Gradients whose global norm is `norm`, scaled down to the norm `most` (0: as they are), in float32.
+def clip(grads: dict[str, Any], norm: jax.Array, *, max_norm: float) -> dict[str, Any]:
+    """Gradients whose global norm is `norm`, scaled down to `max_norm` (0: as they are), in float32.
 
     A gradient with a norm that is not finite comes back not finite: refusing it is the guard's part.
     """
-    factor = most / jnp.maximum(norm, most) if most else 1.0
+    factor = max_norm / jnp.maximum(norm, max_norm) if max_norm else 1.0
     return jax.tree.map(lambda g: g.astype(jnp.float32) * factor, grads)
 
 

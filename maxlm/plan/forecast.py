@@ -127,11 +127,14 @@ def calibrate(config: Config, *, seconds: float = SECONDS) -> Rates:
     # As a step's arrays, these are in no cache when their turn comes.
     copies = max(round(UNCACHED / (x.nbytes + y.nbytes)), 1)
     wide, gated = (jnp.ones((copies * layer.rows, *array.shape[1:]), dtype) for array in (x, y))
-    numbers = [jnp.ones((2**20,), jnp.float32)] * 4
+    numbers = [jnp.full((UNCACHED // 16,), 1.0 + i, jnp.float32) for i in range(4)]
 
-    def update(p: jax.Array, g: jax.Array, m: jax.Array, s: jax.Array) -> Any:
+    def update(p: jax.Array, g: jax.Array, *moments: jax.Array) -> Any:
+        norm = jnp.sqrt(jnp.sum(jnp.square(g)))
+        (m, s), g = moments, g / jnp.maximum(norm, 1.0)
         m, s = 0.9 * m + 0.1 * g, 0.95 * s + 0.05 * g * g
-        return p - 1e-3 * (m / (jnp.sqrt(s) + 1e-8) + 0.1 * p), m, s
+        new = p - 1e-3 * (m / (jnp.sqrt(s) + 1e-8) + 0.1 * p), m, s
+        return [jnp.where(jnp.isfinite(norm), a, b) for a, b in zip(new, (p, *moments), strict=True)]
 
     few, many = _exchanges(math.prod(parallel.sizes.values()), seconds)
     loss_and_gradients = jax.value_and_grad(loss, argnums=(0, 1))

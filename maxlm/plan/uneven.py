@@ -63,15 +63,14 @@ def _shares(module: Module, config: Config) -> dict[str, float]:
     for instruction in _all(module):
         if instruction.opcode != "conditional":
             continue
-        if instruction.op_name.endswith("/metrics/cond"):
-            made = 1.0 / config.train.norms_every
-            found |= dict(zip(instruction.called, (1.0 - made, made), strict=True))  # the false branch is the first
-        if not re.search(r"\battention\b", instruction.op_name):
-            continue
-        work = {branch: _multiplies(module, branch) for branch in instruction.called}
-        if sorted(work.values()) == [False, True]:
-            met = meeting(config)
-            found |= {branch: met if multiplies else 1.0 - met for branch, multiplies in work.items()}
+        if instruction.op_name.endswith("/metrics/cond") and config.train.norms_every:
+            idle, makes = sorted(instruction.called, key=lambda name: len(module.computations[name]))
+            found |= {idle: 1.0 - 1.0 / config.train.norms_every, makes: 1.0 / config.train.norms_every}
+        elif re.search(r"\battention\b", instruction.op_name):
+            work = {branch: _multiplies(module, branch) for branch in instruction.called}
+            if sorted(work.values()) == [False, True]:
+                met = meeting(config)
+                found |= {branch: met if multiplies else 1.0 - met for branch, multiplies in work.items()}
     return found
 
 

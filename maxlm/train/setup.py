@@ -23,6 +23,7 @@ from maxlm.kernels import grouped
 from maxlm.kernels.attention import AttentionFn, choose, dispatch
 from maxlm.kernels.bits import is_narrow
 from maxlm.model.decoder import ModelParts, split_model
+from maxlm.model.rotary import pays_by_products
 from maxlm.model.runtime import Runtime
 from maxlm.optim.optimizers import Optimizer, make_optimizer
 from maxlm.optim.schedules import Rates, make_rates
@@ -160,20 +161,21 @@ def make_runtime(
         spread_loss=sharded_loss(mesh, reduce_dtype=reduced),
         experts_limited=experts_limited,
         remat=config.train.remat,
-        turn_by_products=platform == "tpu" and is_narrow(config.train.precision),
-        integers=platform == "cpu" and is_narrow(config.train.precision),
+        turn_by_products=pays_by_products(platform, config.train.precision),
+        keep_integers=platform == "cpu" and is_narrow(config.train.precision),
     )
     return runtime, name
 
 
 def outermost_label(width: int, mesh: Mesh, reduced: Any) -> str:
-    """`Runtime.outermost`: the model's width, where XLA:TPU would else sum whole gradients up on every device.
+    """`Runtime.outermost`: the model's width, where XLA:TPU would else sum whole gradients up on every device; that of
+    the table is then scattered in pieces (`collectives.scatter`).
 
     Sums in 16 bits it scatters along the last dim if every device gets 256 of it, or a multiple; of less it makes an
     all-reduce, with twice the bytes (as of libtpu 0.0.48; in float32 it does not).
     """
     narrow = mesh.devices.flat[0].platform == "tpu" and jnp.dtype(reduced).itemsize == 2
-    return "d" if narrow and (width // mesh.shape["fsdp"]) % 256 else ""
+    return "d" if narrow and mesh.shape["fsdp"] > 1 and (width // mesh.shape["fsdp"]) % 256 else ""
 
 
 def _make_attention(config: Config, mesh: Mesh, *, segments: bool, training: bool) -> tuple[AttentionFn, str]:

@@ -73,26 +73,26 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, Metrics]:
         terms, grads, tokens = gradients(state.params, batch, state.scale.scale)
 
-        with jax.named_scope("optimizer"):
+        with jax.named_scope("guard"):
             norm = global_norm(grads)
+            overflow = scaling.overflowed(state.scale, norm)
+            # A phase of other data has other losses: what was usual before says nothing about them.
+            history = guard.restart(state.guard, jnp.isin(state.step, shifts))
+            # Needs nothing of the update, so that the selection is a part of the pass that writes the new state.
+            verdict = guard.judge(config.optim.guard, history, loss=terms["loss"], grad_norm=norm, excused=overflow)
+            accept = verdict.accept
+
+        with jax.named_scope("optimizer"):
             lr = learning_rate(config.optim.schedule, rates, state.step)
 
             def update() -> Updated:
-                clipped = clip(grads, norm, most=config.optim.clip_norm)
+                clipped = clip(grads, norm, max_norm=config.optim.clip_norm)
                 return optimizer.update(clipped, state.opt_state, state.params, lr=lr)
 
             updates, opt_state = update()
             params = jax.tree.map(jnp.add, state.params, updates)
             if config.model.moe.selection_bias:
                 params = moe.moved_biases(params, terms["experts"]["load"], rate=config.model.moe.bias_rate)
-
-        with jax.named_scope("guard"):
-            overflow = scaling.overflowed(state.scale, norm)
-            # A phase of other data has other losses: what was usual before says nothing about them.
-            history = guard.restart(state.guard, jnp.isin(state.step, shifts))
-            # Before any update is there: the selection is then a part of the pass that writes the new state, in place.
-            verdict = guard.judge(config.optim.guard, history, loss=terms["loss"], grad_norm=norm, excused=overflow)
-            accept = verdict.accept
             new = TrainState(
                 step=state.step + 1,
                 updates=state.updates + accept.astype(jnp.int32),

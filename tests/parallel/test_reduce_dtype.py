@@ -95,7 +95,7 @@ def sums(function, *args):
 
 
 @pytest.mark.parametrize("dtype, written", [("float32", "f32"), ("bfloat16", "bf16")])
-def test_table_head_and_experts_send_what_they_say(dtype, written):
+def test_table_head_and_experts_send_what_they_say(monkeypatch, dtype, written):
     config = config_of(dtype, {"data": 1, "fsdp": 8}, experts=True)
     runtime, _ = make_runtime(config, make_mesh(config.parallel), segments=False)
     hidden, table = jnp.ones((8, 4, 16), jnp.bfloat16), jnp.ones((24, 16))
@@ -115,6 +115,9 @@ def test_table_head_and_experts_send_what_they_say(dtype, written):
         return jnp.sum(runtime.experts(hidden, routes, Experts(None, *linear), **how))
 
     assert (24, 16, written) in sums(jax.grad(looked_up), table)
+    monkeypatch.setattr(setup, "outermost_label", lambda *_: "d")
+    runtime, _ = make_runtime(config, make_mesh(config.parallel), segments=False)
+    assert (8, 24, 2, written) in sums(jax.grad(looked_up), table)  # part by part
     assert (2, 16, 12, written) in sums(jax.grad(nll), table.T)  # half by half
     assert {(4, 16, 8, written), (4, 8, 16, written)} <= sums(jax.grad(through), jnp.ones((4, 16, 8)))
 
@@ -134,13 +137,14 @@ def test_nothing_is_rounded_where_nothing_is_added_up():
         ("tpu", 32, "bfloat16", ""),
         ("tpu", 64, "float32", ""),
         ("gpu", 64, "bfloat16", ""),
+        ("tpu", 1, "bfloat16", ""),
     ],
 )
 def test_what_would_be_summed_whole_is_written_with_the_width_outermost(platform, fsdp, dtype, expected):
-    """Llama 3 70B, 8,192 wide."""
+    """Llama 3 70B, 8,192 wide; gpt-oss on one device, 2,880 wide."""
     device = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([device], dtype=object), shape={"fsdp": fsdp})
-    assert outermost_label(8192, mesh, dtype) == expected
+    assert outermost_label(8192 if fsdp > 1 else 2880, mesh, dtype) == expected
 
 
 @pytest.mark.parametrize("spec, order", [("bsf,fd->bsd", "8x16"), ("bsd,df->bsf", "8x16"), ("bsnh,nhd->bsd", "8x2x8")])
@@ -159,7 +163,9 @@ def test_a_gradient_that_is_written_with_another_dim_outermost_is_the_same(spec,
         return jax.jit(jax.grad(total))
 
     np.testing.assert_allclose(gradient("d")(w), gradient("")(w), rtol=1e-2)
-    assert f"-> tensor<{order}xbf16>" in gradient("d").lower(w).as_text()
+    pinned, free = (gradient(label).lower(w).as_text() for label in ("d", ""))
+    assert f"-> tensor<{order}xbf16>" in pinned
+    assert ("LayoutConstraint" in pinned) == (right[0] != "d") and "LayoutConstraint" not in free
 
 
 @pytest.mark.parametrize("dtype, written", [("float32", "f32"), ("bfloat16", "bf16")])
