@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.config import AttentionConfig, ModelConfig
+from maxlm.config import AttentionConfig, ModelConfig, RopeConfig
 from maxlm.kernels.attention import Mask
 from maxlm.model.layers import RMSNorm, add_bias, residual_init
 from maxlm.model.param import constant, fan_in_normal, parameter
@@ -102,14 +102,7 @@ class GroupedQueryAttention(nnx.Module):
             return runtime.constrain(y, ("batch", "seq", axis, None))
 
         def turned(y: jax.Array) -> jax.Array:
-            return rotary(
-                y,
-                self.rope,
-                positions=sight.positions,
-                windowed=bool(window),
-                longest=sight.longest,
-                by_products=runtime.turn_by_products,
-            )
+            return turned_in_sight(y, self.rope, sight, window=window, runtime=runtime)
 
         query = turned(heads(self.query, self.query_bias, self.query_norm, "q_heads"))
         key = turned(heads(self.key, self.key_bias, self.key_norm, "kv_heads"))
@@ -126,6 +119,18 @@ class GroupedQueryAttention(nnx.Module):
         if self.output_bias is not None:
             out = add_bias(out, self.output_bias[...])
         return AttentionOut(checkpoint_name(out, "attention_proj"), memory)
+
+
+def turned_in_sight(y: jax.Array, rope: RopeConfig, sight: Sight, *, window: int, runtime: Runtime) -> jax.Array:
+    """Queries or keys (B, S, H, h) of a layer with this window, turned by their positions."""
+    return rotary(
+        y,
+        rope,
+        positions=sight.positions,
+        windowed=bool(window),
+        longest=sight.longest,
+        by_products=runtime.turn_by_products,
+    )
 
 
 def attention_mask(config: AttentionConfig, sight: Sight, *, window: int, sinks: jax.Array | None = None) -> Mask:

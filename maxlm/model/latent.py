@@ -16,10 +16,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
-from maxlm.model.attention import AttentionOut, KeyValues, Sight, attention_mask, remembered
+from maxlm.model.attention import AttentionOut, KeyValues, Sight, attention_mask, remembered, turned_in_sight
 from maxlm.model.layers import RMSNorm, residual_init
 from maxlm.model.param import fan_in_normal, parameter
-from maxlm.model.rotary import rotary
 from maxlm.model.runtime import Runtime
 
 
@@ -53,14 +52,7 @@ class LatentAttention(nnx.Module):
         """See `GroupedQueryAttention.__call__`."""
 
         def turned(y: jax.Array) -> jax.Array:
-            return rotary(
-                y,
-                self.rope,
-                positions=sight.positions,
-                windowed=bool(window),
-                longest=sight.longest,
-                by_products=runtime.turn_by_products,
-            )
+            return turned_in_sight(y, self.rope, sight, window=window, runtime=runtime)
 
         def on_heads(y: jax.Array) -> jax.Array:
             return runtime.constrain(y, ("batch", "seq", "q_heads", None))

@@ -1,7 +1,6 @@
 """Rotary positions by products, as on TPUs, are those by slices: values and gradients, to the last bit of bfloat16."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from flax import nnx
 
 from maxlm.config import AttentionConfig, LatentConfig, RopeConfig
-from maxlm.model import rotary
+from maxlm.model import attention, rotary
 from maxlm.model.attention import GroupedQueryAttention, Sight
 from maxlm.model.latent import LatentAttention
 from maxlm.model.runtime import Runtime
@@ -79,8 +78,7 @@ def test_attention_turns_by_products_where_it_is_told_to(module, monkeypatch):
     config = dataclasses.replace(MODEL, attention=LATENT if module is LatentAttention else MODEL.attention)
     layer, x = module(config, rngs=nnx.Rngs(0)), jnp.ones((1, 4, config.embed_dim), jnp.bfloat16)
     positions = jnp.arange(4)[None]
-    home = sys.modules[module.__module__]
-    monkeypatch.setattr(home, "rotary", lambda y, *_, by_products, **__: asked.append(by_products) or y)
+    monkeypatch.setattr(attention, "rotary", lambda y, *_, by_products, **__: asked.append(by_products) or y)
     for told in (False, True):
         runtime = Runtime(dtype=jnp.bfloat16, turn_by_products=told)
         layer(x, sight=Sight(positions, None, None), window=0, runtime=runtime)
