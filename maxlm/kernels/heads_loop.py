@@ -1,4 +1,4 @@
-"""Attention for CPUs: one head at a time, in blocks of queries, with a gradient of its own.
+"""Attention for CPUs: a few heads at a time, in blocks of queries, with a gradient of its own.
 
 XLA runs batched matrix products several times slower than plain ones on a CPU; here every product is a plain one. Of
 floats of 16 bits it moves parts of an array by way of the whole of it in float32, and multiplies in float32 too where a
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +30,12 @@ from maxlm.kernels.opaque import opaque
 # The least and the most query rows of a block, and how many widths of keys there are.
 BLOCK_ROWS = (128, 512)
 TIERS = 8
+
+# How many heads a turn of the loop takes at most, and the scores of a block up to which it takes more than one: of
+# small products and what lies between them one head leaves a core idle, of large ones several drive each other's scores
+# out of the cache.
+HEADS_A_TURN = 4
+FEW_SCORES = 128 * 512
 
 
 class _Tier(NamedTuple):
@@ -216,18 +224,32 @@ def _heads(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> _Head:
     return _Head(_split_heads(q, kv_heads), k, v, repeat(mask.segments_q), repeat(mask.segments_k))
 
 
-def _map(function: Callable[[Any], Any], operands: Any) -> Any:
-    """`lax.map` over trees of arrays, with floats of 16 bits as integers on their way in and out."""
+def _heads_a_turn(mask: Mask, heads: _Head) -> int:
+    """How many kv heads, of all that `_heads` lines up, a turn of the loop takes; it divides them."""
+    (count, groups, queries, _), keys = heads.q.shape, heads.k.shape[1]
+    scores = groups * max(tier.size * tier.width for tier in _tiers(mask, queries, keys))
+    return math.gcd(count, HEADS_A_TURN) if scores <= FEW_SCORES else 1
 
-    def one(given: Any) -> Any:
-        return as_integers(function(as_floats(given, operands)))
+
+def _map(function: Callable[[Any], Any], operands: Any, a_turn: int) -> Any:
+    """`lax.map` over trees of arrays, `a_turn` of their entries side by side, with floats of 16 bits as integers.
+
+    The entries of a turn share nothing, so that XLA works on one while another has no work for all cores.
+    """
+
+    def turn(given: Any) -> Any:
+        entries = [jax.tree.map(operator.itemgetter(index), given) for index in range(a_turn)]
+        results = [as_integers(function(as_floats(entry, operands))) for entry in entries]
+        return jax.tree.map(lambda *x: jnp.stack(x), *results)
 
     results = jax.eval_shape(lambda: jax.lax.map(function, operands))
-    return as_floats(jax.lax.map(one, as_integers(operands)), results)
+    turns = jax.tree.map(lambda x: x.reshape(-1, a_turn, *x.shape[1:]), as_integers(operands))
+    joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(turn, turns))
+    return as_floats(joined, results)
 
 
 def heads_loop(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    """Attention one head at a time, in blocks of queries that leave out the keys none of them sees.
+    """Attention a few heads at a time, in blocks of queries that leave out the keys none of them sees.
 
     Each product is a plain matrix product, which XLA runs many times faster on a CPU than a batched one, and memory
     grows with S, not with S*T. Same arguments, result and precision as `plain`; S = T, and no `q_offset`.
@@ -242,10 +264,10 @@ def _loop(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Arr
 
 
 def _loop_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> Any:
-    run = opaque(lambda heads: _map(functools.partial(_head_forward, static(mask)), heads))
+    heads, batch = _heads(q, k, v, mask), q.shape[0]
+    one, a_turn = functools.partial(_head_forward, static(mask)), _heads_a_turn(mask, heads)
     # A remat policy that saves these need not run the loop again.
-    out, normaliser = checkpoint_name(run(_heads(q, k, v, mask)), ATTENTION_NAME)
-    batch = q.shape[0]
+    out, normaliser = checkpoint_name(opaque(lambda heads: _map(one, heads, a_turn))(heads), ATTENTION_NAME)
     return (_join_heads(out, batch), _join_heads(normaliser[..., None], batch)[..., 0]), (
         q,
         k,
@@ -263,7 +285,8 @@ def _loop_backward(kept: Any, g: tuple[jax.Array, jax.Array]) -> tuple[jax.Array
     heads, turned = _heads(q, k, v, mask), None
     if is_narrow(q.dtype):
         turned = _Turned(heads.q.swapaxes(2, 3), cotangents[0].swapaxes(2, 3))
-    d = _map(lambda x: _head_backward(mask, *x), (heads, out, normaliser, *cotangents, turned))
+    a_turn = _heads_a_turn(mask, heads)
+    d = _map(lambda x: _head_backward(mask, *x), (heads, out, normaliser, *cotangents, turned), a_turn)
     if turned:
         d = d._replace(k=d.k.swapaxes(1, 2), v=d.v.swapaxes(1, 2))
     batch = q.shape[0]

@@ -47,15 +47,16 @@ def out_and_gradients(attend, q, k, v, g, mask):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 8 rows in at most 2 tiers, so that a few dozen positions meet every kind of block."""
+    """Blocks of 8 rows in at most 2 tiers, so that a few dozen positions meet every kind of block and of turn."""
     monkeypatch.setattr(loop_module, "BLOCK_ROWS", (8, 8))
     monkeypatch.setattr(loop_module, "TIERS", 2)
+    monkeypatch.setattr(loop_module, "FEW_SCORES", 8 * 33)
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     length=st.sampled_from([5, 16, 33, 61]),
-    kv_heads=st.sampled_from([1, 2]),
+    kv_heads=st.sampled_from([1, 2, 3, 4]),
     groups=st.sampled_from([1, 3]),
     window=st.sampled_from([0, 1, 7, 20]),
     softcap=st.sampled_from([0.0, 1.5]),
@@ -64,6 +65,8 @@ def small_blocks(monkeypatch):
 )
 @example(length=61, kv_heads=2, groups=3, window=7, softcap=1.5, cuts=(8, 9, 40), sink=True)
 @example(length=61, kv_heads=2, groups=1, window=0, softcap=0.0, cuts=None, sink=True)
+@example(length=33, kv_heads=4, groups=1, window=0, softcap=0.0, cuts=(8, 9, 40), sink=False)
+@example(length=16, kv_heads=3, groups=1, window=7, softcap=0.0, cuts=None, sink=False)
 def test_loop_equals_plain(small_blocks, length, kv_heads, groups, window, softcap, cuts, sink):
     q, k, v, g = operands(batch=2, length=length, kv_heads=kv_heads, groups=groups)
     mask = Mask(scale=0.4, window=window, softcap=softcap)
@@ -115,6 +118,16 @@ def test_decoding_queries_stand_at_their_offset():
     np.testing.assert_allclose(got, whole[:, 4:6], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "batch, kv_heads, groups, length, a_turn",
+    [(4, 8, 1, 512, 4), (3, 2, 1, 512, 2), (3, 5, 1, 64, 1), (4, 8, 2, 512, 1), (4, 8, 1, 4096, 1)],
+)
+def test_heads_of_little_work_go_side_by_side(batch, kv_heads, groups, length, a_turn):
+    q, k, v, _ = operands(batch=batch, length=length, kv_heads=kv_heads, groups=groups)
+    text = jax.jit(heads_loop).lower(q, k, v, Mask(scale=1.0)).as_text()
+    assert f"tensor<{batch * kv_heads // a_turn}x{a_turn}x{groups}x{length}x{DIM}xf32>" in text
+
+
 def test_loop_skips_what_the_window_hides():
     """The products of the program, one block a tier, are those of the windows, not of all pairs."""
 
@@ -144,7 +157,7 @@ def kernel(name):
 
 @pytest.mark.parametrize("name", ["heads_loop", "chunked_loop", "triton"])
 def test_under_remat_the_forward_pass_runs_once(name, monkeypatch):
-    q, k, v, g = operands(batch=1, length=64 if name == "triton" else 8, kv_heads=2, groups=1)
+    q, k, v, g = operands(batch=1, length=64 if name == "triton" else 8, kv_heads=5, groups=1)
     interpreted = functools.partial(triton_module.triton, interpret=True)
     monkeypatch.setattr(triton_module, "triton", interpreted)
     policy = jax.checkpoint_policies.save_only_these_names(ATTENTION_NAME)
