@@ -3,9 +3,9 @@
     python tools/bench.py [--seconds=SECONDS] [--json=PATH] [--only=step,start,save,loader]
 
 step: our training step, the same model in PyTorch (Hugging Face's LlamaForCausalLM with scaled-dot-product attention,
-  eager and compiled) and plain matrix products through JAX. Each runs in its own process; they take turns, a few
-  seconds each after a first step that is not counted, and wait asleep meanwhile, so that a machine that others use
-  slows all of them alike. A rate is that of the median turn; a ratio is the median over rounds of the quotient of two
+  eager and compiled) and plain matrix products through JAX. Each runs in its own process; they take turns, ten
+  seconds each after some that are not counted, and wait asleep meanwhile, so that a machine that others use slows all
+  of them alike. A rate is that of the median turn; a ratio is the median over rounds of the quotient of two
   neighbours. Peaks are the best turn's.
 start: from the start of the process `maxlm train` to its first step done, with an empty compilation cache and with the
   one that this left behind.
@@ -57,7 +57,9 @@ from maxlm.resolve import as_config_dict, resolve
 ROOT = Path(__file__).parent.parent
 DTYPES = ("float32", "bfloat16")
 PARTS = ("step", "start", "save", "loader")
-TURN_SECONDS = 2.0  # at least, and one step at least
+SETTLE_SECONDS = 6.0  # ahead of a turn, not counted
+TURN_SECONDS = 10.0
+TURN_STEPS = 2  # at least, of a turn and ahead of it alike
 LOADER_BATCHES = (4, 64)  # rows: the bench's own, and one in which the cost of a call is spread further
 
 # What is aimed at, as (figure, at least or at most, value); printed beside what was measured.
@@ -261,13 +263,19 @@ def serve(name: str, dtype: str, pipe: Connection) -> None:
         return
     pipe.send({"note": subject.note})
     while pipe.recv():
-        # Not counted: memory that was given back before the sleep, a virtual machine is slow to give again.
+        # Not counted: memory that was given back before the sleep, a virtual machine is slow to give again. The first
+        # step after it may take twice its time, the next ones a third more.
+        rate(subject, SETTLE_SECONDS)
+        pipe.send(rate(subject, TURN_SECONDS))
+
+
+def rate(subject: Subject, seconds: float) -> float:
+    """Work a second of steps made for so many seconds."""
+    begun, count = time.perf_counter(), 0
+    while count < TURN_STEPS or time.perf_counter() - begun < seconds:
         subject.turn()
-        begun, count = time.perf_counter(), 0
-        while count == 0 or time.perf_counter() - begun < TURN_SECONDS:
-            subject.turn()
-            count += 1
-        pipe.send(count * subject.work / (time.perf_counter() - begun))
+        count += 1
+    return count * subject.work / (time.perf_counter() - begun)
 
 
 @contextmanager
