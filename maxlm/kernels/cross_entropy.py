@@ -96,7 +96,7 @@ def local_nll(settings: Settings) -> LocalFn:
 
     def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, _: jax.Array, device: Device) -> jax.Array:
         chunks = _split(settings, hidden, 2), _split(settings, targets, 2)
-        nll = lax.map(lambda part: _scores(settings, part[0], head, part[1], device.vocab).nll, chunks)
+        nll = lax.map(lambda part: _scores(settings, part[0], head, part[1], device).nll, chunks)
         return nll.reshape(-1)[: targets.size].reshape(targets.shape)
 
     return run
@@ -108,7 +108,7 @@ def local_sums(settings: Settings) -> LocalFn:
     def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, device: Device) -> Sums:
         def add(total: Sums, part: Any) -> tuple[Sums, None]:
             hidden, targets, weights = part
-            scores = _scores(settings, hidden, head, targets, device.vocab)
+            scores = _scores(settings, hidden, head, targets, device)
             return jax.tree.map(jnp.add, total, _sums(scores, weights)), None
 
         chunks = tuple(_split(settings, x, 2) for x in (hidden, targets, weights))
@@ -126,7 +126,7 @@ def local_gradients(settings: Settings) -> LocalFn:
 
         def add(total: Any, part: Any) -> tuple[Any, jax.Array]:
             (hidden, targets, weights), left = part
-            scores = _scores(settings, hidden, head, targets, axes)
+            scores = _scores(settings, hidden, head, targets, device)
             slope = _slope(settings, scores, targets, weights, axes).astype(hidden.dtype)
             d_hidden = product("sv,dv->sd", slope, head, dtype=hidden.dtype, out_dtype=dtype)
             spec = "ds,sv->dv" if device.cpu else "sd,sv->dv"
@@ -155,18 +155,33 @@ def _split(settings: Settings, x: jax.Array, leading: int) -> jax.Array:
     return x.reshape(count, size, *x.shape[1:])
 
 
+def _first(vocab: int, axes: Axes) -> jax.Array | int:
+    """The first id of this device's part of the vocabulary, each part having `vocab` of them."""
+    return lax.axis_index(axes) * vocab if axes else 0
+
+
 def _is_target(targets: jax.Array, vocab: int, axes: Axes) -> jax.Array:
     # A comparison, unlike a gather, fuses with what follows.
-    first = lax.axis_index(axes) * vocab if axes else 0
-    return targets[..., None] == first + jnp.arange(vocab, dtype=targets.dtype)
+    return targets[..., None] == _first(vocab, axes) + jnp.arange(vocab, dtype=targets.dtype)
 
 
-def _scores(settings: Settings, hidden: jax.Array, head: jax.Array, targets: jax.Array, axes: Axes) -> _Scores:
+def _target_logits(logits: jax.Array, targets: jax.Array, device: Device) -> jax.Array:
+    """(s,): logits (s, V) of the targets, 0 for those of other devices."""
+    vocab = logits.shape[-1]
+    if device.cpu:  # XLA:CPU would write the comparison's result down and read it again to sum it up
+        column = targets - _first(vocab, device.vocab)
+        column = jnp.where(column < 0, vocab, column)  # as below 0 it would count from the end
+        return jnp.take_along_axis(logits, column[:, None], axis=-1, mode="fill", fill_value=0.0)[:, 0]
+    return jnp.sum(jnp.where(_is_target(targets, vocab, device.vocab), logits, 0.0), axis=-1)
+
+
+def _scores(settings: Settings, hidden: jax.Array, head: jax.Array, targets: jax.Array, device: Device) -> _Scores:
+    axes = device.vocab
     logits = capped_logits(hidden, head, softcap=settings.softcap)
     highest = lax.stop_gradient(jnp.max(logits, axis=-1))
     highest = lax.pmax(highest, axes) if axes else highest
     total = jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1)
-    target = jnp.sum(jnp.where(_is_target(targets, logits.shape[-1], axes), logits, 0.0), axis=-1)
+    target = _target_logits(logits, targets, device)
     total, target = lax.psum((total, target), axes) if axes else (total, target)
     log_normaliser = highest + jnp.log(total)
     return _Scores(logits, log_normaliser, log_normaliser - target)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.jaxpr import subprograms
+from maxlm.kernels.cross_entropy import Device, Settings, local_gradients
 from maxlm.model.flops import count_matmul_flops
 from maxlm.model.loss import chunked_cross_entropy, token_nll
 
@@ -75,6 +76,25 @@ def check_against_naive(batch, sequence, chunk, softcap, z_loss):
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(*nlls, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("softcap", [0.0, 2.5])
+def test_what_cpus_do_otherwise_gives_the_same(parts, softcap):
+    """Also of parts of a vocabulary, where most targets are another device's: before its first id or after its last."""
+    hidden, head, targets, weights = _inputs(3, 13, vocab=20)
+    local = local_gradients(Settings(chunk=10, softcap=softcap, z_loss=0.3))
+
+    def run(cpu):
+        def part(head):
+            return local(hidden, head, targets, weights, Device(("tensor",) if parts > 1 else (), cpu))
+
+        if parts == 1:
+            return part(head)
+        return jax.vmap(part, in_axes=2, axis_name="tensor")(head.reshape(7, parts, -1))
+
+    for got, want in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
 
 
 def _grad(z_weight, *, z_loss, dtype=jnp.float32):
