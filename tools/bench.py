@@ -4,9 +4,8 @@
 
 step: our training step, the same model in PyTorch (Hugging Face's LlamaForCausalLM with scaled-dot-product attention,
   eager and compiled) and plain matrix products through JAX. Each runs in its own process; they take turns, ten
-  seconds each after some that are not counted, and wait asleep meanwhile, so that a machine that others use slows all
-  of them alike. A rate is that of the median turn; a ratio is the median over rounds of the quotient of two
-  neighbours. Peaks are the best turn's.
+  seconds each after some that are not counted, and sleep meanwhile, so that others' work slows all of them alike. A
+  rate is the median turn's, a ratio the median over rounds of the quotient of two neighbours, a peak the best turn's.
 start: from the start of the process `maxlm train` to its first step done, with an empty compilation cache and with the
   one that this left behind.
 save: what one asynchronous checkpoint takes from the loop. That it is written on cores which the next steps use as well
@@ -263,8 +262,7 @@ def serve(name: str, dtype: str, pipe: Connection) -> None:
         return
     pipe.send({"note": subject.note})
     while pipe.recv():
-        # Not counted: memory that was given back before the sleep, a virtual machine is slow to give again. The first
-        # step after it may take twice its time, the next ones a third more.
+        # Not counted: memory given back before the sleep, a virtual machine is slow to give again, for several steps.
         rate(subject, SETTLE_SECONDS)
         pipe.send(rate(subject, TURN_SECONDS))
 
