@@ -39,6 +39,14 @@ def init_scale(precision: str) -> ScaleState:
     return ScaleState(jnp.float32(scale), jnp.float32(ceiling), jnp.zeros((), jnp.int32))
 
 
+def loss_factor(state: ScaleState, precision: str) -> jax.Array:
+    """What the loss is multiplied by, float32 (): a constant 1 for all but float16, and XLA leaves the products out.
+
+    Of a number that only the state holds it does not know that, and writes every gradient once more.
+    """
+    return state.scale if precision == "float16" else jnp.float32(1.0)
+
+
 def overflowed(state: ScaleState, grad_norm: jax.Array) -> jax.Array:
     """Whether the scale is to blame for a non-finite gradient norm: bool ().
 

@@ -71,7 +71,7 @@ def make_train_step(
     shifts = jnp.array([phase.from_step for phase in config.data.phases.values()], jnp.int32)
 
     def train_step(state: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, Metrics]:
-        terms, grads, tokens = gradients(state.params, batch, state.scale.scale)
+        terms, grads, tokens = gradients(state.params, batch, scaling.loss_factor(state.scale, config.train.precision))
 
         with jax.named_scope("guard"):
             norm = global_norm(grads)
