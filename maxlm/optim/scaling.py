@@ -33,9 +33,14 @@ class ScaleState(NamedTuple):
     good_steps: jax.Array
 
 
+def _scales(precision: str) -> bool:
+    """Whether gradients of a compute dtype, by name, vanish without a scale."""
+    return precision == "float16"
+
+
 def init_scale(precision: str) -> ScaleState:
     """The state at step 0 for a compute dtype by name; for all but float16 the scale is 1 and stays so."""
-    scale, ceiling = (INITIAL_SCALE, LARGEST_SCALE) if precision == "float16" else (SMALLEST_SCALE, SMALLEST_SCALE)
+    scale, ceiling = (INITIAL_SCALE, LARGEST_SCALE) if _scales(precision) else (SMALLEST_SCALE, SMALLEST_SCALE)
     return ScaleState(jnp.float32(scale), jnp.float32(ceiling), jnp.zeros((), jnp.int32))
 
 
@@ -44,7 +49,7 @@ def loss_factor(state: ScaleState, precision: str) -> jax.Array:
 
     Of a number that only the state holds it does not know that, and writes every gradient once more.
     """
-    return state.scale if precision == "float16" else jnp.float32(1.0)
+    return state.scale if _scales(precision) else jnp.float32(1.0)
 
 
 def overflowed(state: ScaleState, grad_norm: jax.Array) -> jax.Array:

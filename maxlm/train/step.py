@@ -166,7 +166,7 @@ def make_gradients(
         with jax.named_scope("loss_and_gradients"):
             denominators, longest = jnp.maximum(counted, 1.0), longest_row(batch.positions)
             terms, grads = whole(params, runtime.arrange(batches), denominators, scale, longest)
-            # Exact, as the scale is a power of two; and a product, unlike a quotient, XLA fuses into all that reads it.
+            # Exact, as the scale is a power of two.
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) * (1.0 / scale), grads)
         return Gradients(terms, grads, counted[0])
 
